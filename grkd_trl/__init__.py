@@ -1,0 +1,9 @@
+"""Group Relative Knowledge Distillation on TRL: distill a large language model into a small one by ranking."""
+
+from . import _trl  # noqa: F401 - first, to refuse an unsupported TRL before anything of it is used
+from .trainers import GRKDConfig, GRKDTrainer
+
+
+__version__ = "0.1.0"
+
+__all__ = ["GRKDConfig", "GRKDTrainer"]

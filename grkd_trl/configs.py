@@ -1,0 +1,90 @@
+"""What the methods' configurations share: checks of their fields, and their place in the model card."""
+
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any
+
+from trl import SFTConfig
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """
+    Field of a configuration, as a command line shows it.
+
+    Args:
+        default (`Any`):
+            Default value.
+        help (`str`):
+            Help text.
+        **metadata:
+            Further metadata, e.g. `choices`.
+
+    Returns:
+        `dataclasses.Field`: The field.
+    """
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def check_choices(args: SFTConfig, config_class: type[SFTConfig]) -> None:
+    """
+    Check every field of `config_class` that names its choices.
+
+    Args:
+        args ([`~trl.SFTConfig`]):
+            Configuration.
+        config_class (`type`):
+            Class whose own fields are checked.
+
+    Raises:
+        `ValueError`: If a value is none of the field's choices.
+    """
+    for own in fields(config_class):
+        choices = own.metadata.get("choices")
+        if own.name in config_class.__annotations__ and choices and getattr(args, own.name) not in choices:
+            raise ValueError(f"`{own.name}` must be one of {choices}, got {getattr(args, own.name)!r}.")
+
+
+def check_completion_fields(args: SFTConfig) -> None:
+    """
+    Refuse the fields of [`~trl.SFTConfig`] that train on anything but whole completions.
+
+    Args:
+        args ([`~trl.SFTConfig`]):
+            Configuration.
+
+    Raises:
+        `ValueError`: If one is set.
+    """
+    refused = {
+        "packing": args.packing,
+        "padding_free": args.padding_free,
+        "assistant_only_loss": args.assistant_only_loss,
+        "completion_only_loss": args.completion_only_loss is False,
+        "loss_type": args.loss_type not in ("nll", "chunked_nll"),
+        "label_smoothing_factor": args.label_smoothing_factor != 0,
+    }
+    names = [f"`{name}`" for name, is_set in refused.items() if is_set]
+    if names:
+        raise ValueError(
+            f"{', '.join(names)} of `SFTConfig` cannot be set in `{type(args).__name__}`, which scores whole "
+            "completions. Leave it at its default."
+        )
+
+
+def add_objective(card: Path, equation: str, args: SFTConfig, config_class: type[SFTConfig]) -> None:
+    """
+    Add to a model card what was minimised: the equation, and the method's own fields with their values.
+
+    Args:
+        card (`Path`):
+            Model card, which exists.
+        equation (`str`):
+            LaTeX of the loss.
+        args ([`~trl.SFTConfig`]):
+            Configuration of the run.
+        config_class (`type`):
+            Class whose own fields are listed.
+    """
+    rows = "\n".join(f"| `{name}` | `{getattr(args, name)}` |" for name in config_class.__annotations__)
+    section = f"\n\n## Objective\n\n$$ {equation} $$\n\n| field | value |\n|---|---|\n{rows}\n"
+    card.write_text(card.read_text(encoding="utf-8") + section, encoding="utf-8")

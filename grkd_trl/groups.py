@@ -1,0 +1,345 @@
+"""The group dataset: read and check rows, tokenize them as TRL does, and collate groups into batches.
+
+A group is one prompt with two or more completions: `{"prompt", "completions": [...], "teacher_scores": [...]}`, where
+the scores are optional, and so is `"clipped": [...]`, `True` for a completion that was cut before its end.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.data.data_collator import DataCollatorMixin
+from transformers.utils import logging
+from trl import extract_prompt
+
+from ._trl import common_prefix_length, global_then_local_main_first, pad, tokenize
+from .losses import ranked_pairs
+from .scoring import predicted_mask
+
+
+logger = logging.get_logger(__name__)
+
+_FORMATS = (
+    'a group, {"prompt", "completions": [...], "teacher_scores": [...] (optional)}, or a preference, '
+    '{"prompt" (optional), "chosen", "rejected", "score_chosen" and "score_rejected" (optional)}'
+)
+
+
+def bring_scores(*datasets: Dataset | IterableDataset | dict | None) -> bool:
+    """
+    Whether every dataset brings an order of its own, `teacher_scores` or a preference, by its first row.
+
+    Args:
+        *datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
+            Datasets to look at. What is none of these is passed over.
+
+    Returns:
+        `bool`: `True` if no teacher is needed to rank completions.
+
+    Raises:
+        `ValueError`: If a row has images.
+    """
+    flat = [part for dataset in datasets for part in (dataset.values() if isinstance(dataset, dict) else [dataset])]
+    rows = [next(iter(dataset)) for dataset in flat if isinstance(dataset, Dataset | IterableDataset)]
+    if any("image" in row or "images" in row for row in rows):
+        raise ValueError("The dataset has images, and groups are of text alone. Remove the column of images.")
+    return all(row.get("teacher_scores") is not None or ("chosen" in row and "completions" not in row) for row in rows)
+
+
+def read_group(row: dict[str, Any], index: int) -> dict[str, Any]:
+    """
+    Check a row and give it as a group.
+
+    Args:
+        row (`dict[str, Any]`):
+            Row in the group or TRL's preference format, standard or conversational. A preference ranks its two
+            completions by its scores, chosen first where it has none.
+        index (`int`):
+            Row number, for the error.
+
+    Returns:
+        `dict[str, Any]`: `prompt`, `completions`, `clipped` and, where there are any, `teacher_scores`.
+
+    Raises:
+        `ValueError`: If the row is no group that can be ranked; the message names field and row.
+    """
+    if "completions" in row:
+        group = {"prompt": row.get("prompt"), "completions": row["completions"]}
+        if "teacher_scores" in row:
+            group["teacher_scores"] = row["teacher_scores"]
+    elif "chosen" in row and "rejected" in row:
+        row = row if "prompt" in row else extract_prompt(row)
+        scores = [row.get("score_chosen"), row.get("score_rejected")]
+        group = {
+            "prompt": row["prompt"],
+            "completions": [row["chosen"], row["rejected"]],
+            "teacher_scores": [1.0, 0.0] if scores == [None, None] else scores,
+        }
+    else:
+        raise ValueError(f"Row {index} has the columns {sorted(row)}, which make no group. Accepted is {_FORMATS}.")
+
+    if not group["prompt"]:
+        raise ValueError(f"`prompt` of row {index} is {group['prompt']!r}: give it text or messages, or drop the row.")
+    completions = group["completions"]
+    if completions is None or len(completions) < 2:
+        raise ValueError(
+            f"`completions` of row {index} has {len(completions or [])} entries: a group is ranked by comparing, so it "
+            "needs 2 or more. Sample more completions for this prompt, or drop the row."
+        )
+    group["clipped"] = row.get("clipped") or [False] * len(completions)
+    for name in ("teacher_scores", "clipped"):
+        if name in group and (group[name] is None or len(group[name]) != len(completions)):
+            raise ValueError(
+                f"`{name}` of row {index} has {len(group[name] or [])} entries for {len(completions)} completions: "
+                "give one for each, in the same order, in every row of the dataset or in none."
+            )
+    for position, value in enumerate(group.get("teacher_scores", [])):
+        if value is None or not math.isfinite(value):
+            raise ValueError(
+                f"`teacher_scores` of row {index} holds {value} for completion {position}: scores are finite numbers, "
+                "higher is better. Drop the completion, or score it again."
+            )
+    return group
+
+
+def tokenize_group(
+    row: dict[str, Any], index: int, *, processing_class: PreTrainedTokenizerBase | ProcessorMixin
+) -> dict[str, Any]:
+    """
+    Tokenize a row as TRL's `DPOTrainer` does: prompt and completion as one text, the completion starting where the
+    tokens of the group part from the prompt's. EOS ends a standard completion, the chat template a conversational
+    one; a clipped completion gets neither.
+
+    Args:
+        row (`dict[str, Any]`):
+            Row that [`read_group`] accepts. A conversational completion may be a list of messages or the text of the
+            assistant's message.
+        index (`int`):
+            Row number, for errors.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer, or a processor used for text alone.
+
+    Returns:
+        `dict[str, Any]`: `prompt_ids` (`list[int]`), `completion_ids` (`list[list[int]]`), `clipped` (`list[bool]`)
+        and, where there are any, `teacher_scores` (`list[float]`).
+
+    Raises:
+        `ValueError`: If the row is no group, or a completion comes to no token.
+    """
+    group = read_group(row, index)
+    prompt, eos_token = group.pop("prompt"), getattr(processing_class, "tokenizer", processing_class).eos_token
+    full_ids = []
+    if isinstance(prompt, str):
+        prompt_ids = tokenize(processing_class, prompt)["input_ids"]
+        for completion, clipped in zip(group.pop("completions"), group["clipped"], strict=True):
+            end = "" if clipped or completion.endswith(eos_token) else eos_token
+            full_ids.append(tokenize(processing_class, prompt + completion + end)["input_ids"])
+    else:
+        tools = row.get("tools")
+        kwargs = {"tools": json.loads(tools) if isinstance(tools, str) else tools} | (
+            row.get("chat_template_kwargs") or {}
+        )
+        prompt_ids = tokenize(processing_class, prompt, add_generation_prompt=True, **kwargs)["input_ids"]
+        for completion, clipped in zip(group.pop("completions"), group["clipped"], strict=True):
+            if isinstance(completion, str):
+                completion = [{"role": "assistant", "content": completion}]
+            end = {"continue_final_message": True} if clipped else {}
+            full_ids.append(tokenize(processing_class, prompt + completion, **end, **kwargs)["input_ids"])
+
+    length = min(common_prefix_length(prompt_ids, ids) for ids in full_ids)
+    if length < len(prompt_ids):
+        logger.warning_once(
+            "A tokenized prompt is not a prefix of prompt and completion tokenized together: the template renders the "
+            "prompt alone otherwise, or tokens merge across the boundary. Completions start where the tokens part, and "
+            f"the prompt's end is left out: {processing_class.decode(prompt_ids[length:])!r}. End prompts on a token "
+            "boundary to train on the context that generation sees."
+        )
+    completion_ids = [ids[length:] for ids in full_ids]
+    if [] in completion_ids:
+        raise ValueError(
+            f"`completions` of row {index} holds no token at position {completion_ids.index([])}: drop the empty "
+            "completion."
+        )
+    return {"prompt_ids": prompt_ids[:length], "completion_ids": completion_ids, **group}
+
+
+def prepare_groups(
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    *,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    min_gap: float = 0.0,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> Dataset | IterableDataset:
+    """
+    Check and tokenize a dataset of groups. One that is tokenized already is returned as it is.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows that [`read_group`] accepts.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer, or a processor used for text alone.
+        max_length (`int`, *optional*):
+            Longest prompt and completion, in tokens. With `"keep_start"`, a row whose prompt alone fills it is
+            dropped, as TRL does.
+        truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
+            Which end the collator will keep, `"keep_start"` or `"keep_end"`.
+        min_gap (`float`, *optional*, defaults to `0.0`):
+            Gap of teacher scores that a pair must exceed, to warn of groups without a pair.
+        num_proc (`int`, *optional*):
+            Processes for `Dataset.map`.
+        name (`str`, *optional*, defaults to `"train"`):
+            Name for progress bars and messages.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: With the columns of [`tokenize_group`] added.
+
+    Raises:
+        `ValueError`: If a row is no group, or `max_length` leaves no completion of any row.
+    """
+    columns = dataset.column_names or list(next(iter(dataset)))
+    if "completion_ids" in columns:
+        return dataset
+    in_memory = isinstance(dataset, Dataset)  # an `IterableDataset` knows neither `num_proc` nor `desc`
+    with global_then_local_main_first():
+        kwargs = {"num_proc": num_proc, "desc": f"Tokenizing {name} groups"} if in_memory else {}
+        dataset = dataset.map(
+            tokenize_group, with_indices=True, fn_kwargs={"processing_class": processing_class}, **kwargs
+        )
+        num_rows = len(dataset) if in_memory else None
+        if max_length is not None and truncation_mode == "keep_start":
+            kwargs = (
+                {"num_proc": num_proc, "desc": f"Dropping {name} prompts that fill max_length"} if in_memory else {}
+            )
+            dataset = dataset.filter(lambda row: len(row["prompt_ids"]) < max_length, **kwargs)
+    if in_memory:
+        if len(dataset) < num_rows:
+            message = (
+                f"{num_rows - len(dataset)} of {num_rows} {name} prompts fill `max_length={max_length}` and leave no "
+                "room for a completion."
+            )
+            if len(dataset) == 0:
+                raise ValueError(f"{message} Raise `max_length`, or shorten the prompts.")
+            logger.warning(f"{message} They are dropped.")
+        if "teacher_scores" in dataset.column_names:
+            scores = dataset["teacher_scores"]
+            tied = sum(not ranked_pairs(torch.tensor(row), min_gap=min_gap).any() for row in scores) / len(dataset)
+            if tied > 0:
+                logger.warning(
+                    f"{tied:.1%} of the {name} groups have equal `teacher_scores` (no gap above `min_gap={min_gap}`): "
+                    "they add nothing to the relative loss. Sample more varied completions if the share is large."
+                )
+    return dataset
+
+
+@dataclass
+class DataCollatorForGroups(DataCollatorMixin):
+    """
+    Collates tokenized groups into rows of prompt and completion, padded on the right, group after group.
+
+    Args:
+        pad_token_id (`int`):
+            Token to pad with. Masks come from lengths, so it may equal EOS.
+        max_length (`int`, *optional*):
+            Longest row; longer ones are truncated.
+        truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
+            Which end of a long row to keep, `"keep_start"` or `"keep_end"`.
+        pad_to_multiple_of (`int`, *optional*):
+            Pad the length to a multiple of this.
+        return_tensors (`str`, *optional*, defaults to `"pt"`):
+            Only `"pt"` is supported.
+
+    Returns a dictionary of P groups in N rows of length L: `group_mask` `(P, G)`, `True` where a group has a
+    completion; `input_ids`, `attention_mask` and `completion_mask` `(N, L)`; `clipped` `(N,)`, `True` where the
+    completion's end was cut, here or when it was written; and `teacher_scores` `(P, G)`, 0 where absent, if the groups
+    have any.
+
+    Example:
+
+    ```python
+    >>> from grkd_trl.groups import DataCollatorForGroups
+
+    >>> collator = DataCollatorForGroups(pad_token_id=0)
+    >>> batch = collator(
+    ...     [
+    ...         {"prompt_ids": [1, 2], "completion_ids": [[3, 4], [5]], "teacher_scores": [-0.5, -2.0]},
+    ...         {"prompt_ids": [6], "completion_ids": [[7], [8], [9]], "teacher_scores": [-1.0, -3.0, -2.0]},
+    ...     ]
+    ... )
+    >>> batch["group_mask"]
+    tensor([[ True,  True, False],
+            [ True,  True,  True]])
+    >>> batch["input_ids"]
+    tensor([[1, 2, 3, 4],
+            [1, 2, 5, 0],
+            [6, 7, 0, 0],
+            [6, 8, 0, 0],
+            [6, 9, 0, 0]])
+    >>> batch["completion_mask"]
+    tensor([[0, 0, 1, 1],
+            [0, 0, 1, 0],
+            [0, 1, 0, 0],
+            [0, 1, 0, 0],
+            [0, 1, 0, 0]])
+    >>> batch["teacher_scores"]
+    tensor([[-0.5000, -2.0000,  0.0000],
+            [-1.0000, -3.0000, -2.0000]])
+
+    ```
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        keep = slice(self.max_length)  # `slice(None)` keeps all
+        if self.truncation_mode == "keep_end" and self.max_length is not None:
+            keep = slice(-self.max_length, None)
+        input_ids, completion_mask, clipped = [], [], []
+        for example in examples:
+            prompt_ids = example["prompt_ids"]
+            cut_before = example.get("clipped") or [False] * len(example["completion_ids"])
+            for completion_ids, was_cut in zip(example["completion_ids"], cut_before, strict=True):
+                ids = torch.tensor(prompt_ids + completion_ids)
+                mask = torch.ones_like(ids)
+                mask[: len(prompt_ids)] = 0
+                input_ids.append(ids[keep])
+                completion_mask.append(mask[keep])
+                cut_here = self.truncation_mode == "keep_start" and len(input_ids[-1]) < len(ids)
+                clipped.append(was_cut or cut_here)
+        attention_mask = [torch.ones_like(ids) for ids in input_ids]
+
+        # `group_mask` stands first: `Trainer` takes the batch size from the first tensor, and the batch is of groups.
+        batch = {"group_mask": pad([torch.ones(len(e["completion_ids"]), dtype=torch.bool) for e in examples])}
+        multiple = self.pad_to_multiple_of
+        batch["input_ids"] = pad(input_ids, padding_value=self.pad_token_id, pad_to_multiple_of=multiple)
+        batch["attention_mask"] = pad(attention_mask, pad_to_multiple_of=multiple)
+        batch["completion_mask"] = pad(completion_mask, pad_to_multiple_of=multiple)
+        batch["clipped"] = torch.tensor(clipped)
+        if examples[0].get("teacher_scores") is not None:
+            batch["teacher_scores"] = pad([torch.tensor(e["teacher_scores"], dtype=torch.float32) for e in examples])
+        return batch
+
+
+def count_items(batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """
+    Count what means are taken over.
+
+    Args:
+        batches (`list[dict[str, torch.Tensor]]`):
+            Batches of [`DataCollatorForGroups`].
+
+    Returns:
+        `torch.Tensor` of shape `(2,)`: Groups, and completion tokens that are predicted.
+    """
+    tokens = sum((predicted_mask(batch["completion_mask"]).sum() for batch in batches), torch.tensor(0))
+    return torch.stack([tokens.new_tensor(sum(len(batch["group_mask"]) for batch in batches)), tokens])

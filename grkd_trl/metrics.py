@@ -1,0 +1,124 @@
+"""What is logged: means that do not depend on how a batch was split, and rank statistics."""
+
+import torch
+from accelerate import Accelerator
+
+from .losses import ranked_pairs
+
+
+class RunningMeans:
+    """
+    Means of named values since they were last read. Sums and counts are kept apart on the device and meet once, when
+    read, so a mean weighs every group, pair or token alike however many micro-batches and processes it came from.
+    """
+
+    def __init__(self):
+        self._totals: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, values: torch.Tensor, count: torch.Tensor | int | None = None) -> None:
+        """
+        Add to a mean.
+
+        Args:
+            name (`str`):
+                Name in the log. Every process must add the same names.
+            values (`torch.Tensor`):
+                Values whose sum is added.
+            count (`torch.Tensor` or `int`, *optional*):
+                What the sum is divided by in the end. The number of values when not given.
+        """
+        dtype = torch.float32 if values.device.type == "mps" else torch.float64
+        count = torch.as_tensor(values.numel() if count is None else count, dtype=dtype, device=values.device)
+        total = torch.stack([values.detach().sum(dtype=dtype), count])
+        self._totals[name] = self._totals[name] + total if name in self._totals else total
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """
+        Return the means over all processes and start again. Every process must call this.
+
+        Args:
+            accelerator ([`~accelerate.Accelerator`]):
+                Joins the processes.
+
+        Returns:
+            `dict[str, float]`: The mean of each name; a name that counted nothing is left out.
+        """
+        if not self._totals:
+            return {}
+        names = list(self._totals)
+        totals = torch.stack([self._totals[name].to(accelerator.device) for name in names])
+        self._totals = {}
+        totals = accelerator.reduce(totals, reduction="sum").tolist()
+        return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count > 0}
+
+
+def add_rank_metrics(
+    means: RunningMeans,
+    student_scores: torch.Tensor,
+    teacher_scores: torch.Tensor,
+    *,
+    min_gap: float,
+    mask: torch.Tensor,
+) -> None:
+    """
+    Add how well the student ranks groups as the teacher does: `scores/student`, `scores/teacher` (mean over
+    completions), `rank/accuracy` (share of the teacher's pairs in the teacher's order, ties are wrong),
+    `rank/kendall_tau` (pairs in order less pairs in reverse order over all, mean over the groups with a pair) and
+    `rank/pairs_per_group`.
+
+    Args:
+        means ([`RunningMeans`]):
+            Where to add.
+        student_scores (`torch.Tensor` of shape `(P, G)`):
+            Student's scores.
+        teacher_scores (`torch.Tensor` of shape `(P, G)`):
+            Teacher's scores.
+        min_gap (`float`):
+            Gap of teacher scores that a pair must exceed.
+        mask (`torch.Tensor` of shape `(P, G)`):
+            `True` where a completion is present.
+    """
+    pairs = ranked_pairs(teacher_scores, min_gap=min_gap, mask=mask)
+    margins = student_scores.unsqueeze(-1) - student_scores.unsqueeze(-2)
+    num_pairs = pairs.sum((-2, -1))
+    in_order = (pairs & (margins > 0)).sum((-2, -1))
+    reversed_ = (pairs & (margins < 0)).sum((-2, -1))
+    num_completions = mask.sum()
+    means.add("scores/student", student_scores.masked_fill(~mask, 0.0), num_completions)
+    means.add("scores/teacher", teacher_scores.masked_fill(~mask, 0.0), num_completions)
+    means.add("rank/accuracy", in_order, num_pairs.sum())
+    means.add("rank/kendall_tau", (in_order - reversed_) / num_pairs.clamp(min=1), (num_pairs > 0).sum())
+    means.add("rank/pairs_per_group", num_pairs)
+
+
+def add_length_metrics(
+    means: RunningMeans,
+    lengths: torch.Tensor,
+    clipped: torch.Tensor,
+    teacher_scores: torch.Tensor,
+    *,
+    mask: torch.Tensor,
+) -> None:
+    """
+    Add the lengths of completions, in tokens: `completions/mean_length`, `completions/best_length` and
+    `completions/worst_length` (those that the teacher puts first and last), and `completions/clipped_ratio`, the share
+    of completions that were cut before their EOS.
+
+    Args:
+        means ([`RunningMeans`]):
+            Where to add.
+        lengths (`torch.Tensor` of shape `(P, G)`):
+            Tokens of each completion.
+        clipped (`torch.Tensor` of shape `(N,)`):
+            `True` where a completion was cut.
+        teacher_scores (`torch.Tensor` of shape `(P, G)`):
+            Teacher's scores.
+        mask (`torch.Tensor` of shape `(P, G)`):
+            `True` where a completion is present.
+    """
+    best = teacher_scores.masked_fill(~mask, -torch.inf).argmax(-1, keepdim=True)
+    worst = teacher_scores.masked_fill(~mask, torch.inf).argmin(-1, keepdim=True)
+    means.add("completions/mean_length", lengths, mask.sum())
+    means.add("completions/best_length", lengths.gather(-1, best))
+    means.add("completions/worst_length", lengths.gather(-1, worst))
+    means.add("completions/clipped_ratio", clipped)

@@ -1,0 +1,4 @@
+from .grkd import GRKDConfig, GRKDTrainer
+
+
+__all__ = ["GRKDConfig", "GRKDTrainer"]
