@@ -1,11 +1,14 @@
 """Who writes completions and who scores them: local causal language models."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.trainer import disable_dropout_in_model
@@ -97,6 +100,16 @@ def shared_vocabulary(
     return min(sizes)
 
 
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.no_grad()
 def generate_completions(
     model: PreTrainedModel,
@@ -108,9 +121,11 @@ def generate_completions(
     temperature: float = 1.0,
     top_p: float = 1.0,
     batch_size: int = 64,
+    progress: bool = True,
 ) -> tuple[list[list[str]], list[list[bool]]]:
     """
-    Write completions. Prompts of similar length share a batch; draws come from torch's global generator.
+    Write completions, in evaluation mode. Prompts of similar length share a batch; draws come from torch's global
+    generator.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -129,25 +144,29 @@ def generate_completions(
             Share of the probability to sample from.
         batch_size (`int`, *optional*, defaults to `64`):
             Prompts in a batch.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
 
     Returns:
         `tuple[list[list[str]], list[list[bool]]]`: Texts without special tokens, `(P, G)`, and whether each was cut
         at `max_new_tokens` before its EOS.
     """
-    sampling = {"do_sample": False}
+    # `generate` takes what is not said from the model's generation config, which may hold other sampling settings.
+    sampling = {"do_sample": False, "repetition_penalty": 1.0}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    prompt_ids = [
-        tokenize(processing_class, prompt, **({"add_generation_prompt": True} if isinstance(prompt, list) else {}))
-        for prompt in prompts
-    ]
-    prompt_ids = [tokens["input_ids"] for tokens in prompt_ids]
+        sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    prompt_ids = []
+    for prompt in prompts:
+        template = {"add_generation_prompt": True} if isinstance(prompt, list) else {}
+        ids = tokenize(processing_class, prompt, **template)["input_ids"]
+        prompt_ids.append(ids[:-1] if ids[-1] == processing_class.eos_token_id else ids)  # some tokenizers add EOS
     order = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]))
-    eos_token_id, was_training = processing_class.eos_token_id, model.training
     texts, clipped = [[]] * len(prompts), [[]] * len(prompts)
-    model.eval()
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    # Chat models end a turn with a token of their own, which stands beside EOS in the generation config.
+    ends = model.generation_config.eos_token_id
+    ends = {processing_class.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+    def write_batch(rows: list[int]) -> None:
         batch = processing_class.pad(
             {"input_ids": [prompt_ids[row] for row in rows]}, padding_side="left", return_tensors="pt"
         ).to(model.device)
@@ -156,17 +175,20 @@ def generate_completions(
             attention_mask=batch["attention_mask"],
             max_new_tokens=max_new_tokens,
             num_return_sequences=num_completions,
-            eos_token_id=eos_token_id,
+            eos_token_id=sorted(ends),
             pad_token_id=processing_class.pad_token_id,
             use_cache=True,
             **sampling,
         )[:, batch["input_ids"].shape[1] :]
         decoded = processing_class.batch_decode(output, skip_special_tokens=True)
-        ended = (output == eos_token_id).any(-1).tolist()
+        ended = torch.isin(output, torch.tensor(sorted(ends), device=output.device)).any(-1).tolist()
         for position, row in enumerate(rows):
             group = slice(position * num_completions, (position + 1) * num_completions)
             texts[row], clipped[row] = decoded[group], [not end for end in ended[group]]
-    model.train(was_training)
+
+    with _evaluating(model):
+        for start in tqdm(range(0, len(order), batch_size), desc="Writing completions", disable=not progress):
+            write_batch(order[start : start + batch_size])
     return texts, clipped
 
 
@@ -178,9 +200,10 @@ def score_groups(
     *,
     score: str = "mean",
     tokens_per_batch: int = 16384,
+    progress: bool = True,
 ) -> Dataset:
     """
-    Score every completion of a dataset of groups under a teacher, in batches of similar length.
+    Score every completion of a dataset of groups under a teacher, in evaluation mode and in batches of similar length.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -193,6 +216,8 @@ def score_groups(
             `"mean"` (nats per token) or `"sum"` (nats) of the log-probabilities.
         tokens_per_batch (`int`, *optional*, defaults to `16384`):
             Tokens in a batch, padding included. A larger group is a batch of its own.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
 
     Returns:
         [`~datasets.Dataset`]: The dataset with a column `teacher_scores`, in place of one it had.
@@ -202,8 +227,7 @@ def score_groups(
     groups = [tokenize_group(row, index, processing_class=processing_class) for index, row in enumerate(dataset)]
     lengths = [len(g["prompt_ids"]) + max(map(len, g["completion_ids"])) for g in groups]
     collator = DataCollatorForGroups(pad_token_id=processing_class.pad_token_id)
-    was_training, scores = model.training, [[]] * len(groups)
-    model.eval()
+    scores = [[]] * len(groups)
 
     def score_batch(rows: list[int]) -> None:
         batch = {name: tensor.to(model.device) for name, tensor in collator([groups[row] for row in rows]).items()}
@@ -213,14 +237,15 @@ def score_groups(
             scores[row] = value[: len(groups[row]["completion_ids"])]
 
     rows, num_sequences = [], 0
-    for row in sorted(range(len(groups)), key=lengths.__getitem__):  # the row in hand is the batch's longest
-        size = len(groups[row]["completion_ids"])
-        if rows and (num_sequences + size) * lengths[row] > tokens_per_batch:
+    order = sorted(range(len(groups)), key=lengths.__getitem__)  # the row in hand is the batch's longest
+    with _evaluating(model):
+        for row in tqdm(order, desc="Scoring groups", disable=not progress):
+            size = len(groups[row]["completion_ids"])
+            if rows and (num_sequences + size) * lengths[row] > tokens_per_batch:
+                score_batch(rows)
+                rows, num_sequences = [], 0
+            rows.append(row)
+            num_sequences += size
+        if rows:
             score_batch(rows)
-            rows, num_sequences = [], 0
-        rows.append(row)
-        num_sequences += size
-    if rows:
-        score_batch(rows)
-    model.train(was_training)
     return dataset.add_column("teacher_scores", scores)
