@@ -62,6 +62,7 @@ def check_completion_fields(args: SFTConfig) -> None:
         "completion_only_loss": args.completion_only_loss is False,
         "loss_type": args.loss_type not in ("nll", "chunked_nll"),
         "label_smoothing_factor": args.label_smoothing_factor != 0,
+        "dataset_kwargs": "skip_prepare_dataset" in (args.dataset_kwargs or ()),  # a `dict`, or JSON still unread
     }
     names = [f"`{name}`" for name, is_set in refused.items() if is_set]
     if names:

@@ -99,8 +99,9 @@ def read_group(row: dict[str, Any], index: int) -> dict[str, Any]:
             )
     for position, value in enumerate(group.get("teacher_scores", [])):
         if value is None or not math.isfinite(value):
+            field = "teacher_scores" if "completions" in row else ("score_chosen", "score_rejected")[position]
             raise ValueError(
-                f"`teacher_scores` of row {index} holds {value} for completion {position}: scores are finite numbers, "
+                f"`{field}` of row {index} holds {value} for completion {position}: scores are finite numbers, "
                 "higher is better. Drop the completion, or score it again."
             )
     return group
@@ -131,13 +132,15 @@ def tokenize_group(
         `ValueError`: If the row is no group, or a completion comes to no token.
     """
     group = read_group(row, index)
-    prompt, eos_token = group.pop("prompt"), getattr(processing_class, "tokenizer", processing_class).eos_token
+    prompt, tokenizer = group.pop("prompt"), getattr(processing_class, "tokenizer", processing_class)
     full_ids = []
     if isinstance(prompt, str):
         prompt_ids = tokenize(processing_class, prompt)["input_ids"]
         for completion, clipped in zip(group.pop("completions"), group["clipped"], strict=True):
-            end = "" if clipped or completion.endswith(eos_token) else eos_token
-            full_ids.append(tokenize(processing_class, prompt + completion + end)["input_ids"])
+            end = "" if clipped or completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
+            ids = tokenize(processing_class, prompt + completion + end)["input_ids"]
+            ends_itself = clipped and ids[-1:] == [tokenizer.eos_token_id]  # some tokenizers add EOS to text
+            full_ids.append(ids[:-1] if ends_itself else ids)
     else:
         tools = row.get("tools")
         kwargs = {"tools": json.loads(tools) if isinstance(tools, str) else tools} | (
@@ -178,7 +181,7 @@ def prepare_groups(
     name: str = "train",
 ) -> Dataset | IterableDataset:
     """
-    Check and tokenize a dataset of groups. One that is tokenized already is returned as it is.
+    Check and tokenize a dataset of groups. One that is tokenized already is not tokenized again.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -203,15 +206,18 @@ def prepare_groups(
     Raises:
         `ValueError`: If a row is no group, or `max_length` leaves no completion of any row.
     """
+    if max_length is not None and max_length < 2:
+        raise ValueError(
+            f"`max_length` must be 2 or above, a token and one of the completion to predict, got {max_length}."
+        )
     columns = dataset.column_names or list(next(iter(dataset)))
-    if "completion_ids" in columns:
-        return dataset
     in_memory = isinstance(dataset, Dataset)  # an `IterableDataset` knows neither `num_proc` nor `desc`
     with global_then_local_main_first():
-        kwargs = {"num_proc": num_proc, "desc": f"Tokenizing {name} groups"} if in_memory else {}
-        dataset = dataset.map(
-            tokenize_group, with_indices=True, fn_kwargs={"processing_class": processing_class}, **kwargs
-        )
+        if "completion_ids" not in columns:
+            kwargs = {"num_proc": num_proc, "desc": f"Tokenizing {name} groups"} if in_memory else {}
+            dataset = dataset.map(
+                tokenize_group, with_indices=True, fn_kwargs={"processing_class": processing_class}, **kwargs
+            )
         num_rows = len(dataset) if in_memory else None
         if max_length is not None and truncation_mode == "keep_start":
             kwargs = (

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.trainer import disable_dropout_in_model
 
-from ._trl import create_model_from_path, get_config_model_id, prepare_deepspeed, prepare_fsdp, tokenize
+from ._trl import create_model_from_path, get_config_model_id, pad, prepare_deepspeed, prepare_fsdp, tokenize
 from .groups import DataCollatorForGroups, tokenize_group
 from .scoring import score_completions, sequence_scores, to_groups
 
@@ -100,6 +100,12 @@ def shared_vocabulary(
     return min(sizes)
 
 
+def _pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:
+    # Llama-3's tokenizer has no pad token; masks come from lengths, so any token will do.
+    pad_token_id = processing_class.pad_token_id
+    return processing_class.eos_token_id if pad_token_id is None else pad_token_id
+
+
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     was_training = model.training
@@ -152,34 +158,38 @@ def generate_completions(
         at `max_new_tokens` before its EOS.
     """
     # `generate` takes what is not said from the model's generation config, which may hold other sampling settings.
-    sampling = {"do_sample": False, "repetition_penalty": 1.0}
+    neutral = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None}
+    cutoffs = {"min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+    sampling = {"do_sample": False} | neutral
     if temperature > 0:
-        sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} | cutoffs
     prompt_ids = []
     for prompt in prompts:
         template = {"add_generation_prompt": True} if isinstance(prompt, list) else {}
         ids = tokenize(processing_class, prompt, **template)["input_ids"]
-        prompt_ids.append(ids[:-1] if ids[-1] == processing_class.eos_token_id else ids)  # some tokenizers add EOS
+        ends_itself = not template and ids[-1] == processing_class.eos_token_id  # some tokenizers add EOS to text
+        prompt_ids.append(ids[:-1] if ends_itself else ids)
     order = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]))
     texts, clipped = [[]] * len(prompts), [[]] * len(prompts)
     # Chat models end a turn with a token of their own, which stands beside EOS in the generation config.
     ends = model.generation_config.eos_token_id
     ends = {processing_class.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
+    pad_token_id = _pad_token_id(processing_class)
+
     def write_batch(rows: list[int]) -> None:
-        batch = processing_class.pad(
-            {"input_ids": [prompt_ids[row] for row in rows]}, padding_side="left", return_tensors="pt"
-        ).to(model.device)
+        ids = [torch.tensor(prompt_ids[row], device=model.device) for row in rows]
+        input_ids = pad(ids, padding_value=pad_token_id, padding_side="left")
         output = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
+            input_ids=input_ids,
+            attention_mask=pad([torch.ones_like(row) for row in ids], padding_side="left"),
             max_new_tokens=max_new_tokens,
             num_return_sequences=num_completions,
             eos_token_id=sorted(ends),
-            pad_token_id=processing_class.pad_token_id,
+            pad_token_id=pad_token_id,
             use_cache=True,
             **sampling,
-        )[:, batch["input_ids"].shape[1] :]
+        )[:, input_ids.shape[1] :]
         decoded = processing_class.batch_decode(output, skip_special_tokens=True)
         ended = torch.isin(output, torch.tensor(sorted(ends), device=output.device)).any(-1).tolist()
         for position, row in enumerate(rows):
@@ -226,7 +236,7 @@ def score_groups(
         dataset = dataset.remove_columns("teacher_scores")
     groups = [tokenize_group(row, index, processing_class=processing_class) for index, row in enumerate(dataset)]
     lengths = [len(g["prompt_ids"]) + max(map(len, g["completion_ids"])) for g in groups]
-    collator = DataCollatorForGroups(pad_token_id=processing_class.pad_token_id)
+    collator = DataCollatorForGroups(pad_token_id=_pad_token_id(processing_class))
     scores = [[]] * len(groups)
 
     def score_batch(rows: list[int]) -> None:

@@ -246,7 +246,7 @@ class GRKDTrainer(SFTTrainer):
             raise TypeError(f"`args` must be a `GRKDConfig`, got `{type(args).__name__}`.")
         if teacher_model is model and not isinstance(model, str):
             raise ValueError("`model` and `teacher_model` cannot be the same object: the teacher is frozen.")
-        needs_teacher = args.needs_teacher_logits or not bring_scores(train_dataset, eval_dataset)
+        needs_teacher = not bring_scores(train_dataset, eval_dataset) or args.needs_teacher_logits
         if needs_teacher and teacher_model is None:
             raise ValueError(
                 'No `teacher_model` was given. It is needed for `soft_label="token"` and `relative_level="tokens"`, '

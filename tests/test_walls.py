@@ -1,0 +1,180 @@
+"""The rooms of the package, and who may enter them. Read from the source, so nothing need be imported."""
+
+import ast
+import importlib
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = sorted((ROOT / "grkd_trl").rglob("*.py"))
+METHODS = [path for path in PACKAGE if path.parent.name == "trainers" and path.name != "__init__.py"]
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def each(paths):
+    return pytest.mark.parametrize("path", paths, ids=name_of)
+
+
+def imports(path):
+    """Imported (module, name) of a file, relative ones made absolute; `import x.y` is ("x.y", "")."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = parts[: -node.level] if node.level else ()
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((module, alias.name) for alias in node.names)
+
+
+def rooms(path):
+    """Parts of the package that a file imports from, as `trainers` or `trainers.grkd`."""
+    for module, name in imports(path):
+        if module.split(".")[0] == "grkd_trl":
+            is_module = (ROOT / module.replace(".", "/") / f"{name}.py").exists()
+            yield ".".join([*module.split(".")[1:], *([name] if is_module else [])])
+
+
+class TestImports:
+    def test_imports_are_read(self):
+        """The helper above sees every form, or the tests below would hold nothing."""
+        seen = set(imports(ROOT / "grkd_trl/teacher.py"))
+        assert {("torch", ""), ("grkd_trl.scoring", "score_completions"), ("grkd_trl._trl", "tokenize")} <= seen
+        assert ("grkd_trl", "_trl") in imports(ROOT / "grkd_trl/__init__.py")
+        assert "_trl" in rooms(ROOT / "grkd_trl/__init__.py")
+        assert "losses" in rooms(ROOT / "grkd_trl/trainers/grkd.py")
+
+    def test_losses_import_torch_alone(self):
+        roots = {module.split(".")[0] for module, _ in imports(ROOT / "grkd_trl/losses.py")}
+        assert roots <= {"torch", "math", "typing"}
+
+    @each([path for path in PACKAGE if path.name != "_trl.py"])
+    def test_inside_of_trl_is_reached_through_one_module(self, path):
+        allowed = {("trl.trainer", "add_fused_lm_head"), ("trl.trainer", "disable_dropout_in_model")}
+        inside = {(module, name) for module, name in imports(path) if module.split(".")[0] == "trl"}
+        inside = {(module, name) for module, name in inside - allowed if module != "trl" or not name}
+        assert not inside, "import it in grkd_trl/_trl.py, with the reason"
+        assert not [name for module, name in imports(path) if module == "trl" and name.startswith("_")]
+
+    @each(METHODS)
+    def test_methods_never_import_each_other(self, path):
+        method = path.stem.split("_")[0]  # grkd.py may have a grkd_config.py beside it
+        entered = {room.removeprefix("trainers.") for room in rooms(path) if room.split(".")[0] == "trainers"}
+        assert {room.split("_")[0] for room in entered} <= {method}
+
+    @each(METHODS)
+    def test_rooms_of_a_method(self, path):
+        shared = {"losses", "scoring", "groups", "teacher", "metrics", "configs", "_trl"}
+        assert {room.split(".")[0] for room in rooms(path)} <= shared | {"trainers"}
+
+    @each([path for path in PACKAGE if path.parent.name != "trainers" and path != ROOT / "grkd_trl/__init__.py"])
+    def test_nothing_else_imports_a_method(self, path):
+        """Evaluation, above all, knows nothing of training."""
+        assert not [room for room in rooms(path) if room.split(".")[0] in ("trainers", "")]
+
+    @each(EXAMPLES)
+    def test_examples_use_what_users_can_import(self, path):
+        for module, name in imports(path):
+            if module.split(".")[0] in ("grkd_trl", "trl"):
+                assert not [part for part in [*module.split("."), name] if part.startswith("_")]
+                assert not name or hasattr(importlib.import_module(module), name)
+
+
+class Definition(NamedTuple):
+    label: str
+    node: ast.AST
+    parameters: list[str]
+    returns: bool
+
+
+def definitions():
+    """Public functions, classes, and methods that override nothing."""
+
+    def function(path, node, owner=""):
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+        names = [argument.arg for argument in arguments if argument and argument.arg not in ("self", "cls")]
+        is_property = "property" in [ast.unparse(decorator) for decorator in node.decorator_list]
+        returns = node.returns is not None and ast.unparse(node.returns) != "None" and not is_property
+        return Definition(f"{name_of(path)}:{owner}{node.name}", node, names, returns)
+
+    for path in PACKAGE:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name.startswith("_"):
+                continue
+            if isinstance(node, ast.FunctionDef):
+                yield function(path, node)
+            elif isinstance(node, ast.ClassDef):
+                methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+                fields = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign)]
+                made = [function(path, method).parameters for method in methods if method.name == "__init__"]
+                parameters = made[0] if made else [name for name in fields if not name.startswith("_")]
+                yield Definition(f"{name_of(path)}:{node.name}", node, parameters, False)
+                for method in methods:
+                    own = not node.bases or "property" in map(ast.unparse, method.decorator_list)
+                    if own and not method.name.startswith("_"):
+                        yield function(path, method, f"{node.name}.")
+
+
+class TestDocstrings:
+    @pytest.mark.parametrize("definition", list(definitions()), ids=lambda definition: definition.label)
+    def test_says_what_it_takes_and_gives(self, definition):
+        doc = ast.get_docstring(definition.node) or ""
+        assert doc.split("\n")[0].strip(), "a docstring"
+        if definition.parameters:
+            _, heading, listed = doc.partition("Parameters:" if "Parameters:" in doc else "Args:")
+            assert heading, "a section Args"
+            names = set(re.findall(r"\w+", listed))
+            assert [name for name in definition.parameters if name not in names] == []
+        if definition.returns:
+            assert "Returns:" in doc or "Yields:" in doc
+
+    def test_finds_them(self):
+        labels = [definition.label for definition in definitions()]
+        for name in ("losses.py:alpha_at", "metrics.py:RunningMeans.add", "groups.py:DataCollatorForGroups"):
+            assert f"grkd_trl/{name}" in labels
+        collator = next(item for item in definitions() if item.label.endswith("DataCollatorForGroups"))
+        assert {"pad_token_id", "max_length"} <= set(collator.parameters)
+
+
+class TestSize:
+    @each(PACKAGE)
+    def test_a_file_is_read_in_one_sitting(self, path):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+    @each(PACKAGE)
+    def test_a_constructor_is_one_screen(self, path):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                assert node.end_lineno - node.lineno + 1 <= 80
+
+
+def test_top_level_of_the_repository():
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("needs git and a checkout")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout.split("\0")
+    entries = {path.split("/")[0] for path in listed if path and (ROOT / path).exists()}
+    assert {entry for entry in entries if not entry.startswith(".")} == {
+        "grkd_trl",
+        "examples",
+        "tests",
+        "accelerate_configs",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    }
