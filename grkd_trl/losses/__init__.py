@@ -1,0 +1,19 @@
+"""The equations as pure functions of tensors, on torch alone.
+
+Every function is unreduced (one value a group, or a position), takes the scores or logits of one list on the last axis,
+computes in float32 or wider and returns the student's dtype. NaN in a present entry stays NaN in that list's value.
+"""
+
+from .ranking import group_relative_loss, ranked_pairs, token_relative_loss
+from .schedule import alpha_at
+from .soft_labels import group_soft_label_loss, token_soft_label_loss
+
+
+__all__ = [
+    "alpha_at",
+    "group_relative_loss",
+    "group_soft_label_loss",
+    "ranked_pairs",
+    "token_relative_loss",
+    "token_soft_label_loss",
+]

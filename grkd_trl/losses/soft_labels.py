@@ -1,0 +1,95 @@
+"""Soft-label losses: cross-entropy with the teacher's softened distribution (equation 3 of GRKD)."""
+
+import torch
+
+from ._inputs import check, present_of, widen
+
+
+def group_soft_label_loss(
+    student_scores: torch.Tensor,
+    teacher_scores: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    r"""
+    Cross-entropy between the softened teacher and student over a group: equation 3 of
+    [GRKD](https://huggingface.co/papers/2504.20482) with the completion as the class, which is the top-one loss of
+    [ListNet](https://www.microsoft.com/en-us/research/publication/learning-to-rank-from-pairwise-approach-to-listwise-approach/).
+
+    The value is \\( -\sum_i \mathrm{softmax}(s^T / T)_i \log \mathrm{softmax}(s^S / T)_i \\), without a factor
+    \\( T^2 \\).
+
+    Args:
+        student_scores (`torch.Tensor` of shape `(..., G)`):
+            Student's scores.
+        teacher_scores (`torch.Tensor` of shape `(..., G)`):
+            Teacher's scores.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature \\( T \\) that softens both, in the unit of the scores.
+        mask (`torch.Tensor` of shape `(..., G)`, *optional*):
+            1 where a member is present. A masked member is removed, whatever its scores.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: Loss of each group, in nats.
+
+    Raises:
+        `ValueError`: If shapes differ or `temperature` is not above 0.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> group_soft_label_loss(torch.tensor([0.0, 0.0]), torch.tensor([5.0, 1.0]))  # log 2
+    tensor(0.6931)
+
+    ```
+    """
+    check(student_scores, teacher_scores, temperature)
+    present = present_of(student_scores, mask)
+    # A group that is masked whole keeps its (zeroed) scores in the softmax, which would else be 0 / 0.
+    absent = ~present & present.any(-1, keepdim=True)
+    student = (widen(student_scores).masked_fill(~present, 0.0) / temperature).masked_fill(absent, -torch.inf)
+    teacher = (widen(teacher_scores).masked_fill(~present, 0.0) / temperature).masked_fill(absent, -torch.inf)
+    nll = (-student.log_softmax(-1)).masked_fill(~present, 0.0)  # 0 * inf is kept out
+    loss = (teacher.softmax(-1) * nll).sum(-1)  # eq. 3
+    return loss.to(student_scores.dtype)
+
+
+def token_soft_label_loss(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, *, temperature: float = 1.0
+) -> torch.Tensor:
+    r"""
+    Cross-entropy between the softened teacher and student over the vocabulary: equation 3 of
+    [GRKD](https://huggingface.co/papers/2504.20482) with the next token as the class.
+
+    The value is \\( -\sum_v \mathrm{softmax}(z^T / T)_v \log \mathrm{softmax}(z^S / T)_v \\), without a factor
+    \\( T^2 \\). Its gradient is that of the forward KL divergence.
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(..., V)`):
+            Student's logits over the vocabulary.
+        teacher_logits (`torch.Tensor` of shape `(..., V)`):
+            Teacher's logits over the same vocabulary.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature \\( T \\) that softens both.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: Loss of each position, in nats.
+
+    Raises:
+        `ValueError`: If shapes differ or `temperature` is not above 0.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> token_soft_label_loss(torch.zeros(2, 4), torch.randn(2, 4))  # log 4
+    tensor([1.3863, 1.3863])
+
+    ```
+    """
+    check(student_logits, teacher_logits, temperature)
+    log_p = (widen(student_logits) / temperature).log_softmax(-1)
+    loss = -((widen(teacher_logits) / temperature).softmax(-1) * log_p).sum(-1)  # eq. 3
+    return loss.to(student_logits.dtype)
