@@ -76,7 +76,7 @@ class TestImports:
 
     @each(METHODS)
     def test_rooms_of_a_method(self, path):
-        shared = {"losses", "scoring", "groups", "teacher", "metrics", "configs", "_trl"}
+        shared = {"losses", "scoring", "groups", "teacher", "metrics", "configs", "training", "_trl"}
         assert {room.split(".")[0] for room in rooms(path)} <= shared | {"trainers"}
 
     @each([path for path in PACKAGE if path.parent.name != "trainers" and path != ROOT / "grkd_trl/__init__.py"])
@@ -115,7 +115,7 @@ def definitions():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name.startswith("_"):
                 continue
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef) and [argument.arg for argument in node.args.args][:1] != ["self"]:
                 yield function(path, node)
             elif isinstance(node, ast.ClassDef):
                 methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]

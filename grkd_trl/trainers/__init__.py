@@ -1,4 +1,5 @@
-from .grkd import GRKDConfig, GRKDTrainer
+from .grkd import GRKDTrainer
+from .grkd_config import GRKDConfig
 
 
 __all__ = ["GRKDConfig", "GRKDTrainer"]

@@ -1,10 +1,7 @@
 """Group Relative Knowledge Distillation (https://huggingface.co/papers/2504.20482)."""
 
 import textwrap
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -17,13 +14,11 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
-from trl import SFTConfig, SFTTrainer
-from trl.trainer import disable_dropout_in_model
+from transformers.trainer_utils import EvalPrediction
+from trl import SFTTrainer
 
-from .._trl import get_config_model_id
-from ..configs import add_objective, check_choices, check_completion_fields, option
-from ..groups import DataCollatorForGroups, bring_scores, count_items, prepare_groups
+from .. import training
+from ..groups import bring_scores
 from ..losses import (
     alpha_at,
     group_relative_loss,
@@ -31,125 +26,9 @@ from ..losses import (
     token_relative_loss,
     token_soft_label_loss,
 )
-from ..metrics import RunningMeans, add_length_metrics, add_rank_metrics
-from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
+from ..scoring import score_completions, sequence_scores, to_groups
 from ..teacher import load_teacher, prepare_teacher, shared_vocabulary
-
-
-_EQUATION = (
-    r"L = (1 - \alpha) L_{soft} + \alpha L_{relative}, \qquad "
-    r"L_{relative} = \mathrm{mean}_{(i, j): s^T_i - s^T_j > g} -\log \sigma((s^S_i - s^S_j) / \tau)"
-)
-
-
-@dataclass
-class GRKDConfig(SFTConfig):
-    r"""
-    Configuration class for the [`GRKDTrainer`].
-
-    Only the parameters of GRKD are listed. For the others see [`~trl.SFTConfig`] and
-    [`~transformers.TrainingArguments`].
-
-    Parameters:
-        > Parameters that control the models
-
-        teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path.
-        disable_dropout (`bool`, *optional*, defaults to `True`):
-            Whether to disable dropout in the student. The teacher never has any.
-
-        > Parameters that control the scores
-
-        score (`str`, *optional*, defaults to `"mean"`):
-            Score of a completion: `"mean"` (nats per token) or `"sum"` (nats) of its log-probabilities, EOS counted.
-
-        > Parameters that control the relative loss (equations 1 and 2)
-
-        relative_level (`str`, *optional*, defaults to `"completions"`):
-            What is ranked: the `"completions"` of a prompt, or at each completion position the teacher's most likely
-            next `"tokens"`.
-        relative_top_k (`int`, *optional*, defaults to `8`):
-            Number of next tokens to rank, at the level of tokens.
-        ranking_temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature \\( \tau \\), in the unit of the scores (of the logits, at the level of tokens).
-        min_gap (`float`, *optional*, defaults to `0.0`):
-            Gap of teacher scores that a pair must exceed.
-
-        > Parameters that control the soft labels (equation 3)
-
-        soft_label (`str`, *optional*, defaults to `"token"`):
-            `"token"`: next-token distributions of student and teacher, which share a vocabulary. `"group"`: softmax of
-            the scores over a group. `"none"`: the relative loss alone, with \\( \alpha \\) 1 throughout.
-        soft_label_temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature that softens both sides of the soft labels.
-
-        > Parameters that control the balance (equation 4)
-
-        alpha_start (`float`, *optional*, defaults to `0.0`):
-            Share \\( \alpha \\) of the relative loss at the start of the run.
-        alpha_end (`float`, *optional*, defaults to `0.6`):
-            Share of the relative loss at its end.
-        alpha_schedule (`str`, *optional*, defaults to `"linear"`):
-            Way from start to end over the optimizer steps: `"linear"`, `"cosine"`, or `"constant"` (`alpha_end`
-            throughout).
-
-    > [!NOTE]
-    > `learning_rate` defaults to `1e-6`, as in [`~trl.DPOConfig`]. Fields of [`~trl.SFTConfig`] that would train on
-    > anything but whole completions (`packing`, `padding_free`, `assistant_only_loss`, `completion_only_loss=False`,
-    > `loss_type`, `label_smoothing_factor`) are refused.
-    """
-
-    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
-
-    learning_rate: float = option(1e-6, "The initial learning rate for AdamW.")
-    teacher_model_init_kwargs: dict[str, Any] | str | None = option(
-        None, "Keyword arguments for `from_pretrained` of the teacher, when it is an id or a path."
-    )
-    disable_dropout: bool = option(True, "Whether to disable dropout in the student.")
-    score: str = option(
-        "mean", "Score of a completion: 'mean' or 'sum' of its log-probabilities.", choices=["mean", "sum"]
-    )
-    relative_level: str = option(
-        "completions",
-        "What is ranked: the 'completions' of a prompt, or the teacher's most likely next 'tokens'.",
-        choices=["completions", "tokens"],
-    )
-    relative_top_k: int = option(8, "Number of next tokens to rank, at the level of tokens.")
-    ranking_temperature: float = option(1.0, "Temperature of the relative loss, in the unit of the scores.")
-    min_gap: float = option(0.0, "Gap of teacher scores that a pair must exceed.")
-    soft_label: str = option(
-        "token",
-        "'token': next-token distributions. 'group': softmax of the scores over a group. 'none': no soft labels.",
-        choices=["token", "group", "none"],
-    )
-    soft_label_temperature: float = option(1.0, "Temperature that softens both sides of the soft labels.")
-    alpha_start: float = option(0.0, "Share of the relative loss at the start of the run.")
-    alpha_end: float = option(0.6, "Share of the relative loss at the end of the run.")
-    alpha_schedule: str = option(
-        "linear",
-        "Way from `alpha_start` to `alpha_end`: 'linear', 'cosine', or 'constant' (`alpha_end`).",
-        choices=["linear", "cosine", "constant"],
-    )
-
-    def __post_init__(self):
-        check_choices(self, GRKDConfig)
-        check_completion_fields(self)
-        for name in ("ranking_temperature", "soft_label_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
-        for name in ("alpha_start", "alpha_end"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` is a share and must lie in 0..1, got {getattr(self, name)}.")
-        if not self.min_gap >= 0:
-            raise ValueError(f"`min_gap` must be 0 or above, got {self.min_gap}.")
-        if self.relative_top_k < 2:
-            raise ValueError(f"`relative_top_k` must be at least 2 to make a pair, got {self.relative_top_k}.")
-        super().__post_init__()
-
-    @property
-    def needs_teacher_logits(self) -> bool:
-        """Whether the loss reads next-token logits of the teacher, and so needs it in the training step."""
-        return self.soft_label == "token" or self.relative_level == "tokens"
+from .grkd_config import GRKDConfig
 
 
 class GRKDTrainer(SFTTrainer):
@@ -207,6 +86,11 @@ class GRKDTrainer(SFTTrainer):
             differs from the student's.
     """
 
+    equation = (
+        r"L = (1 - \alpha) L_{soft} + \alpha L_{relative}, \qquad "
+        r"L_{relative} = \mathrm{mean}_{(i, j): s^T_i - s^T_j > g} -\log \sigma((s^S_i - s^S_j) / \tau)"
+    )
+
     # `compute_loss` divides by the groups and tokens of the whole optimizer step, on all processes.
     loss_is_scaled_for_ga = True
 
@@ -239,11 +123,7 @@ class GRKDTrainer(SFTTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
     ):
-        if args is None:
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = GRKDConfig(f"{model_name.split('/')[-1]}-GRKD")
-        elif not isinstance(args, GRKDConfig):
-            raise TypeError(f"`args` must be a `GRKDConfig`, got `{type(args).__name__}`.")
+        args = training.resolve_args(args, GRKDConfig, model)
         if teacher_model is model and not isinstance(model, str):
             raise ValueError("`model` and `teacher_model` cannot be the same object: the teacher is frozen.")
         needs_teacher = not bring_scores(train_dataset, eval_dataset) or args.needs_teacher_logits
@@ -266,36 +146,20 @@ class GRKDTrainer(SFTTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        # `SFTTrainer` settles the pad token, so the collator is made after it.
-        self.data_collator = data_collator or DataCollatorForGroups(
-            pad_token_id=self._tokenizer.pad_token_id,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-        )
-        if args.disable_dropout:
-            disable_dropout_in_model(self.model)
+        training.set_up_groups(self, data_collator)
         self.teacher_model = None
         if needs_teacher:
             teacher = load_teacher(teacher_model, args.teacher_model_init_kwargs)
             self._vocab_size = shared_vocabulary(self.model, teacher, self._tokenizer)
             self.teacher_model = prepare_teacher(teacher, self.accelerator)
-        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
 
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        dataset = prepare_groups(
-            dataset,
-            processing_class,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            min_gap=args.min_gap,
-            num_proc=args.dataset_num_proc,
-            name=dataset_name,
-        )
-        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
-
-    def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["prompt_ids", "completion_ids", "teacher_scores", "clipped"]
+    _prepare_dataset = training.prepare_dataset
+    _set_signature_columns_if_needed = training.set_signature_columns
+    get_batch_samples = training.count_batch_samples
+    prediction_step = training.prediction_step
+    evaluation_loop = training.evaluation_loop
+    log = training.log
+    create_model_card = training.create_model_card
 
     @property
     def alpha(self) -> float:
@@ -309,8 +173,21 @@ class GRKDTrainer(SFTTrainer):
             schedule=self.args.alpha_schedule,
         )
 
+    def objective(self, means: dict[str, float]) -> float:
+        """
+        The loss from the means it is made of.
+
+        Args:
+            means (`dict[str, float]`):
+                What `compute_loss` logs.
+
+        Returns:
+            `float`: Equation 4 at this point of the run.
+        """
+        return self.alpha * means["loss/relative"] + (1 - self.alpha) * means.get("loss/soft", 0.0)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        args, means, alpha = self.args, self._means["train" if self.model.training else "eval"], self.alpha
+        args, alpha = self.args, self.alpha
         group_mask, completion_mask = inputs["group_mask"], inputs["completion_mask"]
         teacher_scores = inputs.get("teacher_scores")
 
@@ -344,57 +221,17 @@ class GRKDTrainer(SFTTrainer):
         else:
             soft = student_scores.new_zeros(0)
 
-        # Equation 4. Means are sums over the micro-batch, divided by the counts of the whole optimizer step, so
-        # neither accumulation nor the number of processes changes the loss; DDP's mean over processes is undone.
-        counts = count_items([inputs]) if num_items_in_batch is None else num_items_in_batch
-        num_groups, num_tokens = counts.clamp(min=1)
+        # Equation 4: sums over the micro-batch, divided by the counts of the whole optimizer step
+        num_groups, num_tokens = training.step_counts(self, inputs, num_items_in_batch)
         relative_count = num_groups if args.relative_level == "completions" else num_tokens
         soft_count = num_tokens if args.soft_label == "token" else num_groups
         loss = alpha * relative.sum() / relative_count + (1 - alpha) * soft.sum() / soft_count
-        if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
-        if self.aux_loss_enabled:
-            steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            loss = loss + self.router_aux_loss_coef * student.aux_loss / steps
+        loss = training.add_router_loss(self, loss, student.aux_loss, num_items_in_batch)
 
+        means = training.step_means(self)
         means.add("loss/relative", relative)
         means.add("loss/soft", soft)
         means.add("alpha", torch.tensor(alpha, dtype=torch.float64))
-        add_rank_metrics(means, student_scores, teacher_scores, min_gap=args.min_gap, mask=group_mask)
-        lengths = to_groups(predicted_mask(completion_mask).sum(-1), group_mask)
-        add_length_metrics(means, lengths, inputs["clipped"], teacher_scores, mask=group_mask)
+        training.add_group_metrics(self, inputs, student_scores, teacher_scores, min_gap=args.min_gap)
         outputs = {"student_scores": student_scores, "teacher_scores": teacher_scores}
         return (loss, outputs) if return_outputs else loss
-
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, self.accelerator.reduce(count_items(batches).to(device), reduction="sum")
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss, None, None
-        absent = ~inputs["group_mask"]
-        return loss, *(outputs[name].masked_fill(absent, -100.0) for name in ("student_scores", "teacher_scores"))
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ) -> EvalLoopOutput:
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        means = self._means["eval"].read(self.accelerator)
-        # `Trainer` averages batches; this is the mean over groups and tokens, as in training.
-        means["loss"] = self.alpha * means["loss/relative"] + (1 - self.alpha) * means.get("loss/soft", 0.0)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training:
-            logs.update(self._means["train"].read(self.accelerator))
-        super().log(logs, start_time)
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        super().create_model_card(model_name, dataset_name, tags)
-        if self.is_world_process_zero():
-            add_objective(Path(self.args.output_dir) / "README.md", _EQUATION, self.args, GRKDConfig)
