@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from grkd_trl import GRKDConfig
-from grkd_trl import groups as groups_module
 from grkd_trl.groups import (
     DataCollatorForGroups,
     bring_scores,
+    collator,
     count_items,
     prepare_groups,
     read_group,
@@ -407,7 +407,7 @@ class TestCollator:
     def test_docstring(self):
         results = [
             doctest.DocTestRunner().run(test)
-            for test in doctest.DocTestFinder().find(groups_module)
+            for test in doctest.DocTestFinder().find(collator)
             if test.name.endswith("DataCollatorForGroups")
         ]
         assert sum(result.attempted for result in results) >= 6

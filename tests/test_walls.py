@@ -49,7 +49,7 @@ def rooms(path):
 class TestImports:
     def test_imports_are_read(self):
         """The helper above sees every form, or the tests below would hold nothing."""
-        seen = set(imports(ROOT / "grkd_trl/teacher.py"))
+        seen = set(imports(ROOT / "grkd_trl/teacher/local.py"))
         assert {("torch", ""), ("grkd_trl.scoring", "score_completions"), ("grkd_trl._trl", "tokenize")} <= seen
         assert ("grkd_trl", "_trl") in imports(ROOT / "grkd_trl/__init__.py")
         assert "_trl" in rooms(ROOT / "grkd_trl/__init__.py")
@@ -144,7 +144,11 @@ class TestDocstrings:
 
     def test_finds_them(self):
         labels = [definition.label for definition in definitions()]
-        for name in ("losses/schedule.py:alpha_at", "metrics.py:RunningMeans.add", "groups.py:DataCollatorForGroups"):
+        for name in (
+            "losses/schedule.py:alpha_at",
+            "metrics.py:RunningMeans.add",
+            "groups/collator.py:DataCollatorForGroups",
+        ):
             assert f"grkd_trl/{name}" in labels
         collator = next(item for item in definitions() if item.label.endswith("DataCollatorForGroups"))
         assert {"pad_token_id", "max_length"} <= set(collator.parameters)

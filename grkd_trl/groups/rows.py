@@ -1,4 +1,4 @@
-"""The group dataset: read and check rows, tokenize them as TRL does, and collate groups into batches.
+"""Rows of a group dataset: read, check and tokenize them as TRL does.
 
 A group is one prompt with two or more completions: `{"prompt", "completions": [...], "teacher_scores": [...]}`, where
 the scores are optional, and so is `"clipped": [...]`, `True` for a completion that was cut before its end.
@@ -6,19 +6,17 @@ the scores are optional, and so is `"clipped": [...]`, `True` for a completion t
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.data.data_collator import DataCollatorMixin
 from transformers.utils import logging
 from trl import extract_prompt
 
-from ._trl import common_prefix_length, global_then_local_main_first, pad, tokenize
-from .losses import ranked_pairs
-from .scoring import predicted_mask
+from .._trl import common_prefix_length, global_then_local_main_first, tokenize
+from ..losses import ranked_pairs
 
 
 logger = logging.get_logger(__name__)
@@ -107,18 +105,78 @@ def read_group(row: dict[str, Any], index: int) -> dict[str, Any]:
     return group
 
 
+def tokenize_completions(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    prompt: str | list[dict[str, Any]],
+    completions: Sequence[str] | Sequence[list[dict[str, Any]]],
+    *,
+    clipped: Sequence[bool] | None = None,
+    tools: list | str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> tuple[list[int], list[list[int]]]:
+    """
+    Tokenize a prompt and its completions as TRL's `DPOTrainer` does: prompt and completion as one text, the completion
+    starting where the tokens of the group part from the prompt's. EOS ends a standard completion, the chat template a
+    conversational one; a clipped completion gets neither.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer, or a processor used for text alone.
+        prompt (`str` or `list[dict]`):
+            Text, or messages.
+        completions (`Sequence[str]` or `Sequence[list[dict]]`):
+            One or more completions. One of a conversation may be a list of messages or the text of the assistant's.
+        clipped (`Sequence[bool]`, *optional*):
+            Which completions were cut before they ended.
+        tools (`list` or `str`, *optional*):
+            Tools for the chat template, or their JSON.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Further keyword arguments for the chat template.
+
+    Returns:
+        `tuple[list[int], list[list[int]]]`: Ids of the prompt and of each completion, which may be none.
+    """
+    clipped = clipped or [False] * len(completions)
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    full_ids = []
+    if isinstance(prompt, str):
+        prompt_ids = tokenize(processing_class, prompt)["input_ids"]
+        for completion, was_cut in zip(completions, clipped, strict=True):
+            end = "" if was_cut or completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
+            ids = tokenize(processing_class, prompt + completion + end)["input_ids"]
+            ends_itself = was_cut and ids[-1:] == [tokenizer.eos_token_id]  # some tokenizers add EOS to text
+            full_ids.append(ids[:-1] if ends_itself else ids)
+    else:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        kwargs = {"tools": tools} | (chat_template_kwargs or {})
+        prompt_ids = tokenize(processing_class, prompt, add_generation_prompt=True, **kwargs)["input_ids"]
+        for completion, was_cut in zip(completions, clipped, strict=True):
+            if isinstance(completion, str):
+                completion = [{"role": "assistant", "content": completion}]
+            end = {"continue_final_message": True} if was_cut else {}
+            full_ids.append(tokenize(processing_class, prompt + completion, **end, **kwargs)["input_ids"])
+
+    length = min(common_prefix_length(prompt_ids, ids) for ids in full_ids)
+    if length < len(prompt_ids):
+        logger.warning_once(
+            "A tokenized prompt is not a prefix of prompt and completion tokenized together: the template renders the "
+            "prompt alone otherwise, or tokens merge across the boundary. Completions start where the tokens part, and "
+            f"the prompt's end is left out: {processing_class.decode(prompt_ids[length:])!r}. End prompts on a token "
+            "boundary to train on the context that generation sees."
+        )
+    return prompt_ids[:length], [ids[length:] for ids in full_ids]
+
+
 def tokenize_group(
     row: dict[str, Any], index: int, *, processing_class: PreTrainedTokenizerBase | ProcessorMixin
 ) -> dict[str, Any]:
     """
-    Tokenize a row as TRL's `DPOTrainer` does: prompt and completion as one text, the completion starting where the
-    tokens of the group part from the prompt's. EOS ends a standard completion, the chat template a conversational
-    one; a clipped completion gets neither.
+    Check and tokenize a row, as [`tokenize_completions`] says.
 
     Args:
         row (`dict[str, Any]`):
-            Row that [`read_group`] accepts. A conversational completion may be a list of messages or the text of the
-            assistant's message.
+            Row that [`read_group`] accepts, with `tools` and `chat_template_kwargs` for the chat template if it has
+            them.
         index (`int`):
             Row number, for errors.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
@@ -132,42 +190,20 @@ def tokenize_group(
         `ValueError`: If the row is no group, or a completion comes to no token.
     """
     group = read_group(row, index)
-    prompt, tokenizer = group.pop("prompt"), getattr(processing_class, "tokenizer", processing_class)
-    full_ids = []
-    if isinstance(prompt, str):
-        prompt_ids = tokenize(processing_class, prompt)["input_ids"]
-        for completion, clipped in zip(group.pop("completions"), group["clipped"], strict=True):
-            end = "" if clipped or completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
-            ids = tokenize(processing_class, prompt + completion + end)["input_ids"]
-            ends_itself = clipped and ids[-1:] == [tokenizer.eos_token_id]  # some tokenizers add EOS to text
-            full_ids.append(ids[:-1] if ends_itself else ids)
-    else:
-        tools = row.get("tools")
-        kwargs = {"tools": json.loads(tools) if isinstance(tools, str) else tools} | (
-            row.get("chat_template_kwargs") or {}
-        )
-        prompt_ids = tokenize(processing_class, prompt, add_generation_prompt=True, **kwargs)["input_ids"]
-        for completion, clipped in zip(group.pop("completions"), group["clipped"], strict=True):
-            if isinstance(completion, str):
-                completion = [{"role": "assistant", "content": completion}]
-            end = {"continue_final_message": True} if clipped else {}
-            full_ids.append(tokenize(processing_class, prompt + completion, **end, **kwargs)["input_ids"])
-
-    length = min(common_prefix_length(prompt_ids, ids) for ids in full_ids)
-    if length < len(prompt_ids):
-        logger.warning_once(
-            "A tokenized prompt is not a prefix of prompt and completion tokenized together: the template renders the "
-            "prompt alone otherwise, or tokens merge across the boundary. Completions start where the tokens part, and "
-            f"the prompt's end is left out: {processing_class.decode(prompt_ids[length:])!r}. End prompts on a token "
-            "boundary to train on the context that generation sees."
-        )
-    completion_ids = [ids[length:] for ids in full_ids]
+    prompt_ids, completion_ids = tokenize_completions(
+        processing_class,
+        group.pop("prompt"),
+        group.pop("completions"),
+        clipped=group["clipped"],
+        tools=row.get("tools"),
+        chat_template_kwargs=row.get("chat_template_kwargs"),
+    )
     if [] in completion_ids:
         raise ValueError(
             f"`completions` of row {index} holds no token at position {completion_ids.index([])}: drop the empty "
             "completion."
         )
-    return {"prompt_ids": prompt_ids[:length], "completion_ids": completion_ids, **group}
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, **group}
 
 
 def prepare_groups(
@@ -242,110 +278,3 @@ def prepare_groups(
                     "they add nothing to the relative loss. Sample more varied completions if the share is large."
                 )
     return dataset
-
-
-@dataclass
-class DataCollatorForGroups(DataCollatorMixin):
-    """
-    Collates tokenized groups into rows of prompt and completion, padded on the right, group after group.
-
-    Args:
-        pad_token_id (`int`):
-            Token to pad with. Masks come from lengths, so it may equal EOS.
-        max_length (`int`, *optional*):
-            Longest row; longer ones are truncated.
-        truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
-            Which end of a long row to keep, `"keep_start"` or `"keep_end"`.
-        pad_to_multiple_of (`int`, *optional*):
-            Pad the length to a multiple of this.
-        return_tensors (`str`, *optional*, defaults to `"pt"`):
-            Only `"pt"` is supported.
-
-    Returns a dictionary of P groups in N rows of length L: `group_mask` `(P, G)`, `True` where a group has a
-    completion; `input_ids`, `attention_mask` and `completion_mask` `(N, L)`; `clipped` `(N,)`, `True` where the
-    completion's end was cut, here or when it was written; and `teacher_scores` `(P, G)`, 0 where absent, if the groups
-    have any.
-
-    Example:
-
-    ```python
-    >>> from grkd_trl.groups import DataCollatorForGroups
-
-    >>> collator = DataCollatorForGroups(pad_token_id=0)
-    >>> batch = collator(
-    ...     [
-    ...         {"prompt_ids": [1, 2], "completion_ids": [[3, 4], [5]], "teacher_scores": [-0.5, -2.0]},
-    ...         {"prompt_ids": [6], "completion_ids": [[7], [8], [9]], "teacher_scores": [-1.0, -3.0, -2.0]},
-    ...     ]
-    ... )
-    >>> batch["group_mask"]
-    tensor([[ True,  True, False],
-            [ True,  True,  True]])
-    >>> batch["input_ids"]
-    tensor([[1, 2, 3, 4],
-            [1, 2, 5, 0],
-            [6, 7, 0, 0],
-            [6, 8, 0, 0],
-            [6, 9, 0, 0]])
-    >>> batch["completion_mask"]
-    tensor([[0, 0, 1, 1],
-            [0, 0, 1, 0],
-            [0, 1, 0, 0],
-            [0, 1, 0, 0],
-            [0, 1, 0, 0]])
-    >>> batch["teacher_scores"]
-    tensor([[-0.5000, -2.0000,  0.0000],
-            [-1.0000, -3.0000, -2.0000]])
-
-    ```
-    """
-
-    pad_token_id: int
-    max_length: int | None = None
-    truncation_mode: str = "keep_start"
-    pad_to_multiple_of: int | None = None
-    return_tensors: str = "pt"
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        keep = slice(self.max_length)  # `slice(None)` keeps all
-        if self.truncation_mode == "keep_end" and self.max_length is not None:
-            keep = slice(-self.max_length, None)
-        input_ids, completion_mask, clipped = [], [], []
-        for example in examples:
-            prompt_ids = example["prompt_ids"]
-            cut_before = example.get("clipped") or [False] * len(example["completion_ids"])
-            for completion_ids, was_cut in zip(example["completion_ids"], cut_before, strict=True):
-                ids = torch.tensor(prompt_ids + completion_ids)
-                mask = torch.ones_like(ids)
-                mask[: len(prompt_ids)] = 0
-                input_ids.append(ids[keep])
-                completion_mask.append(mask[keep])
-                cut_here = self.truncation_mode == "keep_start" and len(input_ids[-1]) < len(ids)
-                clipped.append(was_cut or cut_here)
-        attention_mask = [torch.ones_like(ids) for ids in input_ids]
-
-        # `group_mask` stands first: `Trainer` takes the batch size from the first tensor, and the batch is of groups.
-        batch = {"group_mask": pad([torch.ones(len(e["completion_ids"]), dtype=torch.bool) for e in examples])}
-        multiple = self.pad_to_multiple_of
-        batch["input_ids"] = pad(input_ids, padding_value=self.pad_token_id, pad_to_multiple_of=multiple)
-        batch["attention_mask"] = pad(attention_mask, pad_to_multiple_of=multiple)
-        batch["completion_mask"] = pad(completion_mask, pad_to_multiple_of=multiple)
-        batch["clipped"] = torch.tensor(clipped)
-        if examples[0].get("teacher_scores") is not None:
-            batch["teacher_scores"] = pad([torch.tensor(e["teacher_scores"], dtype=torch.float32) for e in examples])
-        return batch
-
-
-def count_items(batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """
-    Count what means are taken over.
-
-    Args:
-        batches (`list[dict[str, torch.Tensor]]`):
-            Batches of [`DataCollatorForGroups`].
-
-    Returns:
-        `torch.Tensor` of shape `(2,)`: Groups, and completion tokens that are predicted.
-    """
-    tokens = sum((predicted_mask(batch["completion_mask"]).sum() for batch in batches), torch.tensor(0))
-    return torch.stack([tokens.new_tensor(sum(len(batch["group_mask"]) for batch in batches)), tokens])

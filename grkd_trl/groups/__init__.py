@@ -1,0 +1,19 @@
+"""The group dataset: rows, batches, and writing one.
+
+A group is one prompt with two or more completions: `{"prompt", "completions": [...], "teacher_scores": [...]}`, where
+the scores are optional, and so is `"clipped": [...]`, `True` for a completion that was cut before its end.
+"""
+
+from .collator import DataCollatorForGroups, count_items
+from .rows import bring_scores, prepare_groups, read_group, tokenize_completions, tokenize_group
+
+
+__all__ = [
+    "DataCollatorForGroups",
+    "bring_scores",
+    "count_items",
+    "prepare_groups",
+    "read_group",
+    "tokenize_completions",
+    "tokenize_group",
+]

@@ -1,0 +1,117 @@
+"""Batches of groups: pad tokenized groups into rows, and count what means are taken over."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.data.data_collator import DataCollatorMixin
+
+from .._trl import pad
+from ..scoring import predicted_mask
+
+
+@dataclass
+class DataCollatorForGroups(DataCollatorMixin):
+    """
+    Collates tokenized groups into rows of prompt and completion, padded on the right, group after group.
+
+    Args:
+        pad_token_id (`int`):
+            Token to pad with. Masks come from lengths, so it may equal EOS.
+        max_length (`int`, *optional*):
+            Longest row; longer ones are truncated.
+        truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
+            Which end of a long row to keep, `"keep_start"` or `"keep_end"`.
+        pad_to_multiple_of (`int`, *optional*):
+            Pad the length to a multiple of this.
+        return_tensors (`str`, *optional*, defaults to `"pt"`):
+            Only `"pt"` is supported.
+
+    Returns a dictionary of P groups in N rows of length L: `group_mask` `(P, G)`, `True` where a group has a
+    completion; `input_ids`, `attention_mask` and `completion_mask` `(N, L)`; `clipped` `(N,)`, `True` where the
+    completion's end was cut, here or when it was written; and `teacher_scores` `(P, G)`, 0 where absent, if the groups
+    have any.
+
+    Example:
+
+    ```python
+    >>> from grkd_trl.groups import DataCollatorForGroups
+
+    >>> collator = DataCollatorForGroups(pad_token_id=0)
+    >>> batch = collator(
+    ...     [
+    ...         {"prompt_ids": [1, 2], "completion_ids": [[3, 4], [5]], "teacher_scores": [-0.5, -2.0]},
+    ...         {"prompt_ids": [6], "completion_ids": [[7], [8], [9]], "teacher_scores": [-1.0, -3.0, -2.0]},
+    ...     ]
+    ... )
+    >>> batch["group_mask"]
+    tensor([[ True,  True, False],
+            [ True,  True,  True]])
+    >>> batch["input_ids"]
+    tensor([[1, 2, 3, 4],
+            [1, 2, 5, 0],
+            [6, 7, 0, 0],
+            [6, 8, 0, 0],
+            [6, 9, 0, 0]])
+    >>> batch["completion_mask"]
+    tensor([[0, 0, 1, 1],
+            [0, 0, 1, 0],
+            [0, 1, 0, 0],
+            [0, 1, 0, 0],
+            [0, 1, 0, 0]])
+    >>> batch["teacher_scores"]
+    tensor([[-0.5000, -2.0000,  0.0000],
+            [-1.0000, -3.0000, -2.0000]])
+
+    ```
+    """
+
+    pad_token_id: int
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        keep = slice(self.max_length)  # `slice(None)` keeps all
+        if self.truncation_mode == "keep_end" and self.max_length is not None:
+            keep = slice(-self.max_length, None)
+        input_ids, completion_mask, clipped = [], [], []
+        for example in examples:
+            prompt_ids = example["prompt_ids"]
+            cut_before = example.get("clipped") or [False] * len(example["completion_ids"])
+            for completion_ids, was_cut in zip(example["completion_ids"], cut_before, strict=True):
+                ids = torch.tensor(prompt_ids + completion_ids)
+                mask = torch.ones_like(ids)
+                mask[: len(prompt_ids)] = 0
+                input_ids.append(ids[keep])
+                completion_mask.append(mask[keep])
+                cut_here = self.truncation_mode == "keep_start" and len(input_ids[-1]) < len(ids)
+                clipped.append(was_cut or cut_here)
+        attention_mask = [torch.ones_like(ids) for ids in input_ids]
+
+        # `group_mask` stands first: `Trainer` takes the batch size from the first tensor, and the batch is of groups.
+        batch = {"group_mask": pad([torch.ones(len(e["completion_ids"]), dtype=torch.bool) for e in examples])}
+        multiple = self.pad_to_multiple_of
+        batch["input_ids"] = pad(input_ids, padding_value=self.pad_token_id, pad_to_multiple_of=multiple)
+        batch["attention_mask"] = pad(attention_mask, pad_to_multiple_of=multiple)
+        batch["completion_mask"] = pad(completion_mask, pad_to_multiple_of=multiple)
+        batch["clipped"] = torch.tensor(clipped)
+        if examples[0].get("teacher_scores") is not None:
+            batch["teacher_scores"] = pad([torch.tensor(e["teacher_scores"], dtype=torch.float32) for e in examples])
+        return batch
+
+
+def count_items(batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """
+    Count what means are taken over.
+
+    Args:
+        batches (`list[dict[str, torch.Tensor]]`):
+            Batches of [`DataCollatorForGroups`].
+
+    Returns:
+        `torch.Tensor` of shape `(2,)`: Groups, and completion tokens that are predicted.
+    """
+    tokens = sum((predicted_mask(batch["completion_mask"]).sum() for batch in batches), torch.tensor(0))
+    return torch.stack([tokens.new_tensor(sum(len(batch["group_mask"]) for batch in batches)), tokens])

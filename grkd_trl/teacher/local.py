@@ -1,0 +1,356 @@
+"""Local causal language models that write completions and score them."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .._trl import get_config_model_id, pad, tokenize
+from ..groups import DataCollatorForGroups, read_group, tokenize_completions
+from ..scoring import score_completions, sequence_scores, to_groups
+from .protocol import Completions, TeacherScores
+from .retokenize import reads_back, tokenizer_hash
+
+
+def _pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:
+    # Llama-3's tokenizer has no pad token; masks come from lengths, so any token will do.
+    pad_token_id = processing_class.pad_token_id
+    return processing_class.eos_token_id if pad_token_id is None else pad_token_id
+
+
+def _prompt_ids(processing_class: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+    template = {"add_generation_prompt": True} if isinstance(prompt, list) else {}
+    ids = tokenize(processing_class, prompt, **template)["input_ids"]
+    ends_itself = not template and ids[-1] == processing_class.eos_token_id  # some tokenizers add EOS to text
+    return ids[:-1] if ends_itself else ids
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def generate_completions(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: list[str] | list[list[dict[str, str]]],
+    *,
+    num_completions: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> tuple[list[list[str]], list[list[bool]]]:
+    """
+    Write completions, in evaluation mode. Prompts of similar length share a batch; draws come from torch's global
+    generator.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        prompts (`list[str]` or `list[list[dict]]`):
+            P prompts, as text or messages.
+        num_completions (`int`, *optional*, defaults to `1`):
+            Completions for each prompt (G).
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Longest completion, in tokens.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature; 0 takes the most likely token at each step.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Share of the probability to sample from.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Prompts in a batch.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
+
+    Returns:
+        `tuple[list[list[str]], list[list[bool]]]`: Texts without special tokens, `(P, G)`, and whether each was cut
+        at `max_new_tokens` before its EOS.
+    """
+    # `generate` takes what is not said from the model's generation config, which may hold other sampling settings.
+    neutral = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None}
+    cutoffs = {"min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+    sampling = {"do_sample": False} | neutral
+    if temperature > 0:
+        sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} | cutoffs
+    prompt_ids = [_prompt_ids(processing_class, prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]))
+    texts, clipped = [[]] * len(prompts), [[]] * len(prompts)
+    # Chat models end a turn with a token of their own, which stands beside EOS in the generation config.
+    ends = model.generation_config.eos_token_id
+    ends = {processing_class.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+    pad_token_id = _pad_token_id(processing_class)
+
+    def write_batch(rows: list[int]) -> None:
+        ids = [torch.tensor(prompt_ids[row], device=model.device) for row in rows]
+        input_ids = pad(ids, padding_value=pad_token_id, padding_side="left")
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=pad([torch.ones_like(row) for row in ids], padding_side="left"),
+            max_new_tokens=max_new_tokens,
+            num_return_sequences=num_completions,
+            eos_token_id=sorted(ends),
+            pad_token_id=pad_token_id,
+            use_cache=True,
+            **sampling,
+        )[:, input_ids.shape[1] :]
+        decoded = processing_class.batch_decode(output, skip_special_tokens=True)
+        ended = torch.isin(output, torch.tensor(sorted(ends), device=output.device)).any(-1).tolist()
+        for position, row in enumerate(rows):
+            group = slice(position * num_completions, (position + 1) * num_completions)
+            texts[row], clipped[row] = decoded[group], [not end for end in ended[group]]
+
+    with _evaluating(model):
+        for start in tqdm(range(0, len(order), batch_size), desc="Writing completions", disable=not progress):
+            write_batch(order[start : start + batch_size])
+    return texts, clipped
+
+
+class LocalTeacher:
+    """
+    A causal language model in this process as a [`Teacher`]: it writes completions, and scores them with its own
+    tokenizer and chat template, in evaluation mode, batched by tokens and sorted by length. Logits exist for
+    completion tokens alone.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model, of any dtype, quantized or not.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer, which need not be the student's.
+        score (`str`, *optional*, defaults to `"mean"`):
+            `"mean"` (nats per token) or `"sum"` (nats) of the log-probabilities.
+        tokens_per_batch (`int`, *optional*, defaults to `16384`):
+            Tokens in a batch that is scored, padding included. A larger group is a batch of its own.
+        prompts_per_batch (`int`, *optional*, defaults to `64`):
+            Prompts in a batch that is written.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show progress bars.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processing_class: PreTrainedTokenizerBase,
+        *,
+        score: str = "mean",
+        tokens_per_batch: int = 16384,
+        prompts_per_batch: int = 64,
+        progress: bool = False,
+    ):
+        if score not in ("mean", "sum"):
+            raise ValueError(f"`score` must be 'mean' or 'sum', got {score!r}.")
+        self.model, self.processing_class, self.score_type = model, processing_class, score
+        self.tokens_per_batch, self.prompts_per_batch, self.progress = tokens_per_batch, prompts_per_batch, progress
+        # Not every architecture has a limit, ALiBi and state-space models among them.
+        self.context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+    def describe(self) -> dict[str, Any]:
+        """
+        What tells this teacher from another.
+
+        Returns:
+            `dict[str, Any]`: Model, revision, dtype, a hash of the tokenizer, and the score.
+        """
+        config = self.model.config
+        return {
+            "model": get_config_model_id(config),
+            "revision": getattr(config, "_commit_hash", None),  # only what came from a hub has one
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "quantization": str(config.quantization_config) if hasattr(config, "quantization_config") else None,
+            "tokenizer": tokenizer_hash(self.processing_class),
+            "score": self.score_type,
+        }
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[list[dict[str, str]]],
+        num_completions: int,
+        *,
+        seed: int,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> Completions:
+        """
+        Write completions. The seed decides the draws, and torch's global generator is left as it was.
+
+        Args:
+            prompts (`Sequence[str]` or `Sequence[list[dict]]`):
+                P prompts, as text or messages.
+            num_completions (`int`):
+                Completions for each prompt.
+            seed (`int`):
+                Seed of the draws.
+            max_new_tokens (`int`, *optional*, defaults to `256`):
+                Longest completion, in tokens.
+            temperature (`float`, *optional*, defaults to `1.0`):
+                Sampling temperature; 0 takes the most likely token at each step.
+            top_p (`float`, *optional*, defaults to `1.0`):
+                Share of the probability to sample from.
+
+        Returns:
+            [`Completions`]: Texts and whether each was cut; none for a prompt that leaves no room for
+            `max_new_tokens` in the context.
+        """
+        lengths = [len(_prompt_ids(self.processing_class, prompt)) for prompt in prompts]
+        rows = [row for row, length in enumerate(lengths) if length + max_new_tokens <= self.context_length]
+        texts, clipped = [[] for _ in prompts], [[] for _ in prompts]
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            written = generate_completions(
+                self.model,
+                self.processing_class,
+                [prompts[row] for row in rows],
+                num_completions=num_completions,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                batch_size=self.prompts_per_batch,
+                progress=self.progress,
+            )
+        for row, text, cut in zip(rows, *written, strict=True):
+            texts[row], clipped[row] = text, cut
+        return Completions(texts, clipped)
+
+    @torch.no_grad()
+    def score(
+        self,
+        prompts: Sequence[str] | Sequence[list[dict[str, str]]],
+        completions: Sequence[Sequence[str]] | Sequence[Sequence[list[dict[str, str]]]],
+        *,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> TeacherScores:
+        """
+        Score completions by their log-probability.
+
+        Args:
+            prompts (`Sequence[str]` or `Sequence[list[dict]]`):
+                P prompts, as text or messages.
+            completions (`Sequence[Sequence[str]]` or `Sequence[Sequence[list[dict]]]`):
+                A group of completions for each prompt.
+            columns (`Mapping[str, Sequence]`, *optional*):
+                Further columns, a value a prompt. `clipped`, `tools` and `chat_template_kwargs` are read.
+
+        Returns:
+            [`TeacherScores`]: NaN for a completion that has no token, or with its prompt exceeds the context.
+        """
+        groups, places, num_tokens, surprises = [], [], [], []
+        for row, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
+            extra = {name: values[row] for name, values in (columns or {}).items()}
+            prompt_ids, completion_ids = tokenize_completions(
+                self.processing_class,
+                prompt,
+                group,
+                clipped=extra.get("clipped"),
+                tools=extra.get("tools"),
+                chat_template_kwargs=extra.get("chat_template_kwargs"),
+            )
+            num_tokens.append([len(ids) for ids in completion_ids])
+            pairs = zip(group, completion_ids, strict=True)
+            surprises.append([not reads_back(self.processing_class, text, ids) for text, ids in pairs])
+            fits = [0 < len(ids) <= self.context_length - len(prompt_ids) for ids in completion_ids]
+            if any(fits):
+                kept = [ids for ids, fit in zip(completion_ids, fits, strict=True) if fit]
+                groups.append({"prompt_ids": prompt_ids, "completion_ids": kept})
+                places.append([(row, position) for position, fit in enumerate(fits) if fit])
+        scores = [[math.nan] * len(counts) for counts in num_tokens]
+        with _evaluating(self.model):
+            for rows in _batches(groups, self.tokens_per_batch, progress=self.progress):
+                batch = self._collate([groups[row] for row in rows])
+                logps = score_completions(self.model, batch).per_token_logps
+                values = to_groups(
+                    sequence_scores(logps, batch["completion_mask"], score=self.score_type), batch["group_mask"]
+                )
+                for row, group_scores in zip(rows, values.tolist(), strict=True):
+                    for (prompt, position), value in zip(places[row], group_scores, strict=False):
+                        scores[prompt][position] = value
+        return TeacherScores(scores, num_tokens, surprises)
+
+    def _collate(self, groups: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        collator = DataCollatorForGroups(pad_token_id=_pad_token_id(self.processing_class))
+        return {name: tensor.to(self.model.device) for name, tensor in collator(groups).items()}
+
+
+def _batches(groups: list[dict[str, Any]], tokens_per_batch: int, *, progress: bool) -> Iterator[list[int]]:
+    """Rows of `groups` in batches of similar length, which hold so many tokens, padding included, or one group."""
+    lengths = [len(group["prompt_ids"]) + max(map(len, group["completion_ids"])) for group in groups]
+    rows, num_sequences = [], 0
+    order = sorted(range(len(groups)), key=lengths.__getitem__)  # the row in hand is the batch's longest
+    for row in tqdm(order, desc="Scoring groups", disable=not progress):
+        size = len(groups[row]["completion_ids"])
+        if rows and (num_sequences + size) * lengths[row] > tokens_per_batch:
+            yield rows
+            rows, num_sequences = [], 0
+        rows.append(row)
+        num_sequences += size
+    if rows:
+        yield rows
+
+
+def score_groups(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    *,
+    score: str = "mean",
+    tokens_per_batch: int = 16384,
+    progress: bool = True,
+) -> Dataset:
+    """
+    Score every completion of a dataset of groups under a teacher, in evaluation mode and in batches of similar length.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Teacher.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            The teacher's tokenizer, which need not be the student's.
+        dataset ([`~datasets.Dataset`]):
+            Rows with `prompt` and `completions`, and optionally `clipped`.
+        score (`str`, *optional*, defaults to `"mean"`):
+            `"mean"` (nats per token) or `"sum"` (nats) of the log-probabilities.
+        tokens_per_batch (`int`, *optional*, defaults to `16384`):
+            Tokens in a batch, padding included. A larger group is a batch of its own.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
+
+    Returns:
+        [`~datasets.Dataset`]: The dataset with a column `teacher_scores`, in place of one it had.
+
+    Raises:
+        `ValueError`: If a row is no group, or a completion has no token or exceeds the teacher's context.
+    """
+    if "teacher_scores" in dataset.column_names:
+        dataset = dataset.remove_columns("teacher_scores")
+    groups = [read_group(row, index) for index, row in enumerate(dataset)]
+    teacher = LocalTeacher(model, processing_class, score=score, tokens_per_batch=tokens_per_batch, progress=progress)
+    columns = {name: dataset[name] for name in ("tools", "chat_template_kwargs") if name in dataset.column_names}
+    scores, num_tokens, _ = teacher.score(
+        [group["prompt"] for group in groups],
+        [group["completions"] for group in groups],
+        columns=columns | {"clipped": [group["clipped"] for group in groups]},
+    )
+    for index, row in enumerate(scores):
+        for position, value in enumerate(row):
+            if math.isnan(value):
+                raise ValueError(
+                    f"`completions` of row {index} holds {num_tokens[index][position]} tokens at position {position}, "
+                    "and with the prompt it must come to at least one token and fit the teacher's context of "
+                    f"{teacher.context_length} tokens. Drop or shorten it."
+                )
+    return dataset.add_column("teacher_scores", scores)

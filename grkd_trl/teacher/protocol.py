@@ -1,0 +1,103 @@
+"""What a teacher is: it may write completions, and it scores them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+
+class Completions(NamedTuple):
+    """
+    What was written for P prompts.
+
+    Args:
+        texts (`list[list[str]]`):
+            Completions of each prompt, without special tokens. None for a prompt that could not be completed.
+        clipped (`list[list[bool]]`):
+            Whether each was cut at the maximum length, before its end.
+    """
+
+    texts: list[list[str]]
+    clipped: list[list[bool]]
+
+
+class TeacherScores(NamedTuple):
+    """
+    What a teacher says of P groups of completions.
+
+    Args:
+        scores (`list[list[float]]`):
+            Scores, higher is better; nats (per token) where the teacher is a language model. NaN for a completion that
+            cannot be scored.
+        num_tokens (`list[list[int]]`):
+            The teacher's tokens in each completion, EOS counted. 0 where it has none.
+        surprises (`list[list[bool]]`):
+            Whether the teacher's tokenizer read a completion otherwise than as its text.
+    """
+
+    scores: list[list[float]]
+    num_tokens: list[list[int]]
+    surprises: list[list[bool]]
+
+
+class Teacher(Protocol):
+    """Anything with these methods: [`LocalTeacher`], [`ServerTeacher`], [`CallableScorer`], or your own."""
+
+    def describe(self) -> dict[str, Any]:
+        """
+        What tells this teacher from another, for the manifest of what it wrote or scored.
+
+        Returns:
+            `dict[str, Any]`: Names and values that JSON can hold.
+        """
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[list[dict[str, str]]],
+        num_completions: int,
+        *,
+        seed: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+    ) -> Completions:
+        """
+        Write completions.
+
+        Args:
+            prompts (`Sequence[str]` or `Sequence[list[dict]]`):
+                P prompts, as text or messages.
+            num_completions (`int`):
+                Completions for each prompt.
+            seed (`int`):
+                Seed of the draws.
+            max_new_tokens (`int`):
+                Longest completion, in tokens.
+            temperature (`float`):
+                Sampling temperature.
+            top_p (`float`):
+                Share of the probability to sample from.
+
+        Returns:
+            [`Completions`]: Texts, and whether each was cut.
+        """
+
+    def score(
+        self,
+        prompts: Sequence[str] | Sequence[list[dict[str, str]]],
+        completions: Sequence[Sequence[str]] | Sequence[Sequence[list[dict[str, str]]]],
+        *,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> TeacherScores:
+        """
+        Score completions.
+
+        Args:
+            prompts (`Sequence[str]` or `Sequence[list[dict]]`):
+                P prompts, as text or messages.
+            completions (`Sequence[Sequence[str]]` or `Sequence[Sequence[list[dict]]]`):
+                A group of completions for each prompt.
+            columns (`Mapping[str, Sequence]`, *optional*):
+                Further columns of the dataset, a value a prompt; `clipped` among them.
+
+        Returns:
+            [`TeacherScores`]: A score for each completion.
+        """

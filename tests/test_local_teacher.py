@@ -1,0 +1,141 @@
+"""Local language models and functions as teachers."""
+
+import doctest
+import math
+
+import pytest
+import torch
+from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model, tiny_tokenizer
+
+from grkd_trl.teacher import CallableScorer, LocalTeacher, scorer
+from grkd_trl.teacher.retokenize import reads_back, tokenizer_hash
+
+
+PROMPTS = ["a b c ", "d ", "e f g a b c d "]
+COMPLETIONS = [["a", "b c d e f"], ["g a", "b", "c d e"], ["f"]]
+CLIPPED = [[False, True], [False, False, True], [False]]
+
+
+def make_teacher(architecture="llama", tokenizer=None, **kwargs):
+    tokenizer = tokenizer or tiny_tokenizer()
+    shape = {name: kwargs.pop(name) for name in ("max_position_embeddings", "seed") if name in kwargs}
+    model = tiny_model(architecture, len(tokenizer), initializer_range=0.3, **shape)
+    return LocalTeacher(model, tokenizer, **kwargs)
+
+
+@torch.no_grad()
+def plain_logps(model, prompt_ids, completion_ids):
+    logps = model(input_ids=torch.tensor([prompt_ids + completion_ids])).logits[0].log_softmax(-1)
+    return [logps[len(prompt_ids) + t - 1, token].item() for t, token in enumerate(completion_ids)]
+
+
+class TestLocalTeacher:
+    @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+    @pytest.mark.parametrize("tokens_per_batch", [1, 30, 1000])
+    def test_scores_as_one_completion_at_a_time(self, architecture, tokens_per_batch):
+        teacher = make_teacher(architecture, tokens_per_batch=tokens_per_batch)
+        scores, num_tokens, surprises = teacher.score(PROMPTS, COMPLETIONS, columns={"clipped": CLIPPED})
+        teacher.model.eval()
+        tokenizer = teacher.processing_class
+        for prompt, group, cuts, row, counts in zip(PROMPTS, COMPLETIONS, CLIPPED, scores, num_tokens, strict=True):
+            for text, cut, score, count in zip(group, cuts, row, counts, strict=True):
+                ids = tokenizer.convert_tokens_to_ids(text.split()) + [tokenizer.eos_token_id] * (not cut)
+                logps = plain_logps(teacher.model, tokenizer.convert_tokens_to_ids(prompt.split()), ids)
+                assert score == pytest.approx(sum(logps) / len(logps), abs=1e-5)
+                assert count == len(ids)
+        assert not any(map(any, surprises))
+
+    def test_reads_conversations_with_its_own_template(self):
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = CHAT_TEMPLATES["qwen"]
+        teacher = make_teacher(tokenizer=tokenizer)
+        prompt = [{"role": "user", "content": "Hi"}]
+        (row,), (counts,), _ = teacher.score([prompt], [["Hello", [{"role": "assistant", "content": "Hello"}]]])
+        start, end = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "Hello<|im_end|>\n"
+        ids = [tokenizer(text)["input_ids"] for text in (start, end)]
+        logps = plain_logps(teacher.model.eval(), *ids)
+        assert row == pytest.approx([sum(logps) / len(logps)] * 2, abs=1e-5)
+        assert counts == [len(logps)] * 2
+
+    def test_what_cannot_be_scored_is_not_a_number(self):
+        teacher = make_teacher(max_position_embeddings=8)
+        texts = ["a", "b c d e f"]  # 7 and 6 tokens of prompt and completion with EOS; then 9
+        (first, second), num_tokens, _ = teacher.score(
+            ["a b c d "] * 2, [texts, ["", "a"]], columns={"clipped": [[False] * 2, [True, False]]}
+        )
+        assert [math.isnan(value) for value in first] == [False, True]
+        assert [math.isnan(value) for value in second] == [True, False]
+        assert num_tokens == [[2, 6], [0, 2]]
+        assert first[0] == pytest.approx(second[1], abs=1e-6)
+
+    def test_seed_decides_the_draws(self):
+        teacher = make_teacher(prompts_per_batch=2)
+        state = torch.get_rng_state()
+        texts, clipped = teacher.generate(PROMPTS, 3, seed=5, max_new_tokens=6)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(7)
+        assert teacher.generate(PROMPTS, 3, seed=5, max_new_tokens=6) == (texts, clipped)
+        assert teacher.generate(PROMPTS, 3, seed=6, max_new_tokens=6) != (texts, clipped)
+        assert [len(group) for group in texts] == [len(group) for group in clipped] == [3] * 3
+
+    def test_a_prompt_without_room_gets_no_completion(self):
+        texts, clipped = make_teacher(max_position_embeddings=8).generate(PROMPTS, 2, seed=0, max_new_tokens=4)
+        assert [len(group) for group in texts] == [len(group) for group in clipped] == [2, 2, 0]
+
+    def test_describes_itself(self):
+        teacher, other = make_teacher(), make_teacher(tokenizer=byte_tokenizer())
+        assert teacher.describe()["dtype"] == "float32"
+        assert teacher.describe()["tokenizer"] == make_teacher().describe()["tokenizer"]
+        assert teacher.describe()["tokenizer"] != other.describe()["tokenizer"]
+
+    def test_refuses_an_unknown_score(self):
+        with pytest.raises(ValueError, match="`score` must be 'mean' or 'sum', got 'median'"):
+            make_teacher(score="median")
+
+
+class TestRetokenization:
+    @pytest.mark.parametrize(
+        "text, expected",
+        [("a b", True), (" a b ", True), ("a z", False), ("a <eos> b", False), ("a <pad>", False)],
+    )
+    def test_reads_back(self, text, expected):
+        tokenizer = tiny_tokenizer()
+        ids = tokenizer(text + tokenizer.eos_token)["input_ids"]
+        assert reads_back(tokenizer, text, ids) is expected
+
+    def test_surprises_are_counted(self):
+        scores, _, surprises = make_teacher().score(["a "], [["b", "b <eos> c", "unknown"]])
+        assert surprises == [[False, True, True]]
+        assert all(map(math.isfinite, scores[0]))
+
+    def test_merge_with_the_prompt_is_a_surprise(self):
+        _, _, surprises = make_teacher().score(["a", "a"], [["b"], [" b"]])  # "ab" is one unknown word
+        assert surprises == [[True], [False]]
+
+    def test_template_is_part_of_the_hash(self):
+        tokenizer, other = byte_tokenizer(), byte_tokenizer()
+        assert tokenizer_hash(tokenizer) == tokenizer_hash(other)
+        other.chat_template = CHAT_TEMPLATES["qwen"]
+        assert tokenizer_hash(tokenizer) != tokenizer_hash(other)
+
+
+def count_words(prompts, completions, **columns):
+    return [[len(text.split()) if text else None for text in group] for group in completions]
+
+
+class TestCallableScorer:
+    def test_docstring(self):
+        results = [doctest.DocTestRunner().run(test) for test in doctest.DocTestFinder().find(scorer)]
+        assert sum(result.attempted for result in results) >= 3
+        assert not sum(result.failed for result in results)
+
+    def test_scores(self):
+        scores, num_tokens, surprises = CallableScorer(count_words).score(["x", "y"], [["a b", ""], ["a"]])
+        assert scores[0][0] == 2.0 and math.isnan(scores[0][1]) and scores[1] == [1.0]
+        assert num_tokens == [[0, 0], [0]] and surprises == [[False, False], [False]]
+        assert CallableScorer(count_words).describe()["score_fn"].endswith("count_words")
+
+    @pytest.mark.parametrize("given, error", [([[1.0]], "returned"), ([[1.0, math.inf]], "infinite")])
+    def test_refuses_what_is_no_score(self, given, error):
+        with pytest.raises(ValueError, match=error):
+            CallableScorer(lambda prompts, completions: given).score(["x"], [["a", "b"]])
