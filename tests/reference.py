@@ -80,3 +80,59 @@ def alpha(progress, start, end, schedule):
         return end
     way = progress if schedule == "linear" else math.sin(math.pi * progress / 2) ** 2
     return (1 - way) * start + way * end
+
+
+# The rivals
+
+
+def simpo(chosen, rejected, beta, gamma):
+    """Equation 6 of SimPO."""
+    return -log_sigmoid(beta * (chosen - rejected) - gamma)
+
+
+def pro(scores, rewards, reward_temperature=True):
+    """Equation 7 of PRO, as its official code has it, or equation 5 where the gaps of rewards do not scale scores."""
+    order = sorted(range(len(scores)), key=lambda member: -rewards[member])  # equal rewards keep their order
+    loss = 0.0
+    for place, k in enumerate(order[:-1]):
+        worse = order[place + 1 :]
+        scales = [rewards[k] - rewards[i] if reward_temperature else 1.0 for i in worse]
+        own = max(scales)
+        loss -= log_softmax([scores[k] * own, *(scores[i] * t for i, t in zip(worse, scales, strict=True))])[0]
+    return loss
+
+
+def forward_kl(student, teacher, temperature=1.0):
+    """KL from the teacher to the student at one position."""
+    student, teacher = log_softmax(student, temperature), log_softmax(teacher, temperature)
+    return sum(exp(t).real * (t.real - s) for s, t in zip(student, teacher, strict=True))
+
+
+def reverse_kl(student, teacher, temperature=1.0):
+    """KL from the student to the teacher at one position."""
+    student, teacher = log_softmax(student, temperature), log_softmax(teacher, temperature)
+    return sum(exp(s) * (s - t.real) for s, t in zip(student, teacher, strict=True))
+
+
+def mixture(student, teacher, teacher_share):
+    """Log-probability of one token under MiniLLM's mixture."""
+    return log(teacher_share * exp(teacher) + (1 - teacher_share) * exp(student))
+
+
+def minillm_returns(rewards, gamma=1.0, length_norm=True):
+    """Return of each token of one completion, without padding."""
+    returns = []
+    for t in range(len(rewards)):
+        rest = rewards[t:]
+        total = sum(gamma**later * reward for later, reward in enumerate(rest))
+        returns.append(total / len(rest) if length_norm else total)
+    return returns
+
+
+def clipped_policy(logp, sampling_logp, advantage, clip_range=0.2):
+    """Loss of one token: the larger of the plain and the clipped one."""
+    ratio = exp(logp - sampling_logp)
+    bounded = min(max(ratio.real, 1 - clip_range), 1 + clip_range)
+    clipped = ratio if bounded == ratio.real else bounded
+    plain, limited = -advantage * ratio, -advantage * clipped
+    return plain if complex(plain).real >= complex(limited).real else limited

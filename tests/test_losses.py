@@ -29,9 +29,16 @@ NAN, INF = math.nan, math.inf
 # Users build on these names and keywords. Add yours; change one only with a new major version.
 SIGNATURES = {
     "alpha_at": "(progress, *, start, end, schedule)",
+    "clipped_policy_loss": "(logps, sampling_logps, advantages, *, clip_range=0.2)",
+    "forward_kl": "(student_logits, teacher_logits, *, temperature=1.0)",
     "group_relative_loss": "(student_scores, teacher_scores, *, temperature=1.0, min_gap=0.0, mask=None)",
     "group_soft_label_loss": "(student_scores, teacher_scores, *, temperature=1.0, mask=None)",
+    "minillm_returns": "(rewards, mask, *, gamma=1.0, length_norm=True)",
+    "mixture_logps": "(student_logps, teacher_logps, *, teacher_share)",
+    "pro_loss": "(scores, rewards, *, reward_temperature=True, mask=None)",
     "ranked_pairs": "(teacher_scores, *, min_gap=0.0, mask=None)",
+    "reverse_kl": "(student_logits, teacher_logits, *, temperature=1.0)",
+    "simpo_loss": "(chosen_scores, rejected_scores, *, beta, gamma)",
     "token_relative_loss": "(student_logits, teacher_logits, *, top_k, temperature=1.0, min_gap=0.0)",
     "token_soft_label_loss": "(student_logits, teacher_logits, *, temperature=1.0)",
 }

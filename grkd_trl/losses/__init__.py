@@ -4,6 +4,9 @@ Every function is unreduced (one value a group, or a position), takes the scores
 computes in float32 or wider and returns the student's dtype. NaN in a present entry stays NaN in that list's value.
 """
 
+from .divergences import forward_kl, reverse_kl
+from .minillm import clipped_policy_loss, minillm_returns, mixture_logps
+from .preference import pro_loss, simpo_loss
 from .ranking import group_relative_loss, ranked_pairs, token_relative_loss
 from .schedule import alpha_at
 from .soft_labels import group_soft_label_loss, token_soft_label_loss
@@ -11,9 +14,16 @@ from .soft_labels import group_soft_label_loss, token_soft_label_loss
 
 __all__ = [
     "alpha_at",
+    "clipped_policy_loss",
+    "forward_kl",
     "group_relative_loss",
     "group_soft_label_loss",
+    "minillm_returns",
+    "mixture_logps",
+    "pro_loss",
     "ranked_pairs",
+    "reverse_kl",
+    "simpo_loss",
     "token_relative_loss",
     "token_soft_label_loss",
 ]
