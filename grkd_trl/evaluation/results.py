@@ -1,0 +1,181 @@
+"""Finished runs as lines of a `results.jsonl`: what a comparison writes and the report reads."""
+
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+_FIELDS = {
+    "task": str,
+    "method": str,
+    "seed": int,
+    "settings": dict,
+    "metrics": dict,
+    "per_item": (list, str, type(None)),
+    "seconds": (int, float),
+    "tokens": (int, type(None)),
+    "peak_memory_bytes": (int, type(None)),
+    "versions": dict,
+    "status": str,
+}
+_OPTIONAL = {"error": str, "curve": list, "samples": list}
+_STATUSES = ("done", "failed")
+
+
+def append_result(path: str | Path, row: dict[str, Any]) -> None:
+    """
+    Add a run to a results file. A run that is repeated is appended again; its last row counts.
+
+    | field | meaning |
+    |---|---|
+    | `task`, `method`, `seed` | name the run, e.g. `"scan"`, `"grkd"`, 0 |
+    | `settings` | all that the run was told: hyper-parameters, budget, models |
+    | `metrics` | name to number, the first one decides; `{}` where the run failed |
+    | `per_item` | the first metric for each test item, in an order that all runs of the task share; its mean is the \
+metric. A list, or the path of a JSON list relative to the results file, or `None` where there are no items |
+    | `seconds` | wall time of training |
+    | `tokens` | tokens trained on, or `None` |
+    | `peak_memory_bytes` | of the run's process or its GPU, or `None` |
+    | `versions` | of the packages that decide the numbers |
+    | `status` | `"done"` or `"failed"`, then with `error`, its message |
+    | `curve` (optional) | list of `{"step", "seconds", <metric>: value}` |
+    | `samples` (optional) | list of `{"prompt", "completion"}`, and `"score"` where there is one |
+
+    Args:
+        path (`str` or `Path`):
+            The file; it and its folder are made if need be.
+        row (`dict[str, Any]`):
+            The fields above.
+
+    Raises:
+        `ValueError`: If a field is missing, unknown, of another type, or not finite.
+    """
+    row = _checked(row, "`row`")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    with path.open("ab+") as file:
+        file.seek(0, os.SEEK_END)
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = b"\n" + line  # a process died within its line
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_results(path: str | Path) -> list[dict[str, Any]]:
+    """
+    Read a results file: one row for each run (its last), ordered by task, method and seed, with the values of
+    `per_item` in place of a path. A line that a dying process left unfinished is passed over with a warning: its run
+    has no row and is done again.
+
+    Args:
+        path (`str` or `Path`):
+            The file that [`append_result`] wrote.
+
+    Returns:
+        `list[dict[str, Any]]`: The rows.
+
+    Raises:
+        `FileNotFoundError`: If the file, or one that a row names, is absent.
+        `ValueError`: If a row is not as [`append_result`] describes it.
+    """
+    path, rows = Path(path), {}
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            warnings.warn(f"{where} is not JSON and is passed over: run again what it stood for.")
+            continue
+        row = _checked(row, where)
+        if isinstance(row["per_item"], str):
+            items = path.parent / row["per_item"]
+            row["per_item"] = json.loads(items.read_text(encoding="utf-8"))
+            _check_items(row, where)
+        rows[row["task"], row["method"], row["seed"]] = row
+    return [rows[key] for key in sorted(rows)]
+
+
+def values_by_method(
+    rows: list[dict[str, Any]], task: str, metric: str | None = None
+) -> dict[str, tuple[list[int], np.ndarray]]:
+    """
+    Values of a task's finished runs, as [`~grkd_trl.evaluation.statistics.bootstrap_estimate`] takes them.
+
+    Args:
+        rows (`list[dict[str, Any]]`):
+            Rows of [`read_results`].
+        task (`str`):
+            The task.
+        metric (`str`, *optional*):
+            Name of the metric; the first of each row by default, with its values for each item where all runs have
+            them.
+
+    Returns:
+        `dict[str, tuple[list[int], np.ndarray]]`: For each method its seeds and their values, `(S, I)` or `(S, 1)`.
+
+    Raises:
+        `ValueError`: If runs were tested on different numbers of items, or lack the metric.
+    """
+    done = [row for row in rows if row["task"] == task and row["status"] == "done"]
+    first = {next(iter(row["metrics"])) for row in done}
+    if metric is None and len(first) > 1:
+        raise ValueError(f"The runs of {task} differ in their first metric, {sorted(first)}: name one as `metric`.")
+    metric = metric or next(iter(first), None)
+    if lacking := [f"{row['method']} seed {row['seed']}" for row in done if metric not in row["metrics"]]:
+        raise ValueError(f"`metric` {metric!r} is missing from the runs {lacking} of {task}.")
+    sizes = {len(row["per_item"] or []) for row in done}
+    by_item = first == {metric} and 0 not in sizes
+    if by_item and len(sizes) > 1:
+        raise ValueError(f"The runs of {task} were tested on {sorted(sizes)} items: test all on the same.")
+    values: dict[str, tuple[list[int], list]] = {}
+    for row in sorted(done, key=lambda row: (row["method"], row["seed"])):
+        seeds, found = values.setdefault(row["method"], ([], []))
+        seeds.append(row["seed"])
+        found.append(row["per_item"] if by_item else [row["metrics"][metric]])
+    return {method: (seeds, np.array(found, dtype=float)) for method, (seeds, found) in values.items()}
+
+
+def _checked(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a result is a JSON object, got {type(row).__name__}.")
+    if missing := _FIELDS.keys() - row.keys():
+        raise ValueError(f"{where} lacks {sorted(missing)}: a result has {list(_FIELDS)}.")
+    if unknown := row.keys() - _FIELDS.keys() - _OPTIONAL.keys():
+        raise ValueError(f"{where} has {sorted(unknown)}: beside {list(_FIELDS)} it may have {list(_OPTIONAL)}.")
+    for name, value in row.items():
+        kind = (_FIELDS | _OPTIONAL)[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{where}: `{name}` must be {_named(kind)}, got {value!r}.")
+    if row["status"] not in _STATUSES:
+        raise ValueError(f"{where}: `status` must be one of {_STATUSES}, got {row['status']!r}.")
+    if row["status"] == "done" and not row["metrics"]:
+        raise ValueError(f'{where}: `metrics` is empty: a run without a metric has `status` "failed" and an `error`.')
+    for name, value in row["metrics"].items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"{where}: `metrics` must hold finite numbers, got {value!r} for {name!r}.")
+    _check_items(row, where)
+    return dict(row)
+
+
+def _check_items(row: dict[str, Any], where: str) -> None:
+    if not isinstance(row["per_item"], list):
+        return
+    for index, value in enumerate(row["per_item"]):
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{where}: `per_item` must hold finite numbers, got {value!r} for item {index}.")
+
+
+def _named(kind: type | tuple[type, ...]) -> str:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return " or ".join("None" if item is type(None) else item.__name__ for item in kinds)
