@@ -7,11 +7,13 @@ Some are taken as methods, `prediction_step = training.prediction_step`; each of
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
 from transformers import DataCollator, PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
@@ -22,6 +24,7 @@ from .configs import add_objective
 from .groups import DataCollatorForGroups, count_items, prepare_groups
 from .metrics import RunningMeans, add_length_metrics, add_rank_metrics
 from .scoring import predicted_mask, to_groups
+from .teacher import is_zero3, load_teacher, prepare_teacher, shared_vocabulary
 
 
 def resolve_args(args: SFTConfig | None, config_class: type[SFTConfig], model: str | PreTrainedModel) -> SFTConfig:
@@ -72,6 +75,100 @@ def set_up_groups(trainer: SFTTrainer, data_collator: DataCollator | None) -> No
     if args.disable_dropout:
         disable_dropout_in_model(trainer.model)
     trainer.running_means = {"train": RunningMeans(), "eval": RunningMeans()}
+
+
+def check_teacher(
+    model: str | PreTrainedModel, teacher_model: str | PreTrainedModel | None, peft_config: PeftConfig | None
+) -> None:
+    """
+    Refuse a teacher that would be trained.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Student.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Teacher.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapters that the student is to have.
+
+    Raises:
+        `ValueError`: If both are one object without adapters.
+    """
+    adapted = peft_config is not None or isinstance(model, PeftModel)
+    if teacher_model is model and not isinstance(model, str) and not adapted:
+        raise ValueError(
+            "`model` and `teacher_model` cannot be the same object: the teacher is frozen. With adapters "
+            "(`peft_config`) they can, and the student's base is the teacher."
+        )
+
+
+def set_up_teacher(trainer: SFTTrainer, teacher_model: str | PreTrainedModel | None) -> None:
+    """
+    Give a trainer, whose student is made, its `teacher_model`: loaded frozen, checked against the student's vocabulary
+    and placed as `args.teacher_sharding` says; and `vocab_size`, the number of token ids that both know.
+
+    A teacher that is the base of the student's adapters, as an object or as the id or path that both name, is not
+    loaded again: [`teaching`] switches the adapters off.
+
+    Args:
+        trainer ([`~trl.SFTTrainer`]):
+            Trainer.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Teacher. Without one both attributes are `None`.
+
+    Raises:
+        `ValueError`: If the vocabularies differ, or the teacher cannot be placed so.
+    """
+    args, student = trainer.args, trainer.model
+    trainer.teacher_model, trainer.vocab_size = None, None
+    if teacher_model is None:
+        return
+    if isinstance(student, PeftModel) and _is_base_of(student, teacher_model, args):
+        trainer.teacher_model, trainer.vocab_size = student, student.config.get_text_config().vocab_size
+        return
+    accelerator = trainer.accelerator
+    whole = args.teacher_sharding == "replicated" and is_zero3(accelerator)
+    plugin = accelerator.state.deepspeed_plugin
+    with plugin.zero3_init_context_manager(enable=False) if whole else nullcontext():
+        teacher = load_teacher(teacher_model, args.teacher_model_init_kwargs)
+    trainer.vocab_size = shared_vocabulary(student, teacher, trainer._tokenizer)
+    trainer.teacher_model = prepare_teacher(teacher, accelerator, sharding=args.teacher_sharding)
+
+
+def _is_base_of(student: PeftModel, teacher_model: str | PreTrainedModel, args: SFTConfig) -> bool:
+    if not isinstance(teacher_model, str):
+        return teacher_model is student or teacher_model is student.get_base_model()
+    same_weights = not hasattr(student.config, "quantization_config")
+    same_kwargs = args.teacher_model_init_kwargs in (None, args.model_init_kwargs)
+    return teacher_model == get_config_model_id(student.config) and same_weights and same_kwargs
+
+
+@contextmanager
+def teaching(trainer: SFTTrainer, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """
+    The teacher for a forward without gradients.
+
+    Args:
+        trainer ([`~trl.SFTTrainer`]):
+            Trainer with a `teacher_model`.
+        model (`torch.nn.Module`):
+            Student, as `compute_loss` gets it.
+
+    Yields:
+        `torch.nn.Module`: The teacher, or the student in evaluation mode with its adapters off, where its base is the
+        teacher.
+    """
+    if trainer.teacher_model is not trainer.model:
+        with torch.no_grad():
+            yield trainer.teacher_model
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), trainer.accelerator.unwrap_model(model).disable_adapter():
+            yield model
+    finally:
+        model.train(was_training)
 
 
 def step_means(trainer: SFTTrainer) -> RunningMeans:

@@ -38,7 +38,9 @@ LISTS = {
     "reverse_kl, sharpened": (partial(reverse_kl, temperature=0.5), partial(reference.reverse_kl, temperature=0.5)),
 }
 each_list_loss = pytest.mark.parametrize("ours, loop", LISTS.values(), ids=LISTS)
-each_pro = pytest.mark.parametrize("loss", [pro_loss, partial(pro_loss, reward_temperature=False)], ids=str)
+each_pro = pytest.mark.parametrize(
+    "loss", [pro_loss, partial(pro_loss, reward_temperature=False)], ids=["temperatures", "no temperatures"]
+)
 each_kl = pytest.mark.parametrize("loss", [forward_kl, reverse_kl])
 
 

@@ -1,7 +1,7 @@
 """Who writes completions and who scores them."""
 
 from .local import LocalTeacher, generate_completions, score_groups
-from .models import load_teacher, prepare_teacher, shared_vocabulary
+from .models import is_zero3, load_teacher, prepare_teacher, shared_vocabulary
 from .protocol import Completions, Teacher, TeacherScores
 from .scorer import CallableScorer
 
@@ -13,6 +13,7 @@ __all__ = [
     "Teacher",
     "TeacherScores",
     "generate_completions",
+    "is_zero3",
     "load_teacher",
     "prepare_teacher",
     "score_groups",

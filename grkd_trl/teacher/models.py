@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.trainer import disable_dropout_in_model
@@ -36,24 +38,75 @@ def load_teacher(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | Non
     return model.requires_grad_(False).eval()
 
 
-def prepare_teacher(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
+def prepare_teacher(model: PreTrainedModel, accelerator: Accelerator, *, sharding: str = "auto") -> torch.nn.Module:
     """
-    Place a teacher beside the student: sharded as the student is under ZeRO-3 and FSDP, else whole on the device.
+    Place a teacher beside the student.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Frozen teacher.
         accelerator ([`~accelerate.Accelerator`]):
             The student's accelerator.
+        sharding (`str`, *optional*, defaults to `"auto"`):
+            `"replicated"`: whole on the device of every process. `"sharded"`: its parameters shared out among the
+            processes and gathered layer by layer when needed. `"auto"`: sharded under ZeRO-3 and FSDP, as the student
+            is, else replicated.
 
     Returns:
-        `torch.nn.Module`: The teacher, wrapped for scoring.
+        `torch.nn.Module`: The teacher, wrapped for scoring. On one process it is whole in any case.
+
+    Raises:
+        `ValueError`: If it is to be replicated and was loaded in shards, or sharded and is quantized.
     """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    zero3 = is_zero3(accelerator)
+    if sharding == "auto":
+        sharding = "sharded" if zero3 or accelerator.distributed_type == DistributedType.FSDP else "replicated"
+    quantized = hasattr(model.config, "quantization_config")
+    if sharding == "replicated" or accelerator.num_processes == 1:
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise ValueError(
+                '`teacher_sharding="replicated"` was asked for, but `teacher_model` was loaded in the shards of ZeRO-3. '
+                "Pass it as an id or path, so that it is loaded whole, or load it before the trainer's arguments are "
+                "made."
+            )
+        model = model if quantized else model.to(accelerator.device)
+        return accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+    if quantized:
+        raise ValueError(
+            '`teacher_sharding="sharded"` was asked for, but `teacher_model` is quantized, and quantized parameters '
+            'cannot be sharded. Use `teacher_sharding="replicated"`, or load the teacher in `bfloat16`.'
+        )
+    if zero3:
         return prepare_deepspeed(model, accelerator)
-    if accelerator.distributed_type == DistributedType.FSDP:
+    if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 1:
         return prepare_fsdp(model, accelerator)
-    return accelerator.prepare_model(model, evaluation_mode=True)
+    return _shard_layers(model, accelerator)
+
+
+def is_zero3(accelerator: Accelerator) -> bool:
+    """
+    Whether the student's parameters are sharded by DeepSpeed.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            The student's accelerator.
+
+    Returns:
+        `bool`: `True` under ZeRO-3.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    return accelerator.distributed_type == DistributedType.DEEPSPEED and plugin.zero_stage == 3
+
+
+def _shard_layers(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
+    # A layer is gathered when its forward comes and dropped after it; TRL's `prepare_fsdp` makes one unit of the whole
+    # model, which would stand there whole in every forward.
+    model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # the student's autocast
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    for module in [*layers, model]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    return model
 
 
 def shared_vocabulary(

@@ -27,7 +27,6 @@ from ..losses import (
     token_soft_label_loss,
 )
 from ..scoring import score_completions, sequence_scores, to_groups
-from ..teacher import load_teacher, prepare_teacher, shared_vocabulary
 from .grkd_config import GRKDConfig
 
 
@@ -63,7 +62,8 @@ class GRKDTrainer(SFTTrainer):
             Student: a hub id or path, loaded in float32 unless `args.model_init_kwargs` says otherwise, or a model.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Teacher. Needed when the rows bring no `teacher_scores`, and when the loss reads the teacher's logits
-            (`soft_label="token"` or `relative_level="tokens"`); not loaded otherwise.
+            (`soft_label="token"` or `relative_level="tokens"`); not loaded otherwise. If it is the base of the
+            student's adapters it is not loaded again: they are switched off.
         args ([`GRKDConfig`], *optional*):
             Configuration. A default one, writing to `<model>-GRKD`, if not given.
         data_collator ([`~transformers.DataCollator`], *optional*):
@@ -124,8 +124,7 @@ class GRKDTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
     ):
         args = training.resolve_args(args, GRKDConfig, model)
-        if teacher_model is model and not isinstance(model, str):
-            raise ValueError("`model` and `teacher_model` cannot be the same object: the teacher is frozen.")
+        training.check_teacher(model, teacher_model, peft_config)
         needs_teacher = not bring_scores(train_dataset, eval_dataset) or args.needs_teacher_logits
         if needs_teacher and teacher_model is None:
             raise ValueError(
@@ -147,11 +146,7 @@ class GRKDTrainer(SFTTrainer):
             peft_config=peft_config,
         )
         training.set_up_groups(self, data_collator)
-        self.teacher_model = None
-        if needs_teacher:
-            teacher = load_teacher(teacher_model, args.teacher_model_init_kwargs)
-            self._vocab_size = shared_vocabulary(self.model, teacher, self._tokenizer)
-            self.teacher_model = prepare_teacher(teacher, self.accelerator)
+        training.set_up_teacher(self, teacher_model if needs_teacher else None)
 
     _prepare_dataset = training.prepare_dataset
     _set_signature_columns_if_needed = training.set_signature_columns
@@ -192,8 +187,8 @@ class GRKDTrainer(SFTTrainer):
         teacher_scores = inputs.get("teacher_scores")
 
         if self.teacher_model is not None:
-            with torch.no_grad():
-                teacher = score_completions(self.teacher_model, inputs, return_logits=args.needs_teacher_logits)
+            with training.teaching(self, model) as teacher_model:
+                teacher = score_completions(teacher_model, inputs, return_logits=args.needs_teacher_logits)
             if teacher_scores is None:
                 scores = sequence_scores(teacher.per_token_logps, completion_mask, score=args.score)
                 teacher_scores = to_groups(scores, group_mask)
@@ -202,8 +197,8 @@ class GRKDTrainer(SFTTrainer):
         scores = sequence_scores(student.per_token_logps, completion_mask, score=args.score)
         student_scores = to_groups(scores, group_mask)
         if args.needs_teacher_logits:
-            student_logits = student.logits[:, : self._vocab_size]
-            teacher_logits = teacher.logits[:, : self._vocab_size].to(student_logits.device)
+            student_logits = student.logits[:, : self.vocab_size]
+            teacher_logits = teacher.logits[:, : self.vocab_size].to(student_logits.device)
 
         # Equations 1 and 2: one value a group, or a token
         ranking = {"temperature": args.ranking_temperature, "min_gap": args.min_gap}

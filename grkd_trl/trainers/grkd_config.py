@@ -21,6 +21,9 @@ class GRKDConfig(SFTConfig):
 
         teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path.
+        teacher_sharding (`str`, *optional*, defaults to `"auto"`):
+            Where the teacher's parameters lie on several processes: `"replicated"`, whole on each; `"sharded"`, shared
+            out and gathered layer by layer; `"auto"`, sharded where the student is (ZeRO-3, FSDP).
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the student. The teacher never has any.
 
@@ -70,6 +73,11 @@ class GRKDConfig(SFTConfig):
     learning_rate: float = option(1e-6, "The initial learning rate for AdamW.")
     teacher_model_init_kwargs: dict[str, Any] | str | None = option(
         None, "Keyword arguments for `from_pretrained` of the teacher, when it is an id or a path."
+    )
+    teacher_sharding: str = option(
+        "auto",
+        "Teacher on several processes: 'replicated', 'sharded', or 'auto', sharded where the student is.",
+        choices=["auto", "replicated", "sharded"],
     )
     disable_dropout: bool = option(True, "Whether to disable dropout in the student.")
     score: str = option(
