@@ -33,6 +33,8 @@ from grkd_trl.evaluation.mt_bench import (
     mt_bench_answers,
     mt_bench_averages,
     mt_bench_judge_messages,
+    mt_bench_rating,
+    mt_bench_requests,
     mt_bench_turns,
     write_mt_bench_answers,
 )
@@ -283,6 +285,30 @@ class TestMTBench:
         assert len(seen) > 70
         assert [key for key in seen if not key[1]] == []
         assert {judge for _, _, judge in seen} == {"single-v1-multi-turn", "single-math-v1-multi-turn"}
+
+    def test_ratings_of_the_published_judge(self):
+        rows = read_rows(shared_data("mt_bench/model_judgment_gpt-4_single.jsonl.gz"))
+        assert [mt_bench_rating(row["judgment"]) for row in rows] == [row["score"] for row in rows]
+
+    @pytest.mark.parametrize(
+        "reply, rating",
+        [("The answer says [[10]]. Rating: [[2]]", 2), ("[[7.5]]", 7.5), ("[[11]]", -1), ("Rating: 5", -1), ("", -1)],
+    )
+    def test_rating(self, reply, rating):
+        assert mt_bench_rating(reply) == rating
+
+    def test_requests_for_a_judge(self):
+        questions = read_rows(shared_data("mt_bench/question.jsonl"))
+        answers = read_rows(shared_data("mt_bench/model_answer_vicuna-7b-v1.3.jsonl"))
+        prompts = read_rows(shared_data("mt_bench/judge_prompts.jsonl"))
+        references = read_rows(shared_data("mt_bench/reference_answer_gpt-4.jsonl"))
+        requests = mt_bench_requests(questions, answers, prompts, references)
+        assert len(requests) == 160
+        assert requests[1][0] == {"question_id": 81, "model": "vicuna-7b-v1.3", "turn": 2}
+        with_reference = [row for row, messages in requests if "Reference" in messages[1]["content"]]
+        assert len(with_reference) == 60
+        with pytest.raises(ValueError, match="Question 81 has no answer among the 79"):
+            mt_bench_requests(questions, answers[1:], prompts, references)
 
     def test_reference_questions_need_references(self):
         questions = read_rows(shared_data("mt_bench/question.jsonl"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -208,3 +209,59 @@ def mt_bench_judge_messages(
         fields |= {f"ref_answer_{number}": reference for number, reference in enumerate(references, 1)}
     system, template = judge_prompts[name]["system_prompt"], judge_prompts[name]["prompt_template"]
     return [{"role": "system", "content": system}, {"role": "user", "content": template.format(**fields)}]
+
+
+def mt_bench_requests(
+    questions: list[dict[str, Any]],
+    answers: list[dict[str, Any]],
+    judge_prompts: list[dict[str, Any]],
+    references: list[dict[str, Any]],
+) -> list[tuple[dict[str, Any], list[dict[str, str]]]]:
+    """
+    What to ask a judge about a model's answers, with the official prompts.
+
+    Args:
+        questions (`list[dict[str, Any]]`):
+            Rows of `question.jsonl`.
+        answers (`list[dict[str, Any]]`):
+            Rows of the model's answers.
+        judge_prompts (`list[dict[str, Any]]`):
+            Rows of `judge_prompts.jsonl`.
+        references (`list[dict[str, Any]]`):
+            Rows of `reference_answer/gpt-4.jsonl`.
+
+    Returns:
+        `list[tuple[dict[str, Any], list[dict[str, str]]]]`: For each turn of each question the row `question_id`,
+            `model`, `turn` of a judgment, and the messages.
+
+    Raises:
+        `ValueError`: If a question has no answer, or lacks a reference answer that it needs.
+    """
+    prompts = {row["name"]: row for row in judge_prompts}
+    turns = {row["question_id"]: (row["model_id"], row["choices"][0]["turns"]) for row in answers}
+    known = {row["question_id"]: row["choices"][0]["turns"] for row in references}
+    requests = []
+    for question in questions:
+        question_id = question["question_id"]
+        if question_id not in turns:
+            raise ValueError(f"Question {question_id} has no answer among the {len(turns)} given.")
+        model, texts = turns[question_id]
+        for turn in range(1, len(texts) + 1):
+            messages = mt_bench_judge_messages(question, texts, turn, prompts, known.get(question_id))
+            requests.append(({"question_id": question_id, "model": model, "turn": turn}, messages))
+    return requests
+
+
+def mt_bench_rating(reply: str) -> float:
+    """
+    The rating of a judge's reply, as `[[7]]`. The last one counts: a judge may quote an answer that rates itself.
+
+    Args:
+        reply (`str`):
+            What the judge wrote.
+
+    Returns:
+        `float`: From 1 to 10; -1, a failed judgment, where there is no such rating.
+    """
+    ratings = re.findall(r"\[\[(\d+(?:\.\d+)?)\]\]", reply)
+    return float(ratings[-1]) if ratings and 1 <= float(ratings[-1]) <= 10 else -1
