@@ -4,15 +4,20 @@ A group is one prompt with two or more completions: `{"prompt", "completions": [
 the scores are optional, and so is `"clipped": [...]`, `True` for a completion that was cut before its end.
 """
 
+from .card import preview
 from .collator import DataCollatorForGroups, count_items
+from .generate import GroupsConfig, generate_groups
 from .rows import bring_scores, prepare_groups, read_group, tokenize_completions, tokenize_group
 
 
 __all__ = [
     "DataCollatorForGroups",
+    "GroupsConfig",
     "bring_scores",
     "count_items",
+    "generate_groups",
     "prepare_groups",
+    "preview",
     "read_group",
     "tokenize_completions",
     "tokenize_group",

@@ -1,5 +1,6 @@
 """Who writes completions and who scores them."""
 
+from .calibration import SELECTION_TEMPLATE, CalibratedTeacher, calibrate_scores, selection_probs
 from .local import LocalTeacher, generate_completions, score_groups
 from .models import is_zero3, load_teacher, prepare_teacher, shared_vocabulary
 from .protocol import Completions, Teacher, TeacherScores
@@ -7,15 +8,19 @@ from .scorer import CallableScorer
 
 
 __all__ = [
+    "SELECTION_TEMPLATE",
+    "CalibratedTeacher",
     "CallableScorer",
     "Completions",
     "LocalTeacher",
     "Teacher",
     "TeacherScores",
+    "calibrate_scores",
     "generate_completions",
     "is_zero3",
     "load_teacher",
     "prepare_teacher",
     "score_groups",
+    "selection_probs",
     "shared_vocabulary",
 ]

@@ -31,7 +31,17 @@ def _prompt_ids(processing_class: PreTrainedTokenizerBase, prompt: str | list[di
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """
+    Put a model in evaluation mode, and afterwards back in the mode it was in.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model.
+
+    Yields:
+        `None`.
+    """
     was_training = model.training
     model.eval()
     try:
@@ -115,7 +125,7 @@ def generate_completions(
             group = slice(position * num_completions, (position + 1) * num_completions)
             texts[row], clipped[row] = decoded[group], [not end for end in ended[group]]
 
-    with _evaluating(model):
+    with evaluating(model):
         for start in tqdm(range(0, len(order), batch_size), desc="Writing completions", disable=not progress):
             write_batch(order[start : start + batch_size])
     return texts, clipped
@@ -270,7 +280,7 @@ class LocalTeacher:
                 groups.append({"prompt_ids": prompt_ids, "completion_ids": kept})
                 places.append([(row, position) for position, fit in enumerate(fits) if fit])
         scores = [[math.nan] * len(counts) for counts in num_tokens]
-        with _evaluating(self.model):
+        with evaluating(self.model):
             for rows in _batches(groups, self.tokens_per_batch, progress=self.progress):
                 batch = self._collate([groups[row] for row in rows])
                 logps = score_completions(self.model, batch).per_token_logps
