@@ -24,9 +24,38 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
-from grkd_trl.evaluation import alpaca_eval2, arena_hard, gsm8k, mt_bench, wilson_interval
+from grkd_trl.evaluation import wilson_interval
+from grkd_trl.evaluation.alpaca_eval2 import (
+    ALPACA_EVAL2_DIFFICULTY,
+    ALPACA_EVAL2_GAMED_BASELINES,
+    ALPACA_EVAL2_QUESTIONS,
+    alpaca_eval2_length_controlled_win_rate,
+    read_alpaca_eval2_annotations,
+    read_gamed_baselines,
+    read_instruction_difficulty,
+    write_alpaca_eval2_outputs,
+)
 from grkd_trl.evaluation.answers import write_answers
+from grkd_trl.evaluation.arena_hard import (
+    ARENA_HARD_QUESTIONS,
+    arena_hard_answers,
+    arena_hard_scores,
+    read_arena_hard_judgments,
+    write_arena_hard_answers,
+)
 from grkd_trl.evaluation.files import read_rows
+from grkd_trl.evaluation.gsm8k import (
+    GSM8K_QUESTIONS,
+    gsm8k_conversation,
+    gsm8k_verdicts,
+)
+from grkd_trl.evaluation.mt_bench import (
+    MT_BENCH_QUESTIONS,
+    mt_bench_answers,
+    mt_bench_averages,
+    mt_bench_turns,
+    write_mt_bench_answers,
+)
 from grkd_trl.evaluation.statistics import bootstrap_estimate
 
 
@@ -73,8 +102,8 @@ class EvaluateArguments:
     model_id: str | None = None
     questions: str | None = None
     judgments: str | None = None
-    difficulty: str = alpaca_eval2.ALPACA_EVAL2_DIFFICULTY
-    gamed_baselines: str = alpaca_eval2.ALPACA_EVAL2_GAMED_BASELINES
+    difficulty: str = ALPACA_EVAL2_DIFFICULTY
+    gamed_baselines: str = ALPACA_EVAL2_GAMED_BASELINES
     limit: int | None = None
     max_new_tokens: int | None = None
     batch_size: int = 16
@@ -83,10 +112,10 @@ class EvaluateArguments:
 
 
 QUESTIONS = {
-    "gsm8k": gsm8k.GSM8K_QUESTIONS,
-    "alpaca_eval2": alpaca_eval2.ALPACA_EVAL2_QUESTIONS,
-    "arena_hard": arena_hard.ARENA_HARD_QUESTIONS,
-    "mt_bench": mt_bench.MT_BENCH_QUESTIONS,
+    "gsm8k": GSM8K_QUESTIONS,
+    "alpaca_eval2": ALPACA_EVAL2_QUESTIONS,
+    "arena_hard": ARENA_HARD_QUESTIONS,
+    "mt_bench": MT_BENCH_QUESTIONS,
 }
 MAX_NEW_TOKENS = {"gsm8k": 512, "alpaca_eval2": 2048, "arena_hard": 4096, "mt_bench": 1024}
 JUDGE_COMMANDS = {
@@ -124,11 +153,11 @@ def answer(args: EvaluateArguments, questions: list[dict], answers: Path, name: 
         "batch_size": args.batch_size,
     }
     if args.benchmark == "mt_bench":
-        turns = mt_bench.mt_bench_turns(model, tokenizer, questions, **settings)
-        mt_bench.write_mt_bench_answers(answers, mt_bench.mt_bench_answers(questions, turns, model=name))
+        turns = mt_bench_turns(model, tokenizer, questions, **settings)
+        write_mt_bench_answers(answers, mt_bench_answers(questions, turns, model=name))
         return
     if args.benchmark == "gsm8k":
-        prompts = [gsm8k.gsm8k_conversation(row["question"]) for row in questions]
+        prompts = [gsm8k_conversation(row["question"]) for row in questions]
     else:
         key = "instruction" if args.benchmark == "alpaca_eval2" else "prompt"
         prompts = [[{"role": "user", "content": row[key]}] for row in questions]
@@ -137,10 +166,10 @@ def answer(args: EvaluateArguments, questions: list[dict], answers: Path, name: 
         rows = [row | {"completion": text} for row, text in zip(questions, texts, strict=True)]
         answers.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     elif args.benchmark == "alpaca_eval2":
-        alpaca_eval2.write_alpaca_eval2_outputs(answers, questions, texts, generator=name)
+        write_alpaca_eval2_outputs(answers, questions, texts, generator=name)
     else:
-        rows = arena_hard.arena_hard_answers(questions, texts, model=name)
-        arena_hard.write_arena_hard_answers(answers, rows)
+        rows = arena_hard_answers(questions, texts, model=name)
+        write_arena_hard_answers(answers, rows)
 
 
 def score(args: EvaluateArguments, answers: Path) -> dict:
@@ -149,23 +178,23 @@ def score(args: EvaluateArguments, answers: Path) -> dict:
         completions, golds = [row["completion"] for row in rows], [row["answer"] for row in rows]
         scores = {}
         for method in ("strict", "flexible"):
-            right = sum(gsm8k.gsm8k_verdicts(completions, golds, flexible=method == "flexible"))
+            right = sum(gsm8k_verdicts(completions, golds, flexible=method == "flexible"))
             low, high = wilson_interval(right, len(rows))
             scores[method] = {"accuracy": right / len(rows), "low": low, "high": high}
         return scores
     if args.benchmark == "alpaca_eval2":
-        judgments = alpaca_eval2.read_alpaca_eval2_annotations(args.judgments)
+        judgments = read_alpaca_eval2_annotations(args.judgments)
         judged = judgments.preferences[np.isfinite(judgments.preferences)]
         win_rate = bootstrap_estimate((judged - 1)[None] * 100)
         scores = {"win_rate": float(win_rate.mean), "low": float(win_rate.low), "high": float(win_rate.high)}
         scores["failed_judgments"] = len(judgments.preferences) - len(judged)
-        difficulty = alpaca_eval2.read_instruction_difficulty(args.difficulty)
-        gamed = alpaca_eval2.read_gamed_baselines(args.gamed_baselines)
-        controlled = alpaca_eval2.alpaca_eval2_length_controlled_win_rate(judgments, difficulty, gamed)
+        difficulty = read_instruction_difficulty(args.difficulty)
+        gamed = read_gamed_baselines(args.gamed_baselines)
+        controlled = alpaca_eval2_length_controlled_win_rate(judgments, difficulty, gamed)
         return scores | {"length_controlled_win_rate": controlled}
     if args.benchmark == "arena_hard":
-        return arena_hard.arena_hard_scores(arena_hard.read_arena_hard_judgments(args.judgments))
-    return mt_bench.mt_bench_averages(read_rows(args.judgments))
+        return arena_hard_scores(read_arena_hard_judgments(args.judgments))
+    return mt_bench_averages(read_rows(args.judgments))
 
 
 def main(args: EvaluateArguments):
