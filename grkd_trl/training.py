@@ -74,6 +74,9 @@ def set_up_groups(trainer: SFTTrainer, data_collator: DataCollator | None) -> No
     )
     if args.disable_dropout:
         disable_dropout_in_model(trainer.model)
+        for module in trainer.model.modules():  # attention holds its rate as a number, which TRL's function leaves
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0
     trainer.running_means = {"train": RunningMeans(), "eval": RunningMeans()}
 
 
