@@ -10,7 +10,9 @@ Make groups: write completions for prompts, keep the most varied of each, and le
 
 Interrupted, the same command goes on where it was. `--score_only` scores completions that the dataset has, and
 `--rescore my_groups --output_dir other_groups` scores those of another run with another teacher. `--calibration_ratio 0`
-lets the teacher pick between completions, and scores by what it picks.
+lets the teacher pick between completions, and scores by what it picks. With `--teacher_server_url
+http://localhost:8000/v1` the teacher is behind vLLM (or SGLang, `--teacher_server sglang`), its key in the environment
+variable GRKD_TEACHER_API_KEY, and `--teacher_model_name_or_path` names it there and finds its tokenizer.
 
 Then: `accelerate launch examples/grkd.py --dataset_name my_groups ...`
 """
@@ -23,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 from grkd_trl.groups import GroupsConfig, generate_groups, preview
-from grkd_trl.teacher import CalibratedTeacher, LocalTeacher
+from grkd_trl.teacher import CalibratedTeacher, LocalTeacher, ServerTeacher
 
 
 @dataclass
@@ -40,6 +42,10 @@ class GenerateArguments:
             Student, where it writes.
         teacher_model_name_or_path (`str`, *optional*):
             Teacher. Without one the groups get no scores.
+        teacher_server_url (`str`, *optional*):
+            Address of a server that serves the teacher, up to and with `/v1`.
+        teacher_server (`str`, *optional*, defaults to `"vllm"`):
+            `"vllm"`, `"sglang"`, or `"openai"`, which can write alone.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Dtype of both.
         device (`str`, *optional*, defaults to `"auto"`):
@@ -60,6 +66,8 @@ class GenerateArguments:
     dataset_split: str = field(default="train", metadata={"help": "Its split."})
     student_model_name_or_path: str | None = field(default=None, metadata={"help": "Student, where it writes."})
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher, which scores."})
+    teacher_server_url: str | None = field(default=None, metadata={"help": "Server of the teacher, with `/v1`."})
+    teacher_server: str = field(default="vllm", metadata={"help": "'vllm', 'sglang' or 'openai'."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of both."})
     device: str = field(default="auto", metadata={"help": "Where both go, as `device_map` takes it."})
     score: str = field(default="mean", metadata={"help": "'mean' or 'sum' of the log-probabilities."})
@@ -88,7 +96,17 @@ def main(script_args: GenerateArguments, config: GroupsConfig):
         )
 
     student = local(script_args.student_model_name_or_path)
-    teacher = local(script_args.teacher_model_name_or_path)
+    name = script_args.teacher_model_name_or_path
+    if script_args.teacher_server_url is None:
+        teacher = local(name)
+    else:
+        teacher = ServerTeacher(
+            script_args.teacher_server_url,
+            name,
+            AutoTokenizer.from_pretrained(name),
+            server=script_args.teacher_server,
+            score=script_args.score,
+        )
     if script_args.calibration_ratio < 1:
         teacher = CalibratedTeacher(teacher, ratio=script_args.calibration_ratio)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import load_dataset
 from interrupted import make_prompts, make_teacher
+from teacher_server import serve
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +56,19 @@ def test_writes_scores_and_scores_again(folder, capsys):
     )  # fmt: skip
     assert groups_of(folder / "scored").to_list() == groups.to_list()
     assert json.loads((folder / "scored/manifest.json").read_text())["teacher"]["model"] == str(folder / "teacher")
+
+
+def test_teacher_behind_a_server(folder):
+    """The same groups as from the teacher in the process, to the rounding of the scores."""
+    teacher = make_teacher(1)
+    names = ["--teacher_model_name_or_path", folder / "teacher", "--dataset_name", folder / "unscored.jsonl"]
+    with serve(teacher.model, teacher.processing_class) as server:
+        url = ["--teacher_server_url", server.url]
+        run(folder, *names, *url, "--score_only", "--output_dir", folder / "served")
+    served, local = groups_of(folder / "served"), groups_of(folder / "groups")
+    assert served["completions"] == local["completions"]
+    for row, expected in zip(served["teacher_scores"], local["teacher_scores"], strict=True):
+        assert row == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from .local import LocalTeacher, generate_completions, score_groups
 from .models import is_zero3, load_teacher, prepare_teacher, shared_vocabulary
 from .protocol import Completions, Teacher, TeacherScores
 from .scorer import CallableScorer
+from .server import ServerTeacher, TeacherError
 
 
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
     "CallableScorer",
     "Completions",
     "LocalTeacher",
+    "ServerTeacher",
     "Teacher",
+    "TeacherError",
     "TeacherScores",
     "calibrate_scores",
     "generate_completions",

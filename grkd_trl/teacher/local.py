@@ -10,24 +10,17 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .._trl import get_config_model_id, pad, tokenize
-from ..groups import DataCollatorForGroups, read_group, tokenize_completions
+from .._trl import get_config_model_id, pad
+from ..groups import DataCollatorForGroups, read_group
 from ..scoring import score_completions, sequence_scores, to_groups
 from .protocol import Completions, TeacherScores
-from .retokenize import reads_back, tokenizer_hash
+from .retokenize import encode_prompt, read_groups, tokenizer_hash
 
 
 def _pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:
     # Llama-3's tokenizer has no pad token; masks come from lengths, so any token will do.
     pad_token_id = processing_class.pad_token_id
     return processing_class.eos_token_id if pad_token_id is None else pad_token_id
-
-
-def _prompt_ids(processing_class: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
-    template = {"add_generation_prompt": True} if isinstance(prompt, list) else {}
-    ids = tokenize(processing_class, prompt, **template)["input_ids"]
-    ends_itself = not template and ids[-1] == processing_class.eos_token_id  # some tokenizers add EOS to text
-    return ids[:-1] if ends_itself else ids
 
 
 @contextmanager
@@ -97,7 +90,7 @@ def generate_completions(
     sampling = {"do_sample": False} | neutral
     if temperature > 0:
         sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} | cutoffs
-    prompt_ids = [_prompt_ids(processing_class, prompt) for prompt in prompts]
+    prompt_ids = [encode_prompt(processing_class, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]))
     texts, clipped = [[]] * len(prompts), [[]] * len(prompts)
     # Chat models end a turn with a token of their own, which stands beside EOS in the generation config.
@@ -217,7 +210,7 @@ class LocalTeacher:
             [`Completions`]: Texts and whether each was cut; none for a prompt that leaves no room for
             `max_new_tokens` in the context.
         """
-        lengths = [len(_prompt_ids(self.processing_class, prompt)) for prompt in prompts]
+        lengths = [len(encode_prompt(self.processing_class, prompt)) for prompt in prompts]
         rows = [row for row, length in enumerate(lengths) if length + max_new_tokens <= self.context_length]
         texts, clipped = [[] for _ in prompts], [[] for _ in prompts]
         devices = [self.model.device] if self.model.device.type == "cuda" else []
@@ -261,19 +254,10 @@ class LocalTeacher:
             [`TeacherScores`]: NaN for a completion that has no token, or with its prompt exceeds the context.
         """
         groups, places, num_tokens, surprises = [], [], [], []
-        for row, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
-            extra = {name: values[row] for name, values in (columns or {}).items()}
-            prompt_ids, completion_ids = tokenize_completions(
-                self.processing_class,
-                prompt,
-                group,
-                clipped=extra.get("clipped"),
-                tools=extra.get("tools"),
-                chat_template_kwargs=extra.get("chat_template_kwargs"),
-            )
+        read = read_groups(self.processing_class, prompts, completions, columns)
+        for row, (prompt_ids, completion_ids, surprising) in enumerate(read):
             num_tokens.append([len(ids) for ids in completion_ids])
-            pairs = zip(group, completion_ids, strict=True)
-            surprises.append([not reads_back(self.processing_class, text, ids) for text, ids in pairs])
+            surprises.append(surprising)
             fits = [0 < len(ids) <= self.context_length - len(prompt_ids) for ids in completion_ids]
             if any(fits):
                 kept = [ids for ids, fit in zip(completion_ids, fits, strict=True) if fit]

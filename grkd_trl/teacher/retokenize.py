@@ -1,9 +1,62 @@
-"""Text that passes from one tokenizer to another: what is lost on the way, and which tokenizer it was."""
+"""Text that a teacher reads with its own tokenizer: the tokens, what is lost on the way, and which tokenizer it was."""
 
 import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from .._trl import tokenize
+from ..groups import tokenize_completions
+
+
+def encode_prompt(processing_class: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+    """
+    Tokenize a prompt for writing.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        prompt (`str` or `list[dict]`):
+            Text, or messages, which the chat template ends with the start of the assistant's turn.
+
+    Returns:
+        `list[int]`: Ids, without an EOS.
+    """
+    template = {"add_generation_prompt": True} if isinstance(prompt, list) else {}
+    ids = tokenize(processing_class, prompt, **template)["input_ids"]
+    ends_itself = not template and ids[-1] == processing_class.eos_token_id  # some tokenizers add EOS to text
+    return ids[:-1] if ends_itself else ids
+
+
+def read_groups(
+    processing_class: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[list[dict[str, str]]],
+    completions: Sequence[Sequence[str]] | Sequence[Sequence[list[dict[str, str]]]],
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> Iterator[tuple[list[int], list[list[int]], list[bool]]]:
+    """
+    Tokenize groups with a teacher's tokenizer and template.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        prompts (`Sequence[str]` or `Sequence[list[dict]]`):
+            P prompts, as text or messages.
+        completions (`Sequence[Sequence[str]]` or `Sequence[Sequence[list[dict]]]`):
+            A group of completions for each prompt.
+        columns (`Mapping[str, Sequence]`, *optional*):
+            Further columns, a value a prompt. `clipped`, `tools` and `chat_template_kwargs` are read.
+
+    Yields:
+        `tuple`: Of each group the prompt's ids, each completion's ids, and whether [`reads_back`] denies it.
+    """
+    for row, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
+        names = ("clipped", "tools", "chat_template_kwargs")
+        extra = {name: columns[name][row] for name in names if name in (columns or {})}
+        prompt_ids, completion_ids = tokenize_completions(processing_class, prompt, group, **extra)
+        pairs = zip(group, completion_ids, strict=True)
+        yield prompt_ids, completion_ids, [not reads_back(processing_class, text, ids) for text, ids in pairs]
 
 
 def reads_back(
