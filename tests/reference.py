@@ -5,7 +5,7 @@ Im f(x + ih) / h, which subtracts nothing and is exact to the last digits. Membe
 """
 
 import math
-from cmath import exp, log
+from cmath import exp, log, sqrt
 from collections.abc import Callable
 
 
@@ -136,3 +136,82 @@ def clipped_policy(logp, sampling_logp, advantage, clip_range=0.2):
     clipped = ratio if bounded == ratio.real else bounded
     plain, limited = -advantage * ratio, -advantage * clipped
     return plain if complex(plain).real >= complex(limited).real else limited
+
+
+# Relational rivals of classifiers
+
+
+def ranknet(student, teacher, temperature=1.0):
+    """Equation 3 of RankNet with the teacher's preference, as a mean over the pairs."""
+    total, pairs = 0.0, 0
+    for i in range(len(student)):
+        for j in range(i):
+            margin = (student[i] - student[j]) / temperature
+            target = exp(log_sigmoid((teacher[i] - teacher[j]) / temperature)).real
+            total += -target * log_sigmoid(margin) - (1 - target) * log_sigmoid(-margin)
+            pairs += 1
+    return total / max(pairs, 1)
+
+
+def pld(student, teacher, label, temperature=1.0):
+    """List-wise loss of PLD: the label is chosen first, the others as the teacher ranks them."""
+    weights = softmax(teacher, temperature)
+    order = [label, *sorted((c for c in range(len(teacher)) if c != label), key=lambda c: -teacher[c])]
+    return sum(
+        -weights[chosen].real * log_softmax([student[c] for c in order[k:]])[0] for k, chosen in enumerate(order)
+    )
+
+
+def pearson(first, second):
+    mean, other = sum(first) / len(first), sum(second) / len(second)
+    dot = sum((a - mean) * (b - other) for a, b in zip(first, second, strict=True))
+    squares = [sum((a - m) ** 2 for a in values) for values, m in ((first, mean), (second, other))]
+    return dot / (sqrt(squares[0]) * sqrt(squares[1]))
+
+
+def dist(students, teachers, temperature=1.0, inter_weight=1.0, intra_weight=1.0):
+    """DIST of each row of a batch; the term between examples is one for all."""
+    students, teachers = ([softmax(row, temperature) for row in rows] for rows in (students, teachers))
+    classes = list(zip(zip(*students, strict=True), zip(*teachers, strict=True), strict=True))
+    intra = 1 - sum(pearson(*columns) for columns in classes) / len(classes)
+    inter = [1 - pearson(*rows) for rows in zip(students, teachers, strict=True)]
+    return [temperature**2 * (inter_weight * own + intra_weight * intra) for own in inter]
+
+
+def huber(first, second):
+    error = first - second
+    return error * error / 2 if abs(error.real) < 1 else error * (1 if error.real > 0 else -1) - 0.5
+
+
+def minus(first, second):
+    return [a - b for a, b in zip(first, second, strict=True)]
+
+
+def norm(vector):
+    return sqrt(sum(a * a for a in vector))
+
+
+def rkd_distance(students, teachers):
+    """Distance-wise RKD of each row: mean over the pairs that it is in."""
+    rows = range(len(students))
+    relative = []
+    for vectors in (students, teachers):
+        distances = {(i, j): norm(minus(vectors[i], vectors[j])) for i in rows for j in rows if i != j}
+        mean = sum(distances.values()) / len(distances)
+        relative.append({pair: distance / mean for pair, distance in distances.items()})
+    return [sum(huber(relative[0][i, j], relative[1][i, j]) for j in rows if j != i) / (len(rows) - 1) for i in rows]
+
+
+def rkd_angle(students, teachers):
+    """Angle-wise RKD of each row: mean over the angles at it."""
+
+    def cosine(vectors, j, i, k):
+        first, second = minus(vectors[i], vectors[j]), minus(vectors[k], vectors[j])
+        return sum(a * b for a, b in zip(first, second, strict=True)) / (norm(first) * norm(second))
+
+    rows, losses = range(len(students)), []
+    for j in rows:
+        others = [(i, k) for i in rows for k in rows if len({i, j, k}) == 3]
+        total = sum(huber(cosine(students, j, i, k), cosine(teachers, j, i, k)) for i, k in others)
+        losses.append(total / len(others))
+    return losses

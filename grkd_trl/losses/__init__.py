@@ -7,7 +7,8 @@ computes in float32 or wider and returns the student's dtype. NaN in a present e
 from .divergences import forward_kl, reverse_kl
 from .minillm import clipped_policy_loss, minillm_returns, mixture_logps
 from .preference import pro_loss, simpo_loss
-from .ranking import group_relative_loss, ranked_pairs, token_relative_loss
+from .ranking import group_relative_loss, ranked_pairs, sample_classes, token_relative_loss
+from .relational import dist_loss, pld_loss, ranknet_loss, rkd_angle_loss, rkd_distance_loss
 from .schedule import alpha_at
 from .soft_labels import group_soft_label_loss, token_soft_label_loss
 
@@ -15,14 +16,20 @@ from .soft_labels import group_soft_label_loss, token_soft_label_loss
 __all__ = [
     "alpha_at",
     "clipped_policy_loss",
+    "dist_loss",
     "forward_kl",
     "group_relative_loss",
     "group_soft_label_loss",
     "minillm_returns",
     "mixture_logps",
+    "pld_loss",
     "pro_loss",
     "ranked_pairs",
+    "ranknet_loss",
     "reverse_kl",
+    "rkd_angle_loss",
+    "rkd_distance_loss",
+    "sample_classes",
     "simpo_loss",
     "token_relative_loss",
     "token_soft_label_loss",

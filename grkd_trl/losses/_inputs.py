@@ -13,6 +13,11 @@ def check(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> N
         raise ValueError(f"`temperature` must be above 0, got {temperature}.")
 
 
+def check_gap(min_gap: float) -> None:
+    if not min_gap >= 0:
+        raise ValueError(f"`min_gap` must be 0 or above, got {min_gap}.")
+
+
 def widen(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 

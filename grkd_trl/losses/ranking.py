@@ -3,7 +3,12 @@
 import torch
 import torch.nn.functional as F
 
-from ._inputs import check, present_of, widen
+from ._inputs import check, check_gap, present_of, widen
+from ._pair_blocks import BlockedRelativeLoss
+
+
+# Entries N * G * G up to which all pairs of a batch lie in memory at once; beyond, blocks are faster also.
+_MAX_DENSE = 2**18
 
 
 def ranked_pairs(
@@ -36,8 +41,7 @@ def ranked_pairs(
 
     ```
     """
-    if not min_gap >= 0:
-        raise ValueError(f"`min_gap` must be 0 or above, got {min_gap}.")
+    check_gap(min_gap)
     present = present_of(teacher_scores, mask)
     gaps = teacher_scores.unsqueeze(-1) - teacher_scores.unsqueeze(-2)
     return (gaps > min_gap) & present.unsqueeze(-1) & present.unsqueeze(-2)
@@ -57,6 +61,9 @@ def group_relative_loss(
 
     With the pairs \\( \{(i, j) : s^T_i - s^T_j > g\} \\) and the temperature \\( \tau \\), the value is the mean over
     the pairs of \\( -\log \sigma((s^S_i - s^S_j) / \tau) \\). A group without a pair gives 0 and zero gradient.
+
+    All pairs are summed exactly. Where a batch has more than 2^18 they are visited in blocks, in memory that grows with
+    G and not with its square; that path has no second derivative.
 
     Args:
         student_scores (`torch.Tensor` of shape `(..., G)`):
@@ -91,11 +98,16 @@ def group_relative_loss(
     student = widen(student_scores).masked_fill(~present, 0.0)
     teacher = widen(teacher_scores).masked_fill(~present, 0.0)
 
-    pairs = ranked_pairs(teacher, min_gap=min_gap, mask=present)  # eq. 1
-    margins = (student.unsqueeze(-1) - student.unsqueeze(-2)) / temperature
-    # A pair is selected with `where`, not by a product: the pairs left out may be infinite.
-    losses = torch.where(pairs, -F.logsigmoid(torch.where(pairs, margins, 0.0)), 0.0)
-    loss = losses.sum((-2, -1)) / pairs.sum((-2, -1)).clamp(min=1)  # eq. 2, mean
+    if student.numel() * student.shape[-1] > _MAX_DENSE:
+        check_gap(min_gap)
+        rows = (values.reshape(-1, values.shape[-1]) for values in (student / temperature, teacher, present))
+        loss = BlockedRelativeLoss.apply(*rows, min_gap).reshape(student.shape[:-1])
+    else:
+        pairs = ranked_pairs(teacher, min_gap=min_gap, mask=present)  # eq. 1
+        margins = (student.unsqueeze(-1) - student.unsqueeze(-2)) / temperature
+        # A pair is selected with `where`, not by a product: the pairs left out may be infinite.
+        losses = torch.where(pairs, -F.logsigmoid(torch.where(pairs, margins, 0.0)), 0.0)
+        loss = losses.sum((-2, -1)) / pairs.sum((-2, -1)).clamp(min=1)  # eq. 2, mean
     return torch.where((student.isnan() | teacher.isnan()).any(-1), torch.nan, loss).to(student_scores.dtype)
 
 
@@ -146,3 +158,52 @@ def token_relative_loss(
     return group_relative_loss(
         student_logits.gather(-1, top.indices), top.values, temperature=temperature, min_gap=min_gap
     )
+
+
+def sample_classes(
+    teacher_logits: torch.Tensor,
+    num_classes: int,
+    *,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    r"""
+    Draw a group of classes from the teacher's softened distribution, without replacement: the sampling of
+    [GRKD](https://huggingface.co/papers/2504.20482) with the class as the output, by adding Gumbel noise and taking
+    the largest ([Gumbel top-k](https://huggingface.co/papers/1903.06059)).
+
+    Where no two classes of the teacher tie, the [`group_relative_loss`] (at `min_gap` 0) of what is drawn has the
+    expectation \\( \sum_{(i, j)} \pi_{ij} \ell_{ij} / \binom{G}{2} \\): the loss of all pairs, each weighed by the
+    probability \\( \pi_{ij} \\) that both its classes are drawn. With G = C that is the loss of all pairs.
+
+    Args:
+        teacher_logits (`torch.Tensor` of shape `(..., C)`):
+            Teacher's logits, finite.
+        num_classes (`int`):
+            Classes to draw (G). All C of them when C is smaller.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of the distribution; a large one draws uniformly.
+        generator (`torch.Generator`, *optional*):
+            Source of the draws, torch's global one if not given.
+
+    Returns:
+        `torch.Tensor` of shape `(..., G)`: Indices of distinct classes.
+
+    Raises:
+        `ValueError`: If `num_classes` is below 2 or `temperature` is not above 0.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> sample_classes(torch.tensor([50.0, 0.0, 60.0]), 2).tolist()  # the third class has next to no chance
+    [2, 0]
+
+    ```
+    """
+    check(teacher_logits, teacher_logits, temperature)
+    if num_classes < 2:
+        raise ValueError(f"`num_classes` must be at least 2 to make a pair, got {num_classes}.")
+    logps = (widen(teacher_logits.detach()) / temperature).log_softmax(-1)
+    noise = -torch.empty_like(logps).exponential_(generator=generator).log()
+    return (logps + noise).topk(min(num_classes, logps.shape[-1]), dim=-1).indices
