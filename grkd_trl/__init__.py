@@ -1,9 +1,35 @@
 """Group Relative Knowledge Distillation on TRL: distill a large language model into a small one by ranking."""
 
 from . import _trl  # noqa: F401 - first, to refuse an unsupported TRL before anything of it is used
-from .trainers import GRKDConfig, GRKDTrainer
+from .trainers import (
+    DPOConfig,
+    DPOTrainer,
+    GRKDConfig,
+    GRKDTrainer,
+    KDConfig,
+    KDTrainer,
+    PROConfig,
+    PROTrainer,
+    SeqKDConfig,
+    SeqKDTrainer,
+    SimPOConfig,
+    SimPOTrainer,
+)
 
 
 __version__ = "0.1.0"
 
-__all__ = ["GRKDConfig", "GRKDTrainer"]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "GRKDConfig",
+    "GRKDTrainer",
+    "KDConfig",
+    "KDTrainer",
+    "PROConfig",
+    "PROTrainer",
+    "SeqKDConfig",
+    "SeqKDTrainer",
+    "SimPOConfig",
+    "SimPOTrainer",
+]

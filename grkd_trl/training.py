@@ -244,7 +244,7 @@ def add_group_metrics(
     trainer: SFTTrainer,
     inputs: dict[str, torch.Tensor],
     student_scores: torch.Tensor,
-    teacher_scores: torch.Tensor,
+    teacher_scores: torch.Tensor | None,
     *,
     min_gap: float = 0.0,
 ) -> None:
@@ -288,6 +288,7 @@ def prepare_dataset(
         max_length=args.max_length,
         truncation_mode=args.truncation_mode,
         min_gap=getattr(args, "min_gap", 0.0),
+        min_completions=getattr(self, "min_completions", 2),
         num_proc=args.dataset_num_proc,
         name=dataset_name,
     )
@@ -314,14 +315,19 @@ def prediction_step(
     prediction_loss_only: bool,
     ignore_keys: list[str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """For `prediction_step`: loss, student's scores and teacher's scores `(P, G)`, -100 where a completion is absent."""
+    """
+    For `prediction_step`: loss, student's scores and teacher's scores `(P, G)`, -100 where a completion is absent. A
+    method that has no scores of the teacher gives none.
+    """
     inputs = self._prepare_inputs(inputs)
     with torch.no_grad(), self.compute_loss_context_manager():
         loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
     if prediction_loss_only:
         return loss, None, None
     absent = ~inputs["group_mask"]
-    return loss, *(outputs[name].masked_fill(absent, -100.0) for name in ("student_scores", "teacher_scores"))
+    student_scores, teacher_scores = outputs["student_scores"], outputs.get("teacher_scores")
+    labels = None if teacher_scores is None else teacher_scores.masked_fill(absent, -100.0)
+    return loss, student_scores.masked_fill(absent, -100.0), labels
 
 
 def evaluation_loop(

@@ -1,4 +1,4 @@
-"""Groups to train on, and runs of a `GRKDTrainer` on tiny models that record what they did."""
+"""Groups to train on, and runs of a trainer on tiny models that record what they did."""
 
 import random
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tiny import WORDS, tiny_model, tiny_tokenizer
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from grkd_trl import GRKDConfig, GRKDTrainer
+import grkd_trl
 
 
 TOKENIZER = tiny_tokenizer()
@@ -60,11 +60,12 @@ class Recorder(TrainerCallback):
         self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
 
 
-def make_trainer(folder, rows=None, **kwargs) -> GRKDTrainer:
+def make_trainer(folder, rows=None, *, method: str = "GRKD", **kwargs) -> Trainer:
     """
     A trainer on `rows`, four groups a step in the order given. Keywords that are fields of the configuration go there,
     the others to the trainer.
     """
+    config_class, trainer_class = (getattr(grkd_trl, f"{method}{part}") for part in ("Config", "Trainer"))
     fields = {
         "bf16": False,
         "use_cpu": True,
@@ -79,22 +80,24 @@ def make_trainer(folder, rows=None, **kwargs) -> GRKDTrainer:
         "num_train_epochs": 1,
         "train_sampling_strategy": "sequential",
     }
-    own = {name: kwargs.pop(name) for name in list(kwargs) if name in GRKDConfig.__dataclass_fields__}
+    own = {name: kwargs.pop(name) for name in list(kwargs) if name in config_class.__dataclass_fields__}
     arguments = {
         "model": make_student,
         "teacher_model": make_teacher,
-        "args": GRKDConfig(folder, **fields | own),
+        "args": config_class(folder, **fields | own),
         "train_dataset": Dataset.from_list(make_rows() if rows is None else rows),
         "processing_class": TOKENIZER,
     }
+    if method == "DPO":  # a model built in memory has no path to load its start from
+        arguments["ref_model"] = make_student
     arguments |= kwargs
-    for name in ("model", "teacher_model"):
-        if callable(arguments[name]) and not isinstance(arguments[name], torch.nn.Module):
+    for name in ("model", "teacher_model", "ref_model"):
+        if callable(arguments.get(name)) and not isinstance(arguments[name], torch.nn.Module):
             arguments[name] = arguments[name]()
-    return GRKDTrainer(**arguments)
+    return trainer_class(**arguments)
 
 
-def train(folder, rows=None, **kwargs) -> tuple[GRKDTrainer, list[dict[str, torch.Tensor]]]:
+def train(folder, rows=None, **kwargs) -> tuple[Trainer, list[dict[str, torch.Tensor]]]:
     """Train, and give the trainer with the gradients of each step."""
     recorder = Recorder()
     trainer = make_trainer(folder, rows, **kwargs)
@@ -103,7 +106,7 @@ def train(folder, rows=None, **kwargs) -> tuple[GRKDTrainer, list[dict[str, torc
     return trainer, recorder.gradients
 
 
-def logged(trainer: GRKDTrainer, name: str) -> list[float]:
+def logged(trainer: Trainer, name: str) -> list[float]:
     """A metric's values in the log, one a step."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 

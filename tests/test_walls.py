@@ -76,7 +76,7 @@ class TestImports:
 
     @each(METHODS)
     def test_rooms_of_a_method(self, path):
-        shared = {"losses", "scoring", "groups", "teacher", "metrics", "configs", "training", "_trl"}
+        shared = {"annotation", "losses", "scoring", "groups", "teacher", "metrics", "configs", "training", "_trl"}
         assert {room.split(".")[0] for room in rooms(path)} <= shared | {"trainers"}
 
     @each([path for path in PACKAGE if path.parent.name != "trainers" and path != ROOT / "grkd_trl/__init__.py"])

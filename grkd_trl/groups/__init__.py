@@ -7,6 +7,7 @@ the scores are optional, and so is `"clipped": [...]`, `True` for a completion t
 from .card import preview
 from .collator import DataCollatorForGroups, count_items
 from .generate import GroupsConfig, generate_groups
+from .pairs import pair_groups, pairs_of
 from .rows import bring_scores, prepare_groups, read_group, tokenize_completions, tokenize_group
 
 
@@ -16,6 +17,8 @@ __all__ = [
     "bring_scores",
     "count_items",
     "generate_groups",
+    "pair_groups",
+    "pairs_of",
     "prepare_groups",
     "preview",
     "read_group",

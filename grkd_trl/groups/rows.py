@@ -48,7 +48,7 @@ def bring_scores(*datasets: Dataset | IterableDataset | dict | None) -> bool:
     return all(row.get("teacher_scores") is not None or ("chosen" in row and "completions" not in row) for row in rows)
 
 
-def read_group(row: dict[str, Any], index: int) -> dict[str, Any]:
+def read_group(row: dict[str, Any], index: int, *, min_completions: int = 2) -> dict[str, Any]:
     """
     Check a row and give it as a group.
 
@@ -58,6 +58,8 @@ def read_group(row: dict[str, Any], index: int) -> dict[str, Any]:
             completions by its scores, chosen first where it has none.
         index (`int`):
             Row number, for the error.
+        min_completions (`int`, *optional*, defaults to `2`):
+            Fewest completions of a group. 1 for a method that does not compare.
 
     Returns:
         `dict[str, Any]`: `prompt`, `completions`, `clipped` and, where there are any, `teacher_scores`.
@@ -83,10 +85,11 @@ def read_group(row: dict[str, Any], index: int) -> dict[str, Any]:
     if not group["prompt"]:
         raise ValueError(f"`prompt` of row {index} is {group['prompt']!r}: give it text or messages, or drop the row.")
     completions = group["completions"]
-    if completions is None or len(completions) < 2:
+    if completions is None or len(completions) < min_completions:
+        reason = "a group is ranked by comparing, so it " if min_completions > 1 else "a group "
         raise ValueError(
-            f"`completions` of row {index} has {len(completions or [])} entries: a group is ranked by comparing, so it "
-            "needs 2 or more. Sample more completions for this prompt, or drop the row."
+            f"`completions` of row {index} has {len(completions or [])} entries: {reason}"
+            f"needs {min_completions} or more. Sample more completions for this prompt, or drop the row."
         )
     group["clipped"] = row.get("clipped") or [False] * len(completions)
     for name in ("teacher_scores", "clipped"):
@@ -168,7 +171,11 @@ def tokenize_completions(
 
 
 def tokenize_group(
-    row: dict[str, Any], index: int, *, processing_class: PreTrainedTokenizerBase | ProcessorMixin
+    row: dict[str, Any],
+    index: int,
+    *,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    min_completions: int = 2,
 ) -> dict[str, Any]:
     """
     Check and tokenize a row, as [`tokenize_completions`] says.
@@ -181,6 +188,8 @@ def tokenize_group(
             Row number, for errors.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
             Tokenizer, or a processor used for text alone.
+        min_completions (`int`, *optional*, defaults to `2`):
+            Fewest completions of a group.
 
     Returns:
         `dict[str, Any]`: `prompt_ids` (`list[int]`), `completion_ids` (`list[list[int]]`), `clipped` (`list[bool]`)
@@ -189,7 +198,7 @@ def tokenize_group(
     Raises:
         `ValueError`: If the row is no group, or a completion comes to no token.
     """
-    group = read_group(row, index)
+    group = read_group(row, index, min_completions=min_completions)
     prompt_ids, completion_ids = tokenize_completions(
         processing_class,
         group.pop("prompt"),
@@ -213,6 +222,7 @@ def prepare_groups(
     max_length: int | None = None,
     truncation_mode: str = "keep_start",
     min_gap: float = 0.0,
+    min_completions: int = 2,
     num_proc: int | None = None,
     name: str = "train",
 ) -> Dataset | IterableDataset:
@@ -231,6 +241,8 @@ def prepare_groups(
             Which end the collator will keep, `"keep_start"` or `"keep_end"`.
         min_gap (`float`, *optional*, defaults to `0.0`):
             Gap of teacher scores that a pair must exceed, to warn of groups without a pair.
+        min_completions (`int`, *optional*, defaults to `2`):
+            Fewest completions of a group. 1 for a method that does not compare, which is not warned of ties.
         num_proc (`int`, *optional*):
             Processes for `Dataset.map`.
         name (`str`, *optional*, defaults to `"train"`):
@@ -251,9 +263,8 @@ def prepare_groups(
     with global_then_local_main_first():
         if "completion_ids" not in columns:
             kwargs = {"num_proc": num_proc, "desc": f"Tokenizing {name} groups"} if in_memory else {}
-            dataset = dataset.map(
-                tokenize_group, with_indices=True, fn_kwargs={"processing_class": processing_class}, **kwargs
-            )
+            fn_kwargs = {"processing_class": processing_class, "min_completions": min_completions}
+            dataset = dataset.map(tokenize_group, with_indices=True, fn_kwargs=fn_kwargs, **kwargs)
         num_rows = len(dataset) if in_memory else None
         if max_length is not None and truncation_mode == "keep_start":
             kwargs = (
@@ -269,7 +280,7 @@ def prepare_groups(
             if len(dataset) == 0:
                 raise ValueError(f"{message} Raise `max_length`, or shorten the prompts.")
             logger.warning(f"{message} They are dropped.")
-        if "teacher_scores" in dataset.column_names:
+        if "teacher_scores" in dataset.column_names and min_completions > 1:
             scores = dataset["teacher_scores"]
             tied = sum(not ranked_pairs(torch.tensor(row), min_gap=min_gap).any() for row in scores) / len(dataset)
             if tied > 0:

@@ -2,7 +2,7 @@
 
 from .calibration import SELECTION_TEMPLATE, CalibratedTeacher, calibrate_scores, selection_probs
 from .local import LocalTeacher, generate_completions, score_groups
-from .models import is_zero3, load_teacher, prepare_teacher, shared_vocabulary
+from .models import is_zero3, load_teacher, prepare_teacher, shared_vocabulary, tokenizer_of
 from .protocol import Completions, Teacher, TeacherScores
 from .scorer import CallableScorer
 from .server import ServerTeacher, TeacherError
@@ -26,4 +26,5 @@ __all__ = [
     "score_groups",
     "selection_probs",
     "shared_vocabulary",
+    "tokenizer_of",
 ]

@@ -53,6 +53,7 @@ def generate_completions(
     max_new_tokens: int = 256,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    num_beams: int = 1,
     batch_size: int = 64,
     progress: bool = True,
 ) -> tuple[list[list[str]], list[list[bool]]]:
@@ -75,6 +76,8 @@ def generate_completions(
             Sampling temperature; 0 takes the most likely token at each step.
         top_p (`float`, *optional*, defaults to `1.0`):
             Share of the probability to sample from.
+        num_beams (`int`, *optional*, defaults to `1`):
+            Beams to search with, for which `temperature` is 0.
         batch_size (`int`, *optional*, defaults to `64`):
             Prompts in a batch.
         progress (`bool`, *optional*, defaults to `True`):
@@ -85,7 +88,7 @@ def generate_completions(
         at `max_new_tokens` before its EOS.
     """
     # `generate` takes what is not said from the model's generation config, which may hold other sampling settings.
-    neutral = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None}
+    neutral = {"num_beams": num_beams, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None}
     cutoffs = {"min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
     sampling = {"do_sample": False} | neutral
     if temperature > 0:

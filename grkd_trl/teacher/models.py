@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 from trl.trainer import disable_dropout_in_model
 
@@ -109,21 +109,50 @@ def _shard_layers(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.
     return model
 
 
+def tokenizer_of(
+    model: str | PreTrainedModel, default: PreTrainedTokenizerBase | ProcessorMixin | None = None
+) -> PreTrainedTokenizerBase:
+    """
+    Tokenizer that stands where a model does.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Hub id, path, or a model that was loaded from one.
+        default ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            For a model that was built in memory, or saved without a tokenizer.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerBase`]: The tokenizer.
+
+    Raises:
+        `OSError` or `ValueError`: If there is none, and no default.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model if isinstance(model, str) else get_config_model_id(model.config))
+    except (OSError, ValueError):
+        if default is None:
+            raise
+        return getattr(default, "tokenizer", default)
+
+
 def shared_vocabulary(
-    student: PreTrainedModel, teacher: PreTrainedModel, processing_class: PreTrainedTokenizerBase
+    student: str | PreTrainedModel,
+    teacher: str | PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
 ) -> int:
     """
     Number of leading token ids that mean the same to student and teacher. Embeddings padded to different sizes are
     fine where the tokenizers agree: logits are cut to the smaller. The teacher's tokenizer is read from where the
-    teacher was loaded; without one the teacher is taken to share the student's.
+    teacher was loaded; without one the teacher is taken to share the student's. Of ids and paths only the
+    configuration is read.
 
     Args:
-        student ([`~transformers.PreTrainedModel`]):
+        student (`str` or [`~transformers.PreTrainedModel`]):
             Student.
-        teacher ([`~transformers.PreTrainedModel`]):
+        teacher (`str` or [`~transformers.PreTrainedModel`]):
             Teacher.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Student's tokenizer.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            Student's tokenizer, read from where the student was loaded if not given.
 
     Returns:
         `int`: The smaller `vocab_size`.
@@ -131,17 +160,21 @@ def shared_vocabulary(
     Raises:
         `ValueError`: If the tokenizers differ, or either model is too small for the tokenizer.
     """
-    sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
-    try:
-        teacher_vocab = AutoTokenizer.from_pretrained(get_config_model_id(teacher.config)).get_vocab()
-    except (OSError, ValueError):  # built in memory, or saved without a tokenizer
-        teacher_vocab = processing_class.get_vocab()
-    if teacher_vocab != processing_class.get_vocab() or min(sizes) < len(processing_class):
+    own = tokenizer_of(student) if processing_class is None else processing_class
+    own = getattr(own, "tokenizer", own)
+    theirs = tokenizer_of(teacher, own)
+    configs = [
+        AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config for model in (student, teacher)
+    ]
+    sizes = [config.get_text_config().vocab_size for config in configs]
+    if theirs.get_vocab() != own.get_vocab() or min(sizes) < len(own):
         raise ValueError(
             f"The teacher cannot read the student's tokens: `vocab_size` is {sizes[0]} for the student and {sizes[1]} "
-            f"for the teacher, and their tokenizers have {len(processing_class)} and {len(teacher_vocab)} entries. "
-            "Token soft labels, token ranking and scoring in the training step need one tokenizer. With another, "
-            "score the groups beforehand (`grkd_trl.teacher.score_groups` with the teacher's tokenizer) and train "
-            'with `soft_label="group"` or `"none"`.'
+            f"for the teacher, and their tokenizers have {len(own)} and {len(theirs)} entries. "
+            "Token soft labels, token ranking and scoring in the training step need one tokenizer, and so do "
+            "`KDTrainer` and `MiniLLMTrainer`. With another, `DPOTrainer`, `SimPOTrainer` and `PROTrainer` have the "
+            "teacher score before training, `SeqKDTrainer` has it write, and for `GRKDTrainer` score the groups "
+            "beforehand (`grkd_trl.teacher.score_groups` with the teacher's tokenizer) and train with "
+            '`soft_label="group"` or `"none"`.'
         )
     return min(sizes)

@@ -1,0 +1,164 @@
+"""The teacher as annotator: before training it scores the groups, or writes their text, and is then let go of."""
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
+from trl import extract_prompt
+
+from .groups import bring_scores
+from .teacher import generate_completions, load_teacher, score_groups, tokenizer_of
+
+
+def _load(args, model, teacher_model, processing_class) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Teacher, on its device, and its tokenizer, for which the student's stands in where it has none."""
+    if teacher_model is model and not isinstance(model, str):
+        raise ValueError("`model` and `teacher_model` cannot be the same object: the teacher is frozen.")
+    teacher = load_teacher(teacher_model, args.teacher_model_init_kwargs)
+    if not hasattr(teacher, "hf_device_map"):
+        teacher.to(args.device)
+    try:
+        tokenizer = tokenizer_of(teacher)
+    except (OSError, ValueError):
+        tokenizer = tokenizer_of(model) if processing_class is None else processing_class
+    return teacher, getattr(tokenizer, "tokenizer", tokenizer)
+
+
+def rank_datasets(
+    args: TrainingArguments,
+    model: str | PreTrainedModel,
+    teacher_model: str | PreTrainedModel | None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+    *datasets: Dataset | IterableDataset | dict[str, Dataset] | None,
+) -> list[Dataset | IterableDataset | dict[str, Dataset] | None]:
+    """
+    Have the teacher score the datasets whose groups bring no order, once and before the student is loaded. It reads the
+    text with its own tokenizer, which need not be the student's, and is let go of afterwards. Several processes share
+    the work.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The method's configuration, with `teacher_model_init_kwargs`.
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Student, whose tokenizer serves a teacher without one.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Teacher. Not loaded where every dataset brings its order.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            Student's tokenizer.
+        *datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
+            Datasets of groups.
+
+    Returns:
+        `list`: The datasets, each with `teacher_scores` or preferences.
+
+    Raises:
+        `ValueError`: If a teacher is missing, or is to score a dataset that streams.
+    """
+    if bring_scores(*datasets):
+        return list(datasets)
+    if teacher_model is None:
+        raise ValueError(
+            f"The groups bring no `teacher_scores` and no `teacher_model` was given, and "
+            f"`{type(args).__name__.removesuffix('Config')}Trainer` learns from an order of completions. Pass a teacher, "
+            "score the groups beforehand (`grkd_trl.teacher.score_groups`), or give preferences (`chosen`, `rejected`). "
+            "`SeqKDTrainer` needs no scores where the teacher wrote the completions."
+        )
+
+    def score(dataset):
+        if bring_scores(dataset):
+            return dataset
+        if isinstance(dataset, dict):
+            return type(dataset)({name: score(part) for name, part in dataset.items()})
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                "A dataset that streams cannot be scored before training. Load it whole, or score its groups beforehand "
+                "(`grkd_trl.teacher.score_groups`)."
+            )
+        with PartialState().split_between_processes(list(range(len(dataset)))) as rows:
+            scored = score_groups(teacher, tokenizer, dataset.select(rows), progress=not args.disable_tqdm)
+        if "teacher_scores" in dataset.column_names:
+            dataset = dataset.remove_columns("teacher_scores")
+        return dataset.add_column("teacher_scores", gather_object(list(scored["teacher_scores"])))
+
+    teacher, tokenizer = _load(args, model, teacher_model, processing_class)
+    return [score(dataset) for dataset in datasets]
+
+
+def teacher_texts(
+    args: TrainingArguments,
+    model: str | PreTrainedModel,
+    teacher_model: str | PreTrainedModel | None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+    *datasets: Dataset | IterableDataset | dict[str, Dataset] | None,
+) -> list[Dataset | dict[str, Dataset] | None]:
+    """
+    Groups of what the teacher wrote: the completions that `written_by` says are the teacher's, and where the dataset
+    does not say, one that it writes now for each prompt, before the student is loaded. Several processes share the work.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The method's configuration: how the teacher writes, and `teacher_model_init_kwargs`.
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Student, whose tokenizer serves a teacher without one.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Teacher. Not loaded where every dataset says which completions it wrote.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            Student's tokenizer.
+        *datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
+            Datasets of groups, of preferences or of prompts.
+
+    Returns:
+        `list`: Groups of one or more completions, all by the teacher.
+
+    Raises:
+        `ValueError`: If a teacher is missing, or is to write for a dataset that streams.
+    """
+    per_completion = ("completions", "clipped", "teacher_scores")
+    teacher = tokenizer = None
+
+    def own(row):
+        kept = [place for place, writer in enumerate(row["written_by"]) if writer == "teacher"]
+        return {name: [row[name][place] for place in kept] for name in per_completion if row.get(name) is not None}
+
+    def write(dataset):
+        nonlocal teacher, tokenizer
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict):
+            return type(dataset)({name: write(part) for name, part in dataset.items()})
+        if "written_by" in (dataset.column_names or next(iter(dataset))):
+            return dataset.map(own).filter(lambda row: len(row["completions"]) > 0)
+        if teacher_model is None:
+            raise ValueError(
+                "The groups do not say that the teacher wrote them (`written_by`) and no `teacher_model` was given, and "
+                "`SeqKDTrainer` learns from the teacher's own text. Pass a teacher, or groups that it wrote. Completions "
+                "of other writers are for `DPOTrainer`, `SimPOTrainer` and `PROTrainer`, where they have "
+                "`teacher_scores`, or for `KDTrainer` and a teacher."
+            )
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                "The teacher cannot write for a dataset that streams before training. Load it whole, or have the text "
+                "written beforehand (`grkd_trl.groups.generate_groups`)."
+            )
+        if teacher is None:
+            teacher, tokenizer = _load(args, model, teacher_model, processing_class)
+        prompts = [row["prompt"] if "prompt" in row else extract_prompt(row)["prompt"] for row in dataset]
+        state = PartialState()
+        with state.split_between_processes(prompts) as part, torch.random.fork_rng():
+            torch.manual_seed(args.seed + state.process_index)
+            texts, clipped = generate_completions(
+                teacher,
+                tokenizer,
+                part,
+                max_new_tokens=args.max_completion_length,
+                temperature=args.temperature if args.decoding == "sampling" else 0.0,
+                top_p=args.top_p,
+                num_beams=args.num_beams if args.decoding == "beam" else 1,
+                progress=not args.disable_tqdm,
+            )
+        written = {"prompt": prompts, "completions": gather_object(texts), "clipped": gather_object(clipped)}
+        kept = {name: dataset[name] for name in ("tools", "chat_template_kwargs") if name in dataset.column_names}
+        return Dataset.from_dict(written | kept)
+
+    return [write(dataset) for dataset in datasets]

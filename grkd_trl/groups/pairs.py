@@ -1,0 +1,81 @@
+"""From tokenized groups to pairs, for the methods that compare two completions."""
+
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from .._trl import global_then_local_main_first
+
+
+def pairs_of(row: dict[str, Any], *, pairs: str) -> list[tuple[int, int]]:
+    """
+    Pairs of a group that its scores order, better first.
+
+    Args:
+        row (`dict[str, Any]`):
+            Group with `teacher_scores`.
+        pairs (`str`):
+            `"best_worst"`: the best completion against the worst. `"all"`: every two of unequal score.
+
+    Returns:
+        `list[tuple[int, int]]`: Positions of the better and the worse completion. None where all scores are equal.
+    """
+    scores = row["teacher_scores"]
+    members = range(len(scores))
+    if pairs == "all":
+        return [(i, j) for i in members for j in members if scores[i] > scores[j]]
+    best, worst = max(members, key=scores.__getitem__), min(members, key=scores.__getitem__)
+    return [(best, worst)] if scores[best] > scores[worst] else []
+
+
+def pair_groups(
+    dataset: Dataset | IterableDataset, *, pairs: str, num_proc: int | None = None, name: str = "train"
+) -> Dataset | IterableDataset:
+    """
+    Make groups of two, the better completion first, of tokenized groups with scores. A group without a pair is left
+    out.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            As [`prepare_groups`] gives it.
+        pairs (`str`):
+            `"best_worst"`: one pair a group, its best completion against its worst. `"all"`: every pair of unequal
+            scores, of which a group of G has up to G (G - 1) / 2.
+        num_proc (`int`, *optional*):
+            Processes for `Dataset.map`.
+        name (`str`, *optional*, defaults to `"train"`):
+            Name for progress bars and messages.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: Groups of two, with the columns of [`tokenize_group`].
+
+    Raises:
+        `ValueError`: If the groups have no scores, or none has a pair.
+    """
+
+    def split(batch: dict[str, list]) -> dict[str, list]:
+        chosen = {column: [] for column in ("prompt_ids", "completion_ids", "clipped", "teacher_scores")}
+        for values in zip(*(batch[column] for column in chosen), strict=True):
+            row = dict(zip(chosen, values, strict=True))
+            for pair in pairs_of(row, pairs=pairs):
+                chosen["prompt_ids"].append(row["prompt_ids"])
+                for column in ("completion_ids", "clipped", "teacher_scores"):
+                    chosen[column].append([row[column][member] for member in pair])
+        return chosen
+
+    in_memory = isinstance(dataset, Dataset)
+    columns = dataset.column_names or list(next(iter(dataset)))
+    if "teacher_scores" not in columns:
+        raise ValueError(
+            f"The {name} groups have no `teacher_scores`, so nothing says which of two completions is better. Score "
+            "them (`grkd_trl.teacher.score_groups`), or give preferences (`chosen`, `rejected`)."
+        )
+    kwargs = {"num_proc": num_proc, "desc": f"Pairing {name} groups"} if in_memory else {}
+    with global_then_local_main_first():
+        dataset = dataset.map(split, batched=True, remove_columns=columns, **kwargs)
+    if in_memory and len(dataset) == 0:
+        raise ValueError(
+            f"No {name} group has two completions of unequal `teacher_scores`, so there is no pair to learn from. Sample "
+            "more varied completions, or train with `KDTrainer` or `SeqKDTrainer`, which read no order."
+        )
+    return dataset

@@ -1,0 +1,157 @@
+"""Direct Preference Optimization (https://huggingface.co/papers/2305.18290), by TRL's own trainer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from transformers.trainer_utils import EvalPrediction
+from trl import DPOConfig as TRLConfig
+from trl import DPOTrainer as TRLTrainer
+
+from .. import training
+from ..annotation import rank_datasets
+from ..configs import check_choices, option
+from ..groups import pair_groups, prepare_groups
+
+
+@dataclass
+class DPOConfig(TRLConfig):
+    r"""
+    Configuration class for the [`DPOTrainer`].
+
+    Only the parameters that TRL does not have are listed. For the others see [`~trl.DPOConfig`] and
+    [`~transformers.TrainingArguments`].
+
+    Parameters:
+        pairs (`str`, *optional*, defaults to `"best_worst"`):
+            Pairs of a group: its `"best_worst"`, or `"all"` of unequal score, each a row of its own.
+        teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path.
+    """
+
+    _VALID_DICT_FIELDS = TRLConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+
+    pairs: str = option(
+        "best_worst",
+        "Pairs of a group: its 'best_worst', or 'all' of unequal score.",
+        choices=["best_worst", "all"],
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "Keyword arguments for `from_pretrained` of the teacher, when it is an id or a path."
+    )
+
+    def __post_init__(self):
+        check_choices(self, DPOConfig)
+        super().__post_init__()
+
+
+class DPOTrainer(TRLTrainer):
+    r"""
+    [`~trl.DPOTrainer`], fed with pairs of a group: the completion that the teacher scores best against the one it
+    scores worst, or all pairs. Loss, reference model, collator and metrics are TRL's.
+
+    Example:
+
+    ```python
+    from datasets import Dataset
+    from grkd_trl import DPOConfig, DPOTrainer
+
+    dataset = Dataset.from_list([{"prompt": "2 + 2 =", "completions": [" 4", " 5", " four"]}])
+    trainer = DPOTrainer(
+        model="Qwen/Qwen3-0.6B",
+        teacher_model="Qwen/Qwen3-4B",
+        args=DPOConfig(output_dir="out"),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Student, as in [`~trl.DPOTrainer`].
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Teacher, which may have another tokenizer. It scores the groups before training where they bring no
+            `teacher_scores`, and is not loaded otherwise.
+        args ([`DPOConfig`], *optional*):
+            Configuration. A default one, writing to `<model>-DPO`, if not given.
+        train_dataset, eval_dataset (*optional*):
+            Groups or preferences, as in [`GRKDTrainer`].
+        data_collator, processing_class, compute_metrics, callbacks, optimizers, quantization_config, peft_config,
+        ref_model (*optional*):
+            As in [`~trl.DPOTrainer`].
+
+    Raises:
+        `ValueError`: Before any model is loaded, if groups bring no scores and no teacher is given.
+    """
+
+    equation = (
+        r"L = -\log \sigma\left(\beta \log \frac{p_S(y_w | x)}{p_{ref}(y_w | x)} "
+        r"- \beta \log \frac{p_S(y_l | x)}{p_{ref}(y_l | x)}\right)"
+    )
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: DPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        ref_model: PreTrainedModel | None = None,
+    ):
+        args = training.resolve_args(args, DPOConfig, model)
+        train_dataset, eval_dataset = rank_datasets(
+            args, model, teacher_model, processing_class, train_dataset, eval_dataset
+        )
+
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+
+    create_model_card = training.create_model_card
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if "chosen_ids" in (dataset.column_names or next(iter(dataset))):
+            return dataset
+        dataset = prepare_groups(
+            dataset,
+            processing_class,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            num_proc=args.dataset_num_proc,
+            name=dataset_name,
+        )
+        dataset = pair_groups(dataset, pairs=args.pairs, num_proc=args.dataset_num_proc, name=dataset_name)
+        # The columns that TRL's collator reads
+        return dataset.map(
+            lambda row: {"chosen_ids": row["completion_ids"][0], "rejected_ids": row["completion_ids"][1]},
+            remove_columns=["completion_ids", "clipped", "teacher_scores"],
+        )

@@ -1,0 +1,584 @@
+"""The rivals' trainers: each step equal to a slow restatement, to TRL's own where it has one, and to itself."""
+
+import copy
+import math
+import random
+
+import pytest
+import reference_rivals as slow
+import torch
+import trl
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig
+from runs import (
+    TOKENIZER,
+    VOCAB,
+    Recorder,
+    logged,
+    make_rows,
+    make_student,
+    make_teacher,
+    make_trainer,
+    to_ids,
+    train,
+    weights,
+)
+from tiny import tiny_tokenizer
+from transformers import HfArgumentParser
+
+import grkd_trl
+from grkd_trl.groups import pairs_of
+
+
+PAIRS, RANKED, OTHERS = ["DPO", "SimPO"], ["DPO", "SimPO", "PRO"], ["KD", "SeqKD"]
+METHODS = [*RANKED, *OTHERS]
+LOSSES = {"DPO": slow.dpo, "SimPO": slow.simpo, "PRO": slow.pro, "KD": slow.kd, "SeqKD": slow.seqkd}
+each_method = pytest.mark.parametrize("method", METHODS)
+
+
+def rows_for(method, num=4, **kwargs):
+    """Groups that the method takes, without ties; those of SeqKD say that the teacher wrote them."""
+    rows = make_rows(num, **kwargs)
+    for index, row in enumerate(rows):
+        scores = [-3.0, -1.5, -1.0, -0.25, -2.25]
+        row["teacher_scores"] = random.Random(index).sample(scores, len(row["completions"]))
+    if method == "SeqKD":
+        rows = [row | {"written_by": ["teacher"] * len(row["completions"])} for row in rows]
+    return rows
+
+
+def relative_error(ours, theirs):
+    return (ours - theirs).norm() / theirs.norm()
+
+
+def assert_equals_the_loops(method, folder, rows, tolerance=1e-6, *, batch=2, **fields):
+    """One optimizer step of two micro-batches against `reference_rivals`; norms of the models are in float32."""
+    step = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 2}
+    trainer, (gradients,) = train(folder, rows, method=method, **step, **fields)
+    fields.pop("teacher_model", None)
+    options = slow.Options(vocab_size=VOCAB, max_length=fields.pop("max_length", 1024))
+    if method == "DPO":
+        fields["reference"] = make_student()
+    loss, expected = slow.loss_and_gradients(
+        LOSSES[method], make_student(), make_teacher(), [to_ids(row) for row in rows], options, **fields
+    )
+    assert logged(trainer, "loss") == [pytest.approx(loss, rel=1e-6)]
+    assert set(gradients) == set(expected)
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected[name]) < tolerance, name
+    assert min(gradient.norm() for gradient in expected.values()) > 1e-6
+    return trainer
+
+
+class TestWholeStep:
+    @pytest.mark.parametrize("max_length", [1024, 7], ids=["whole", "truncated"])
+    @pytest.mark.parametrize("sizes", [(3, 3, 3, 3), (3, 2, 5, 2)], ids=["even", "ragged"])
+    @each_method
+    def test_loss_and_every_gradient(self, tmp_path, method, sizes, max_length):
+        assert_equals_the_loops(method, tmp_path, rows_for(method, sizes=sizes), max_length=max_length)
+
+    @pytest.mark.parametrize(
+        "method, fields",
+        [
+            ("DPO", {"beta": 0.5}),
+            ("SimPO", {"beta": 10.0, "gamma_beta_ratio": 0.3}),
+            ("PRO", {"reward_temperature": False}),
+            ("PRO", {"sft_weight": 0.0}),
+            ("KD", {"temperature": 3.0}),
+            ("KD", {"hard_label_weight": 0.3, "temperature": 0.7}),
+        ],
+        ids=str,
+    )
+    def test_every_field(self, tmp_path, method, fields):
+        assert_equals_the_loops(method, tmp_path, rows_for(method), **fields)
+
+    @pytest.mark.parametrize("method", PAIRS)
+    def test_all_pairs(self, tmp_path, method):
+        """Each pair is a row, so a step of as many rows as there are pairs sees every group."""
+        rows = make_rows(sizes=(3,), num=2)
+        for row in rows:
+            row["teacher_scores"] = [-1.0, -3.0, -2.0]
+        trainer = assert_equals_the_loops(method, tmp_path, rows, pairs="all", batch=3)
+        assert len(trainer.train_dataset) == 6
+
+    @pytest.mark.parametrize("method", RANKED)
+    def test_teacher_scores_where_the_groups_do_not(self, tmp_path, method):
+        teacher = make_teacher()
+        before = weights(teacher)
+        rows = make_rows(scores=False)
+        trainer = assert_equals_the_loops(method, tmp_path, rows, teacher_model=teacher)
+        assert getattr(trainer, "teacher_model", None) is None  # let go of
+        assert all(torch.equal(value, before[name]) for name, value in weights(teacher).items())
+
+    def test_teacher_of_another_vocabulary_size(self, tmp_path):
+        rows = make_rows()
+        trainer, (gradients,) = train(tmp_path, rows, method="KD", teacher_model=make_teacher(vocab_size=VOCAB + 7))
+        teacher, options = make_teacher(vocab_size=VOCAB + 7), slow.Options(vocab_size=VOCAB, max_length=1024)
+        loss, expected = slow.loss_and_gradients(
+            slow.kd, make_student(), teacher, [to_ids(row) for row in rows], options
+        )
+        assert logged(trainer, "loss") == [pytest.approx(loss, rel=1e-6)]
+        assert max(relative_error(gradients[name], expected[name]) for name in expected) < 1e-6
+
+    @pytest.mark.parametrize("method", [*RANKED, "KD"])
+    def test_preferences_are_groups_of_two(self, tmp_path, method):
+        groups = make_rows(sizes=(2,))
+        for row in groups:
+            row["teacher_scores"] = [1.0, 0.0]
+        preferences = [
+            {"prompt": row["prompt"], "chosen": row["completions"][0], "rejected": row["completions"][1]}
+            for row in groups
+        ]
+        runs = [train(tmp_path, rows, method=method) for rows in (groups, preferences)]
+        assert logged(runs[0][0], "loss") == logged(runs[1][0], "loss")
+        for name, gradient in runs[0][1][0].items():
+            assert torch.equal(gradient, runs[1][1][0][name])
+
+
+class TestInvariance:
+    @each_method
+    def test_splitting_the_batch_changes_nothing(self, tmp_path, method):
+        """Ten groups of unequal size in steps of four; the last step is of two."""
+        runs = []
+        for batch, accumulation in [(4, 1), (1, 4)]:
+            split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+            runs.append(train(tmp_path, rows_for(method, 10), method=method, **split))
+        (whole, whole_gradients), (parts, parts_gradients) = runs
+        assert whole.state.global_step == parts.state.global_step == 3
+        assert logged(parts, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-6)
+        for ours, theirs in zip(parts_gradients, whole_gradients, strict=True):
+            assert max(relative_error(ours[name], theirs[name]) for name in theirs) < 1e-6
+        for name in ("rank/accuracy", "scores/student", "completions/mean_length"):
+            assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-9)
+        moved = [
+            (value - make_student().get_parameter(name)).abs().max() for name, value in weights(whole.model).items()
+        ]
+        assert min(moved) > 1e-4
+
+    @each_method
+    def test_resuming_equals_going_on(self, tmp_path, method):
+        rows, fields = rows_for(method, 12), {"method": method, "train_sampling_strategy": "random"}
+        whole, _ = train(tmp_path / "whole", rows, **fields)
+        stopped = make_trainer(tmp_path / "parts", rows, save_strategy="steps", save_steps=2, **fields)
+        stopped.train()
+        resumed = make_trainer(tmp_path / "parts", rows, **fields)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+        assert resumed.state.global_step == 3
+        assert logged(resumed, "loss")[-1] == pytest.approx(logged(whole, "loss")[-1], rel=1e-9)
+        for name, value in weights(whole.model).items():
+            torch.testing.assert_close(resumed.model.get_parameter(name), value, rtol=0, atol=1e-12)
+
+    @each_method
+    def test_lora_trains_the_adapter_alone(self, tmp_path, method):
+        model, before = make_student(), weights(make_student())
+        lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        kwargs = {"ref_model": None} if method == "DPO" else {}
+        trainer, _ = train(tmp_path, rows_for(method), method=method, model=model, peft_config=lora, **kwargs)
+        assert trainer.model.peft_config
+        for name, value in trainer.model.named_parameters():
+            if "lora" in name:
+                assert value.requires_grad and value.isfinite().all()
+            else:
+                plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+                assert torch.equal(value, before[plain]) and not value.requires_grad
+        trainer.save_model()
+        assert (tmp_path / "adapter_model.safetensors").exists() and not (tmp_path / "model.safetensors").exists()
+
+    @each_method
+    def test_every_parameter_moves_in_bf16_too(self, tmp_path, method):
+        models = {"model": make_student(dtype=torch.float32), "teacher_model": make_teacher(dtype=torch.float32)}
+        if method == "DPO":
+            models["ref_model"] = make_student(dtype=torch.float32)
+        before = weights(models["model"])
+        fields = {"bf16": True, "gradient_checkpointing": True, "num_train_epochs": 2}
+        trainer, gradients = train(tmp_path, rows_for(method), method=method, **models, **fields)
+        for name, value in weights(trainer.model).items():
+            assert value.isfinite().all() and not torch.equal(value, before[name]), name
+            assert all(step[name].isfinite().all() for step in gradients), name
+
+    def test_teacher_of_kd_is_untouched(self, tmp_path):
+        teacher = make_teacher(attention_dropout=0.5).train()
+        before = {name: value.clone() for name, value in teacher.state_dict().items()}
+        trainer, _ = train(tmp_path, method="KD", teacher_model=teacher, num_train_epochs=3)
+        assert trainer.teacher_model is teacher and not teacher.training
+        assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
+        assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+class TestEvaluation:
+    @each_method
+    def test_loss_is_that_of_the_groups_however_batched(self, tmp_path, method):
+        rows, found = rows_for(method, 5, sizes=(3, 2, 4)), []
+        for batch in (1, 4):
+            datasets = {"held_out": Dataset.from_list(rows)}
+            trainer = make_trainer(
+                tmp_path, rows_for(method), method=method, eval_dataset=datasets, per_device_eval_batch_size=batch
+            )
+            found.append(trainer.evaluate())
+        fields = {"reference": make_student()} if method == "DPO" else {}
+        options, groups = slow.Options(vocab_size=VOCAB, max_length=1024), [to_ids(row) for row in rows]
+        with torch.no_grad():
+            expected = LOSSES[method](make_student(), make_teacher(), groups, options, **fields)
+        for metrics in found:
+            assert metrics["eval_held_out_loss"] == pytest.approx(expected.item(), rel=1e-6)
+        if method != "DPO":
+            for name in [name for name in found[0] if "/" in name]:
+                assert found[0][name] == pytest.approx(found[1][name], rel=1e-9), name
+
+    @pytest.mark.parametrize("method", ["SimPO", "PRO", *OTHERS])
+    def test_metrics_of_the_user(self, tmp_path, method):
+        seen = []
+
+        def compute_metrics(prediction):
+            seen.append(prediction)
+            return {"shape": prediction.predictions.shape[0]}
+
+        rows = rows_for(method)
+        trainer = make_trainer(
+            tmp_path, rows, method=method, eval_dataset=Dataset.from_list(rows), compute_metrics=compute_metrics
+        )
+        has_labels = method != "SeqKD"  # which has no scores of the teacher
+        metrics = trainer.evaluate()
+        assert bool(seen) == has_labels
+        if has_labels:
+            assert metrics["eval_shape"] == 4 and seen[0].label_ids.shape == seen[0].predictions.shape
+
+
+# Against TRL's own
+
+
+def trl_fields(folder, **kwargs):
+    defaults = {
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4,
+        "train_sampling_strategy": "sequential",
+        "max_steps": 10,
+    }
+    return {"output_dir": folder} | defaults | kwargs
+
+
+def preferences(rows):
+    chosen = [(row, *pairs_of(row, pairs="best_worst")[0]) for row in rows]
+    return Dataset.from_list(
+        [
+            {"prompt": row["prompt"], "chosen": row["completions"][best], "rejected": row["completions"][worst]}
+            for row, best, worst in chosen
+        ]
+    )
+
+
+def assert_same_run(ours, theirs, steps=10, tolerance=1e-6):
+    assert len(logged(ours, "loss")) == len(logged(theirs, "loss")) == steps
+    assert logged(ours, "loss") == pytest.approx(logged(theirs, "loss"), abs=tolerance)
+    for name, value in weights(theirs.model).items():
+        torch.testing.assert_close(ours.model.get_parameter(name), value, rtol=0, atol=tolerance)
+    start = make_student()
+    assert min((value - start.get_parameter(name)).abs().max() for name, value in weights(ours.model).items()) > 1e-3
+
+
+class TestAgainstTRL:
+    ROWS = rows_for("DPO", 12, sizes=(3, 2, 4))
+
+    def test_dpo_is_trls_own(self, tmp_path):
+        ours, _ = train(tmp_path, self.ROWS, method="DPO", max_steps=10, max_grad_norm=1.0)
+        theirs = trl.DPOTrainer(
+            model=make_student(),
+            ref_model=make_student(),
+            args=trl.DPOConfig(**trl_fields(tmp_path)),
+            train_dataset=preferences(self.ROWS),
+            processing_class=TOKENIZER,
+        )
+        theirs.train()
+        assert_same_run(ours, theirs)
+        assert logged(ours, "loss")[0] == pytest.approx(math.log(2), abs=1e-7)
+        assert logged(ours, "rewards/margins") == pytest.approx(logged(theirs, "rewards/margins"), abs=1e-6)
+
+    def test_simpo_is_that_of_trls_experimental_cpo(self, tmp_path):
+        cpo = pytest.importorskip("trl.experimental.cpo")
+        ours, _ = train(tmp_path, self.ROWS, method="SimPO", max_steps=10, max_grad_norm=1.0)
+        simpo = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.5, "max_length": 1024}
+        theirs = cpo.CPOTrainer(
+            model=make_student(),
+            args=cpo.CPOConfig(**trl_fields(tmp_path, **simpo)),
+            # It adds a BOS to the prompt where there is none, which ours is not to have, and joins text as it stands.
+            train_dataset=preferences(self.ROWS),
+            processing_class=self.without_bos(),
+        )
+        theirs.train()
+        assert_same_run(ours, theirs)
+
+    @staticmethod
+    def without_bos():
+        tokenizer = tiny_tokenizer()
+        tokenizer.bos_token = None
+        return tokenizer
+
+    @pytest.mark.parametrize("beta", [2.0, 10.0])
+    def test_simpo_without_a_margin_is_grkd_of_groups_of_two(self, tmp_path, beta):
+        rows = make_rows(12, sizes=(2,), seed=3)
+        for row in rows:
+            row["teacher_scores"] = [-1.0, -2.0]
+        grkd, _ = train(tmp_path, rows, soft_label="none", ranking_temperature=1 / beta, max_steps=10)
+        simpo, _ = train(tmp_path, rows, method="SimPO", beta=beta, gamma_beta_ratio=0.0, max_steps=10)
+        assert_same_run(simpo, grkd, tolerance=1e-6)
+
+    def test_kd_of_identical_models_has_no_gradient(self, tmp_path):
+        trainer, (gradients,) = train(tmp_path, method="KD", teacher_model=make_student(), temperature=2.0)
+        assert logged(trainer, "loss") == [pytest.approx(0, abs=1e-12)]
+        assert max(gradient.abs().max() for gradient in gradients.values()) < 1e-12
+
+    def test_kd_has_the_gradient_of_grkds_token_soft_labels(self, tmp_path):
+        _, (kd,) = train(tmp_path, method="KD")
+        _, (grkd,) = train(tmp_path, alpha_end=0.0)
+        for name, gradient in kd.items():
+            assert relative_error(gradient, grkd[name]) < 1e-6
+
+    def test_seqkd_is_trls_sft_on_the_same_text(self, tmp_path):
+        rows = rows_for("SeqKD", 12, sizes=(1,))
+        ours, _ = train(tmp_path, rows, method="SeqKD", max_steps=10, max_grad_norm=1.0)
+        theirs = trl.SFTTrainer(
+            model=make_student(),
+            args=trl.SFTConfig(**trl_fields(tmp_path, loss_type="nll")),
+            train_dataset=Dataset.from_list(
+                [{"prompt": row["prompt"], "completion": row["completions"][0] + " <eos>"} for row in rows]
+            ),
+            processing_class=TOKENIZER,
+        )
+        theirs.train()
+        assert_same_run(ours, theirs)
+
+
+class TestForwards:
+    """Forwards a completion, as README's table of methods has them."""
+
+    COUNTS = {"DPO": (1, 1), "SimPO": (1, 0), "PRO": (1, 0), "KD": (1, 1), "SeqKD": (1, 0)}  # student, other model
+
+    @each_method
+    def test_count(self, tmp_path, method):
+        rows = rows_for(method, 8, sizes=(2,))
+        for row in rows:
+            row["teacher_scores"] = [-1.0, -2.0]
+        counts = {"student": 0, "other": 0}
+        other = "ref_model" if method == "DPO" else "teacher_model"
+        models = {"model": make_student(), other: make_student(seed=2)}
+        for name, model in zip(counts, models.values(), strict=True):
+
+            def count(module, args, kwargs, name=name):
+                counts[name] += len(kwargs["input_ids"])
+
+            model.register_forward_pre_hook(count, with_kwargs=True)
+        train(tmp_path, rows, method=method, **models)
+        assert counts == {name: 16 * each for name, each in zip(counts, self.COUNTS[method], strict=True)}
+
+    @pytest.mark.parametrize("method", RANKED)
+    def test_scoring_before_training_is_one_forward_more(self, tmp_path, method):
+        count, teacher = [], make_teacher()
+        teacher.register_forward_pre_hook(
+            lambda module, args, kwargs: count.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        train(tmp_path, make_rows(sizes=(2,), scores=False), method=method, teacher_model=teacher, num_train_epochs=3)
+        assert sum(count) == 8
+
+
+class TestSeqKD:
+    PROMPTS = [{"prompt": row["prompt"]} for row in make_rows(4)]
+
+    @pytest.mark.parametrize("decoding", ["greedy", "beam", "sampling"])
+    def test_teacher_writes(self, tmp_path, decoding):
+        teacher = make_teacher()
+        fields = {"method": "SeqKD", "decoding": decoding, "num_beams": 3, "max_completion_length": 5}
+        trainer, _ = train(tmp_path, self.PROMPTS, teacher_model=teacher, **fields)
+        again = make_trainer(tmp_path, self.PROMPTS, **fields)
+        assert again.train_dataset["completion_ids"] == trainer.train_dataset["completion_ids"]
+        for row in trainer.train_dataset:
+            if decoding == "sampling":
+                continue
+            written = teacher.generate(
+                torch.tensor([row["prompt_ids"]]),
+                max_new_tokens=5,
+                do_sample=False,
+                num_beams=3 if decoding == "beam" else 1,
+            )[0, len(row["prompt_ids"]) :].tolist()
+            ended = 1 in written
+            written = written[: written.index(1) + 1] if ended else written
+            special = set(TOKENIZER.all_special_ids)
+            assert row["completion_ids"] == [[*[i for i in written if i not in special], *([1] if ended else [])]]
+            assert row["clipped"] == [not ended]
+
+    def test_takes_what_the_teacher_wrote_alone(self, tmp_path):
+        rows = make_rows(sizes=(3,))
+        for row in rows:
+            row["written_by"] = ["student", "teacher", "student"]
+        rows[0]["written_by"] = ["student"] * 3
+        trainer = make_trainer(tmp_path, rows, method="SeqKD", teacher_model=None)
+        assert len(trainer.train_dataset) == 3
+        ids = [to_ids(row)["completion_ids"][1:2] for row in rows[1:]]
+        assert trainer.train_dataset["completion_ids"][:] == ids
+
+
+# What users get wrong
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Loading any model is a failure."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
+
+
+class TestErrors:
+    UNSCORED = make_rows(scores=False)
+
+    @pytest.fixture
+    def folders(self, tmp_path):
+        """A student and a teacher on disk, the teacher with another tokenizer."""
+        other = tiny_tokenizer([f"w{i}" for i in range(VOCAB - 4)])
+        for name, model, tokenizer in (("s", make_student(), TOKENIZER), ("t", make_teacher(), other)):
+            model.save_pretrained(tmp_path / name)
+            tokenizer.save_pretrained(tmp_path / name)
+        return {"model": str(tmp_path / "s"), "teacher_model": str(tmp_path / "t"), "processing_class": None}
+
+    @pytest.mark.parametrize("method", RANKED)
+    def test_no_scores_and_no_teacher(self, tmp_path, folders, no_model, method):
+        with pytest.raises(ValueError, match=f"no `teacher_scores`.*`{method}Trainer` learns from an order.*SeqKD"):
+            make_trainer(tmp_path, self.UNSCORED, method=method, **folders | {"teacher_model": None})
+
+    def test_kd_without_a_teacher(self, tmp_path, folders, no_model):
+        with pytest.raises(
+            ValueError, match="No `teacher_model` was given, and `KDTrainer`.*`DPOTrainer`, `SimPOTrai"
+        ):
+            make_trainer(tmp_path, method="KD", **folders | {"teacher_model": None})
+
+    def test_kd_across_tokenizers(self, tmp_path, folders, no_model):
+        with pytest.raises(ValueError, match="cannot read the student's tokens.*`DPOTrainer`, `SimPOTrainer` and"):
+            make_trainer(tmp_path, method="KD", **folders)
+
+    @pytest.mark.parametrize("rows", [UNSCORED, make_rows()], ids=["unscored", "scored"])
+    def test_seqkd_without_text_of_the_teacher(self, tmp_path, folders, no_model, rows):
+        with pytest.raises(ValueError, match="do not say that the teacher wrote them.*Pass a teacher.*`PROTrainer`"):
+            make_trainer(tmp_path, rows, method="SeqKD", **folders | {"teacher_model": None})
+
+    @pytest.mark.parametrize("method", RANKED)
+    def test_scores_across_tokenizers_are_fine(self, tmp_path, folders, method):
+        """The teacher reads the text with its own tokenizer."""
+        trainer = make_trainer(tmp_path, self.UNSCORED, method=method, **folders)
+        assert len(trainer.train_dataset) == 4
+
+    @each_method
+    def test_teacher_is_the_model(self, tmp_path, method):
+        model = make_student()
+        with pytest.raises(ValueError, match="cannot be the same object"):
+            make_trainer(tmp_path, self.UNSCORED, method=method, model=model, teacher_model=model)
+
+    @pytest.mark.parametrize("method", RANKED)
+    def test_scoring_a_stream(self, tmp_path, method):
+        stream = Dataset.from_list(self.UNSCORED).to_iterable_dataset()
+        with pytest.raises(ValueError, match="streams cannot be scored before training. Load it whole"):
+            make_trainer(tmp_path, method=method, train_dataset=stream, max_steps=1)
+
+    @each_method
+    def test_streams(self, tmp_path, method):
+        stream = Dataset.from_list(rows_for(method)).to_iterable_dataset()
+        streamed, _ = train(tmp_path, method=method, train_dataset=stream, max_steps=1)
+        whole, _ = train(tmp_path, rows_for(method), method=method, max_steps=1)
+        assert logged(streamed, "loss") == logged(whole, "loss")
+
+    @pytest.mark.parametrize("method", PAIRS)
+    def test_no_pair_at_all(self, tmp_path, method):
+        rows = [row | {"teacher_scores": [-1.0] * 3} for row in make_rows(sizes=(3,))]
+        with pytest.raises(ValueError, match="No train group has two completions of unequal `teacher_scores`"):
+            make_trainer(tmp_path, rows, method=method)
+
+    @pytest.mark.parametrize("method", RANKED)
+    def test_one_completion(self, tmp_path, method):
+        with pytest.raises(ValueError, match="`completions` of row 0 has 1 entries: a group is ranked by comparing"):
+            make_trainer(tmp_path, make_rows(sizes=(1,)), method=method)
+
+    @pytest.mark.parametrize(
+        "method, field, value, says",
+        [
+            ("DPO", "pairs", "some", "`pairs` must be one of"),
+            ("SimPO", "pairs", "some", "`pairs` must be one of"),
+            ("SimPO", "beta", 0.0, "`beta` must be above 0, got 0.0"),
+            ("SimPO", "gamma_beta_ratio", -1.0, "`gamma_beta_ratio` must be 0 or above"),
+            ("SimPO", "packing", True, "`packing` of `SFTConfig` cannot be set in `SimPOConfig`"),
+            ("PRO", "sft_weight", -0.1, "`sft_weight` must be 0 or above"),
+            ("KD", "temperature", 0.0, "`temperature` must be above 0"),
+            ("KD", "hard_label_weight", 1.5, "must lie in 0..1, got 1.5"),
+            ("SeqKD", "decoding", "magic", "`decoding` must be one of"),
+            ("SeqKD", "num_beams", 0, "`num_beams` must be 1 or above"),
+            ("SeqKD", "top_p", 0.0, "`temperature` must be above 0 and `top_p` in"),
+        ],
+    )
+    def test_fields(self, tmp_path, method, field, value, says):
+        with pytest.raises(ValueError, match=says):
+            getattr(grkd_trl, f"{method}Config")(tmp_path, **{field: value})
+
+    @each_method
+    def test_arguments_of_another_method(self, tmp_path, method):
+        with pytest.raises(TypeError, match=f"`args` must be a `{method}Config`, got `GRKDConfig`"):
+            make_trainer(tmp_path, rows_for(method), method=method, args=grkd_trl.GRKDConfig(tmp_path, bf16=False))
+
+
+class TestInterface:
+    @each_method
+    def test_constructor_is_that_of_grkd(self, method):
+        import inspect
+
+        ours = inspect.signature(getattr(grkd_trl, f"{method}Trainer").__init__).parameters
+        theirs = inspect.signature(grkd_trl.GRKDTrainer.__init__).parameters
+        assert list(ours)[: len(theirs)] == list(theirs)
+        assert [ours[name].default for name in theirs] == [parameter.default for parameter in theirs.values()]
+        assert set(ours) - set(theirs) == ({"ref_model"} if method == "DPO" else set())
+
+    @each_method
+    def test_command_line(self, tmp_path, method):
+        config_class = getattr(grkd_trl, f"{method}Config")
+        own = [name for name in config_class.__annotations__ if name != "_VALID_DICT_FIELDS"]
+        documented = config_class.__doc__
+        assert [name for name in own if f"{name} (" not in documented and name != "learning_rate"] == []
+        given = ["--output_dir", str(tmp_path), "--bf16", "false"]
+        given += ["--teacher_model_init_kwargs", '{"dtype": "bfloat16"}']
+        (args,) = HfArgumentParser(config_class).parse_args_into_dataclasses(given)
+        assert args.teacher_model_init_kwargs == {"dtype": "bfloat16"}
+        assert args.learning_rate == 1e-6
+
+    def test_defaults_are_the_papers(self, tmp_path):
+        simpo, pro = (config(tmp_path, bf16=False) for config in (grkd_trl.SimPOConfig, grkd_trl.PROConfig))
+        assert (simpo.beta, simpo.gamma_beta_ratio) == (2.0, 0.25)
+        assert (pro.sft_weight, pro.reward_temperature) == (0.05, True)
+
+    @each_method
+    def test_card_says_what_was_minimised(self, tmp_path, method):
+        trainer = make_trainer(tmp_path, rows_for(method), method=method)
+        trainer.create_model_card()
+        card = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert trainer.equation in card and trainer._paper["id"] in card
+        for name in getattr(grkd_trl, f"{method}Config").__annotations__:
+            assert f"| `{name}` |" in card
+
+    @each_method
+    def test_evaluation_datasets_by_name(self, tmp_path, method):
+        rows = rows_for(method)
+        datasets = DatasetDict(a=Dataset.from_list(rows), b=Dataset.from_list(rows[:2]))
+        trainer = make_trainer(tmp_path, rows, method=method, eval_dataset=datasets)
+        metrics = trainer.evaluate()
+        assert {"eval_a_loss", "eval_b_loss"} <= set(metrics)
+
+
+def test_models_are_unequal():
+    """Or the comparisons above would hold nothing."""
+    student, teacher = make_student(), make_teacher()
+    assert not torch.equal(student.lm_head.weight, teacher.lm_head.weight)
+    assert torch.equal(student.lm_head.weight, copy.deepcopy(make_student()).lm_head.weight)
+    assert Recorder().gradients == []
