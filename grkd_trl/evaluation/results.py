@@ -55,7 +55,7 @@ metric. A list, or the path of a JSON list relative to the results file, or `Non
     Raises:
         `ValueError`: If a field is missing, unknown, of another type, or not finite.
     """
-    row = _checked(row, "`row`")
+    row = check_result(row)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
@@ -97,7 +97,7 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             warnings.warn(f"{where} is not JSON and is passed over: run again what it stood for.")
             continue
-        row = _checked(row, where)
+        row = check_result(row, where)
         if isinstance(row["per_item"], str):
             items = path.parent / row["per_item"]
             row["per_item"] = json.loads(items.read_text(encoding="utf-8"))
@@ -146,7 +146,22 @@ def values_by_method(
     return {method: (seeds, np.array(found, dtype=float)) for method, (seeds, found) in values.items()}
 
 
-def _checked(row: Any, where: str) -> dict[str, Any]:
+def check_result(row: Any, where: str = "`row`") -> dict[str, Any]:
+    """
+    Check that a row is as [`append_result`] describes it.
+
+    Args:
+        row (`dict[str, Any]`):
+            The row.
+        where (`str`, *optional*):
+            What to call it in a message.
+
+    Returns:
+        `dict[str, Any]`: The row.
+
+    Raises:
+        `ValueError`: If a field is missing, unknown, of another type, or not finite.
+    """
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a result is a JSON object, got {type(row).__name__}.")
     if missing := _FIELDS.keys() - row.keys():

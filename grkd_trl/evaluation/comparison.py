@@ -1,0 +1,196 @@
+"""Compare methods under equal budgets: every run in a process of its own, resumed where it was stopped."""
+
+import json
+import os
+import random
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from .results import append_result, check_result, read_results
+
+
+_BUDGETS = ("max_steps", "max_tokens", "max_seconds")
+_ERROR_CHARACTERS = 2000
+
+
+def compare(
+    start: Sequence[str],
+    output_dir: str | Path,
+    *,
+    task: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    budget: dict[str, float],
+    shared: dict[str, Any] | None = None,
+    settings: dict[str, dict[str, Any]] | None = None,
+    search_space: dict[str, list[dict[str, Any]]] | None = None,
+    tune: int = 0,
+    tuning_seed: int = 1000,
+    num_workers: int = 1,
+) -> Path:
+    """
+    Run every method with every seed and write a row of `results.jsonl` for each. What trains and tests is a command:
+    this function starts it with two paths behind, of a request and of the result that it is to write.
+
+    A request is `{"task", "method", "seed", "split", "settings"}`, where `split` is `"test"`, or `"validation"` while
+    tuning. A result holds `metrics`, `per_item`, `seconds`, `tokens`, `peak_memory_bytes`, `versions`, and perhaps
+    `curve` and `samples`, as in [`~grkd_trl.evaluation.results.append_result`]. A command that ends with another status
+    than 0, or without a result, makes a failed row with the end of what it printed.
+
+    Runs that are in the file are not repeated, so a comparison that was stopped, even killed, goes on when it is started
+    again; failed runs are tried again. Runs know nothing of each other: neither their order nor a stop changes a result.
+
+    Args:
+        start (`Sequence[str]`):
+            Command, as a list.
+        output_dir (`str` or `Path`):
+            Folder for `results.jsonl`, `tuning.jsonl` and `logs`. Several tasks may share it.
+        task (`str`):
+            Name of the task.
+        methods (`Sequence[str]`):
+            Methods.
+        seeds (`Sequence[int]`):
+            Seeds; each method is run with all.
+        budget (`dict[str, float]`):
+            One of `max_steps`, `max_tokens` and `max_seconds`, the same for all runs.
+        shared (`dict[str, Any]`, *optional*):
+            Settings that all methods get.
+        settings (`dict[str, dict[str, Any]]`, *optional*):
+            By method, settings of its own.
+        search_space (`dict[str, list[dict[str, Any]]]`, *optional*):
+            By method, the settings to choose from, as many for each method.
+        tune (`int`, *optional*, defaults to `0`):
+            Trials for each method: points of its search space, the same places in each, drawn once. Each is run with
+            `tuning_seed` on the validation split, and the one with the best first metric goes into the comparison.
+        tuning_seed (`int`, *optional*, defaults to `1000`):
+            Seed of the trials, none of `seeds`.
+        num_workers (`int`, *optional*, defaults to `1`):
+            Runs at a time. More than one shares the machine, and with it `seconds`.
+
+    Returns:
+        `Path`: Path of `results.jsonl`.
+
+    Raises:
+        `ValueError`: If the budget is not one of the three, the search spaces differ in size, or the folder holds runs
+            with other settings.
+    """
+    if len(budget) != 1 or not budget.keys() <= set(_BUDGETS) or not next(iter(budget.values())) > 0:
+        raise ValueError(f"`budget` must be one of {_BUDGETS}, above 0 and the same for all methods, got {budget}.")
+    if not methods or len(set(methods)) < len(methods) or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"`methods` and `seeds` must each hold something, once, got {methods} and {seeds}.")
+    folder = Path(output_dir)
+    given = {method: (shared or {}) | budget | (settings or {}).get(method, {}) for method in methods}
+    if tune:
+        given = _tuned(start, folder, task, given, search_space or {}, tune, tuning_seed, seeds, num_workers)
+    requests = [
+        {"task": task, "method": method, "seed": seed, "split": "test", "settings": given[method]}
+        for seed in seeds  # all methods of a seed first, so that what is there when it is stopped can be compared
+        for method in methods
+        if method in given
+    ]
+    _run_all(start, requests, folder / "results.jsonl", folder / "logs", num_workers)
+    return folder / "results.jsonl"
+
+
+def _tuned(
+    start: Sequence[str],
+    folder: Path,
+    task: str,
+    given: dict[str, dict[str, Any]],
+    search_space: dict[str, list[dict[str, Any]]],
+    tune: int,
+    tuning_seed: int,
+    seeds: Sequence[int],
+    num_workers: int,
+) -> dict[str, dict[str, Any]]:
+    sizes = {method: len(search_space.get(method, [])) for method in given}
+    if len(set(sizes.values())) > 1 or min(sizes.values()) < tune:
+        raise ValueError(
+            f"`search_space` must hold the same number of settings for each method, {tune} (`tune`) or more, got {sizes}."
+        )
+    if tuning_seed in seeds:
+        raise ValueError(f"`tuning_seed` {tuning_seed} is one of `seeds`: tune with a seed that is not tested.")
+    points = sorted(random.Random(0).sample(range(next(iter(sizes.values()))), tune))
+    trials = [
+        {
+            "task": task,
+            "method": f"{method} trial {number}",
+            "seed": tuning_seed,
+            "split": "validation",
+            "settings": settings | search_space[method][point],
+        }
+        for number, point in enumerate(points)
+        for method, settings in given.items()
+    ]
+    path = folder / "tuning.jsonl"
+    _run_all(start, trials, path, folder / "logs", num_workers)
+    rows = {row["method"]: row for row in read_results(path) if row["task"] == task}
+    best = {}
+    for method in given:
+        done = [rows[f"{method} trial {number}"] for number in range(tune)]
+        done = [row for row in done if row["status"] == "done"]
+        if not done:
+            # Every trial failed: the comparison shows the method as failed, with the first trial's settings.
+            best[method] = rows[f"{method} trial 0"]["settings"]
+            continue
+        best[method] = max(done, key=lambda row: next(iter(row["metrics"].values())))[
+            "settings"
+        ]  # the first of equals
+    return best
+
+
+def _run_all(start: Sequence[str], requests: list[dict[str, Any]], path: Path, logs: Path, num_workers: int) -> None:
+    known = {}
+    if path.exists():
+        known = {(row["task"], row["method"], row["seed"]): row for row in read_results(path)}
+    open_requests = []
+    for request in requests:
+        row = known.get((request["task"], request["method"], request["seed"]))
+        if row and row["status"] == "done" and row["settings"] != json.loads(json.dumps(request["settings"])):
+            names = row["settings"].keys() | request["settings"].keys()
+            differing = sorted(name for name in names if row["settings"].get(name) != request["settings"].get(name))
+            raise ValueError(
+                f"{path} holds {request['method']} seed {request['seed']} of {request['task']} with other settings "
+                f"({', '.join(differing)}): give another `output_dir`, or the settings of that comparison."
+            )
+        if not row or row["status"] != "done":
+            open_requests.append(request)
+    logs.mkdir(parents=True, exist_ok=True)
+    lock = threading.Lock()
+
+    def run(request: dict[str, Any]) -> None:
+        row = _run(start, request, logs)
+        with lock:
+            append_result(path, row)
+            print(f"{row['task']}, {row['method']}, seed {row['seed']}: {row['status']} {row['metrics']}", flush=True)
+
+    pool = ThreadPoolExecutor(num_workers)
+    try:
+        for future in [pool.submit(run, request) for request in open_requests]:
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an interrupt no other run starts
+
+
+def _run(start: Sequence[str], request: dict[str, Any], logs: Path) -> dict[str, Any]:
+    name = "_".join(str(request[part]) for part in ("task", "method", "seed")).replace(" ", "_").replace(os.sep, "_")
+    row = {name: request[name] for name in ("task", "method", "seed", "settings")}
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answered = Path(scratch) / "request.json", Path(scratch) / "result.json"
+        asked.write_text(json.dumps(request), encoding="utf-8")
+        log = logs / f"{name}.log"
+        with log.open("wb") as file:
+            process = subprocess.run([*start, str(asked), str(answered)], stdout=file, stderr=subprocess.STDOUT)
+        try:
+            if process.returncode:
+                raise RuntimeError(f"ended with status {process.returncode}")
+            return check_result(row | {"status": "done"} | json.loads(answered.read_text(encoding="utf-8")))
+        except (RuntimeError, OSError, ValueError) as error:
+            said = log.read_text(encoding="utf-8", errors="replace").strip()[-_ERROR_CHARACTERS:]
+            failed = {"metrics": {}, "per_item": None, "seconds": 0, "tokens": None, "peak_memory_bytes": None}
+            return row | failed | {"versions": {}, "status": "failed", "error": f"{error}\n{said}".strip()}
