@@ -2,9 +2,13 @@
 
 from . import _trl  # noqa: F401 - first, to refuse an unsupported TRL before anything of it is used
 from .trainers import (
+    DistillationForClassificationConfig,
+    DistillationForClassificationTrainer,
     DPOConfig,
     DPOTrainer,
     GRKDConfig,
+    GRKDForClassificationConfig,
+    GRKDForClassificationTrainer,
     GRKDTrainer,
     KDConfig,
     KDTrainer,
@@ -20,9 +24,13 @@ from .trainers import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "DistillationForClassificationConfig",
+    "DistillationForClassificationTrainer",
     "DPOConfig",
     "DPOTrainer",
     "GRKDConfig",
+    "GRKDForClassificationConfig",
+    "GRKDForClassificationTrainer",
     "GRKDTrainer",
     "KDConfig",
     "KDTrainer",

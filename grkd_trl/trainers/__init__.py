@@ -1,3 +1,6 @@
+from .classification import GRKDForClassificationTrainer
+from .classification_config import GRKDForClassificationConfig
+from .distillation import DistillationForClassificationConfig, DistillationForClassificationTrainer
 from .dpo import DPOConfig, DPOTrainer
 from .grkd import GRKDTrainer
 from .grkd_config import GRKDConfig
@@ -8,9 +11,13 @@ from .simpo import SimPOConfig, SimPOTrainer
 
 
 __all__ = [
+    "DistillationForClassificationConfig",
+    "DistillationForClassificationTrainer",
     "DPOConfig",
     "DPOTrainer",
     "GRKDConfig",
+    "GRKDForClassificationConfig",
+    "GRKDForClassificationTrainer",
     "GRKDTrainer",
     "KDConfig",
     "KDTrainer",

@@ -1,0 +1,88 @@
+"""Configuration of GRKD over the classes of a classifier."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..configs import check_choices, option
+
+
+@dataclass
+class GRKDForClassificationConfig(TrainingArguments):
+    r"""
+    Configuration class for the [`GRKDForClassificationTrainer`].
+
+    Only the parameters of GRKD are listed. For the others see [`~transformers.TrainingArguments`].
+
+    Parameters:
+        > Parameters that control the teacher
+
+        teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path.
+
+        > Parameters that control the relative loss (equations 1 and 2)
+
+        sampled_classes (`int`, *optional*):
+            Number G of classes to rank an example by, drawn anew at each step from the teacher's softened distribution
+            without replacement. All classes if not given.
+        sampling_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of that distribution.
+        ranking_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature \\( \tau \\), in the unit of the logits.
+        min_gap (`float`, *optional*, defaults to `0.0`):
+            Gap of teacher logits that a pair must exceed.
+
+        > Parameters that control the soft labels (equation 3)
+
+        soft_label_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature that softens both sides of the soft labels.
+
+        > Parameters that control the balance (equation 4)
+
+        alpha_start (`float`, *optional*, defaults to `0.0`):
+            Share \\( \alpha \\) of the relative loss at the start of the run.
+        alpha_end (`float`, *optional*, defaults to `0.6`):
+            Share of the relative loss at its end.
+        alpha_schedule (`str`, *optional*, defaults to `"linear"`):
+            Way from start to end over the optimizer steps: `"linear"`, `"cosine"`, or `"constant"` (`alpha_end`
+            throughout).
+        hard_label_weight (`float`, *optional*, defaults to `0.0`):
+            Share of the cross-entropy with the labels, which the paper does not have; the rest is equation 4. At 0 the
+            rows need no labels.
+    """
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+
+    teacher_model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "Keyword arguments for `from_pretrained` of the teacher, when it is an id or a path."
+    )
+    sampled_classes: int | None = option(
+        None, "Number of classes to rank, drawn from the softened teacher at each step. All if not given."
+    )
+    sampling_temperature: float = option(1.0, "Temperature of the distribution that classes are drawn from.")
+    ranking_temperature: float = option(1.0, "Temperature of the relative loss, in the unit of the logits.")
+    min_gap: float = option(0.0, "Gap of teacher logits that a pair must exceed.")
+    soft_label_temperature: float = option(1.0, "Temperature that softens both sides of the soft labels.")
+    alpha_start: float = option(0.0, "Share of the relative loss at the start of the run.")
+    alpha_end: float = option(0.6, "Share of the relative loss at the end of the run.")
+    alpha_schedule: str = option(
+        "linear",
+        "Way from `alpha_start` to `alpha_end`: 'linear', 'cosine', or 'constant' (`alpha_end`).",
+        choices=["linear", "cosine", "constant"],
+    )
+    hard_label_weight: float = option(0.0, "Share of the cross-entropy with the labels.")
+
+    def __post_init__(self):
+        check_choices(self, GRKDForClassificationConfig)
+        for name in ("sampling_temperature", "ranking_temperature", "soft_label_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+        for name in ("alpha_start", "alpha_end", "hard_label_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is a share and must lie in 0..1, got {getattr(self, name)}.")
+        if not self.min_gap >= 0:
+            raise ValueError(f"`min_gap` must be 0 or above, got {self.min_gap}.")
+        if self.sampled_classes is not None and self.sampled_classes < 2:
+            raise ValueError(f"`sampled_classes` must be at least 2 to make a pair, got {self.sampled_classes}.")
+        super().__post_init__()

@@ -1,0 +1,516 @@
+"""GRKD and its rivals over the classes of a classifier: the step, the rows, the teacher, evaluation."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig
+from tiny import tiny_tokenizer
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    TrainerCallback,
+    ViTConfig,
+    set_seed,
+)
+
+from grkd_trl import (
+    DistillationForClassificationConfig,
+    DistillationForClassificationTrainer,
+    GRKDForClassificationConfig,
+    GRKDForClassificationTrainer,
+)
+from grkd_trl.classifiers import add_teacher_outputs, classify
+from grkd_trl.evaluation import classification_metrics
+from grkd_trl.losses import (
+    dist_loss,
+    group_relative_loss,
+    group_soft_label_loss,
+    pld_loss,
+    ranknet_loss,
+    rkd_angle_loss,
+    rkd_distance_loss,
+)
+from grkd_trl.metrics import rank_correlation
+
+
+CLASSES = 7
+TOKENIZER = tiny_tokenizer()
+
+
+def make_model(seed=0, *, hidden_size=16, **kwargs):
+    set_seed(seed)
+    shape = {"hidden_size": hidden_size, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(
+        vocab_size=len(TOKENIZER),
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.5,  # or all classes are as good as tied
+        **shape,
+        **{"num_labels": CLASSES} | kwargs,
+    )
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def make_teacher(**kwargs):
+    return make_model(1, hidden_size=32, **kwargs).eval()
+
+
+def make_rows(size=8, seed=0):
+    random = np.random.default_rng(seed)
+    texts = [" ".join(random.choice(list("abcdefgh"), random.integers(2, 9))) for _ in range(size)]
+    labels = [int(label) for label in random.integers(0, CLASSES, size)]
+    ids = [TOKENIZER(text)["input_ids"] for text in texts]
+    masks = [[1] * len(row) for row in ids]
+    return Dataset.from_dict({"input_ids": ids, "attention_mask": masks, "labels": labels})
+
+
+def with_logits(rows, embeddings=True):
+    return add_teacher_outputs(
+        rows, make_teacher(), DataCollatorWithPadding(TOKENIZER), embeddings=embeddings, progress=False
+    )
+
+
+class Gradients(TrainerCallback):
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def make_trainer(folder, rows=None, *, trainer_class=GRKDForClassificationTrainer, model=None, teacher=True, **kwargs):
+    given = {
+        name: kwargs.pop(name)
+        for name in ("eval_dataset", "peft_config", "loss_func", "callbacks", "processing_class")
+        if name in kwargs
+    }
+    config = GRKDForClassificationConfig
+    if trainer_class is DistillationForClassificationTrainer:
+        config = DistillationForClassificationConfig
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_grad_norm": 1e9,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return trainer_class(
+        make_model() if model is None else model,
+        make_teacher() if teacher is True else teacher,
+        config(str(folder), **defaults | kwargs),
+        train_dataset=make_rows() if rows is None else rows,
+        compute_metrics=classification_metrics,
+        **{"processing_class": TOKENIZER} | given,
+    )
+
+
+def batch_of(rows):
+    return DataCollatorWithPadding(TOKENIZER)([rows[i] for i in range(len(rows))])
+
+
+def assert_same(first, second, tolerance=1e-6):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+class TestStep:
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {},
+            {"hard_label_weight": 0.3, "label_smoothing_factor": 0.1},
+            {"ranking_temperature": 0.5, "min_gap": 0.2, "soft_label_temperature": 3.0},
+            {"alpha_start": 1.0, "alpha_schedule": "constant", "alpha_end": 1.0, "hard_label_weight": 1.0},
+        ],
+        ids=str,
+    )
+    def test_loss_and_gradients_are_those_of_the_equation(self, tmp_path, fields):
+        rows, student, teacher, seen = make_rows(4), make_model(), make_teacher(), Gradients()
+        given = {"alpha_start": 0.25} | fields
+        trainer = make_trainer(
+            tmp_path, rows, model=copy.deepcopy(student), teacher=teacher, callbacks=[seen], max_steps=1, **given
+        )
+        trainer.train()
+
+        inputs = batch_of(rows)
+        labels = inputs.pop("labels")
+        logits, teacher_logits = student(**inputs).logits, teacher(**inputs).logits.detach()
+        relative = group_relative_loss(
+            logits,
+            teacher_logits,
+            temperature=given.get("ranking_temperature", 1.0),
+            min_gap=given.get("min_gap", 0.0),
+        ).mean()
+        soft = group_soft_label_loss(
+            logits, teacher_logits, temperature=given.get("soft_label_temperature", 1.0)
+        ).mean()
+        hard = F.cross_entropy(logits, labels, label_smoothing=given.get("label_smoothing_factor", 0.0))
+        alpha, share = given["alpha_start"], given.get("hard_label_weight", 0.0)
+        loss = share * hard + (1 - share) * ((1 - alpha) * soft + alpha * relative)
+        loss.backward()
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert_same(seen.steps[0], {name: p.grad for name, p in student.named_parameters()}, 1e-5)
+
+    def test_every_parameter_moves_and_the_teacher_does_not(self, tmp_path):
+        student, teacher = make_model(), make_teacher()
+        before = [copy.deepcopy(model.state_dict()) for model in (student, teacher)]
+        make_trainer(tmp_path, model=student, teacher=teacher, hard_label_weight=0.1).train()
+        for name, value in student.state_dict().items():
+            assert value.isfinite().all() and (value != before[0][name]).any(), name
+        for name, value in teacher.state_dict().items():
+            assert torch.equal(value, before[1][name]), name
+        assert not any(parameter.requires_grad for parameter in teacher.parameters()) and not teacher.training
+
+    @pytest.mark.parametrize("trainer_class", [GRKDForClassificationTrainer, DistillationForClassificationTrainer])
+    def test_a_batch_may_be_split(self, tmp_path, trainer_class):
+        rows, found = make_rows(8), []
+        rival = trainer_class is DistillationForClassificationTrainer
+        loss = {"loss_func": lambda student, teacher, labels: ranknet_loss(student.logits, teacher.logits)}
+        for size, steps in [(8, 1), (3, 3)]:  # 3 + 3 + 2 rows: micro-batches of different sizes
+            seen = Gradients()
+            split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+            trainer = make_trainer(
+                tmp_path, rows, trainer_class=trainer_class, callbacks=[seen], hard_label_weight=0.2, **split,
+                **(loss if rival else {"alpha_start": 0.5}),
+            )  # fmt: skip
+            trainer.train()
+            found.append((trainer.state.log_history[0], seen.steps[0]))
+        (whole, gradients), (parts, part_gradients) = found
+        for name in set(whole) - {"grad_norm", "epoch", "learning_rate"}:
+            assert parts[name] == pytest.approx(whole[name], rel=1e-5), name
+        assert_same(part_gradients, gradients, 1e-5)
+
+    def test_resuming_continues_the_run(self, tmp_path):
+        given = {"max_steps": 4, "sampled_classes": 3, "save_strategy": "steps", "save_steps": 2}
+        whole = make_trainer(tmp_path / "whole", **given)
+        whole.train()
+        resumed = make_trainer(tmp_path / "whole", model=make_model(5), **given)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+        assert_same(resumed.model.state_dict(), whole.model.state_dict())
+        kept = ("loss", "alpha", "loss/relative", "loss/soft")
+        for first, second in zip(whole.state.log_history[:4], resumed.state.log_history[:4], strict=True):
+            assert {k: first[k] for k in kept} == {k: second[k] for k in kept}
+        assert [round(entry["alpha"], 3) for entry in whole.state.log_history[:4]] == [0.0, 0.15, 0.3, 0.45]
+
+    def test_sampled_classes_are_what_is_ranked(self, tmp_path):
+        found = {}
+        for drawn in (None, 2, CLASSES):
+            trainer = make_trainer(tmp_path, sampled_classes=drawn, alpha_start=1.0, alpha_end=1.0)
+            trainer.train()
+            found[drawn] = trainer.state.log_history[0]["loss/relative"]
+        assert found[CLASSES] == pytest.approx(found[None], rel=1e-5)
+        assert found[2] != pytest.approx(found[None], rel=1e-3)
+
+    def test_lora(self, tmp_path):
+        lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=CLASSES)
+        student = make_model()
+        before = copy.deepcopy(student.state_dict())
+        trainer = make_trainer(tmp_path, model=student, peft_config=lora)
+        trainer.train()
+        moved = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+        assert all("lora" in name or "modules_to_save" in name for name in moved)
+        base = trainer.model.get_base_model().state_dict()
+        assert torch.equal(
+            base["bert.embeddings.word_embeddings.weight"], before["bert.embeddings.word_embeddings.weight"]
+        )
+        head = base["classifier.modules_to_save.default.weight"]
+        assert (head != before["classifier.weight"]).any()
+        # An adapter's matrix as wide as the classes is not taken for the head.
+        assert classify(trainer.model, batch_of(make_rows(3))).embeddings.shape == (3, 16)
+
+
+class TestTeacher:
+    def test_columns_are_as_good_as_the_teacher(self, tmp_path):
+        rows, found = make_rows(8), []
+        for given in ({"rows": rows}, {"rows": with_logits(rows), "teacher": None}):
+            trainer = make_trainer(tmp_path, hard_label_weight=0.1, **given)
+            trainer.train()
+            found.append(trainer)
+        assert found[1].teacher_model is None
+        assert_same(found[1].model.state_dict(), found[0].model.state_dict(), 1e-5)
+
+    def test_a_teacher_is_not_kept_where_all_rows_bring_its_logits(self, tmp_path):
+        assert make_trainer(tmp_path, with_logits(make_rows())).teacher_model is None
+
+    def test_rows_need_no_labels_without_a_share_of_them(self, tmp_path):
+        make_trainer(tmp_path, make_rows().remove_columns("labels")).train()
+
+    def test_embeddings_are_what_the_head_reads(self):
+        model, batch = make_teacher(), batch_of(make_rows(5))
+        outputs = classify(model, batch)
+        assert outputs.embeddings.shape == (5, 32)
+        torch.testing.assert_close(model.classifier(outputs.embeddings), outputs.logits)
+        rows = with_logits(make_rows(5)).with_format("torch")
+        torch.testing.assert_close(rows["teacher_logits"][:], outputs.logits.detach())
+        torch.testing.assert_close(rows["teacher_embeddings"][:], outputs.embeddings.detach())
+
+    def test_loads_both_from_paths(self, tmp_path):
+        make_model().save_pretrained(tmp_path / "student")
+        make_teacher().save_pretrained(tmp_path / "teacher")
+        trainer = make_trainer(tmp_path, model=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"))
+        assert type(trainer.teacher_model) is type(trainer.model) is type(make_model())
+        trainer.train()
+
+    def test_images(self, tmp_path):
+        shape = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 8, "intermediate_size": 8}
+        config = ViTConfig(num_hidden_layers=1, num_attention_heads=2, num_labels=CLASSES, **shape)
+        student, teacher = (AutoModelForImageClassification.from_config(config) for _ in range(2))
+        rows = Dataset.from_dict({"pixel_values": np.random.rand(8, 1, 8, 8).tolist(), "labels": [0, 1, 2, 3] * 2})
+        trainer = make_trainer(
+            tmp_path,
+            rows.with_format("torch"),
+            model=student,
+            teacher=teacher,
+            processing_class=None,
+            sampled_classes=3,
+        )
+        trainer.train()
+        assert trainer.state.global_step == 2
+
+
+RIVALS = {
+    "soft": lambda s, t, y: group_soft_label_loss(s.logits, t.logits, temperature=2.0),
+    "ranknet": lambda s, t, y: ranknet_loss(s.logits, t.logits),
+    "dist": lambda s, t, y: dist_loss(s.logits, t.logits),
+    "pld": lambda s, t, y: pld_loss(s.logits, t.logits, y),
+    "rkd_distance": lambda s, t, y: rkd_distance_loss(s.embeddings, t.embeddings),
+    "rkd_angle": lambda s, t, y: rkd_angle_loss(s.embeddings, t.embeddings),
+}
+
+
+class TestRivals:
+    @pytest.mark.parametrize("columns", [False, True], ids=["teacher", "columns"])
+    @pytest.mark.parametrize("name", RIVALS)
+    def test_loss_and_gradients(self, tmp_path, name, columns):
+        rows, student, teacher, seen = make_rows(4), make_model(), make_teacher(), Gradients()
+        trainer = make_trainer(
+            tmp_path,
+            with_logits(rows) if columns else rows,
+            trainer_class=DistillationForClassificationTrainer,
+            model=copy.deepcopy(student),
+            teacher=None if columns else teacher,
+            loss_func=RIVALS[name],
+            callbacks=[seen],
+            max_steps=1,
+            hard_label_weight=0.5,
+            distillation_weight=3.0,
+        )
+        trainer.train()
+        inputs = batch_of(rows)
+        outputs = classify(student, inputs)
+        hard = F.cross_entropy(outputs.logits, inputs["labels"])
+        with torch.no_grad():
+            taught = classify(teacher, inputs)
+        distillation = RIVALS[name](outputs, taught, inputs["labels"]).mean()
+        (0.5 * hard + 3.0 * distillation).backward()
+        log = trainer.state.log_history[0]
+        assert log["loss/hard"] == pytest.approx(hard.item(), rel=1e-5)
+        assert log["loss/distillation"] == pytest.approx(distillation.item(), rel=1e-4)
+        assert_same(seen.steps[0], {name: p.grad for name, p in student.named_parameters()}, 1e-5)
+
+    def test_needs_a_loss(self, tmp_path):
+        with pytest.raises(TypeError, match="`loss_func` must be a function of student, teacher and labels, got None"):
+            make_trainer(tmp_path, trainer_class=DistillationForClassificationTrainer)
+
+
+WORKER = """
+import sys
+import torch
+from test_classification import make_rows, make_trainer
+
+trainer = make_trainer(
+    sys.argv[1], make_rows(16), hard_label_weight=0.2, eval_dataset=make_rows(16, seed=1), optim="sgd"
+)
+trainer.train()
+found = trainer.evaluate()
+if trainer.is_world_process_zero():
+    torch.save((trainer.model.state_dict(), trainer.state.log_history[:2], found), sys.argv[1] + "/found.pt")
+"""
+
+
+@pytest.mark.distributed
+def test_two_processes_are_one_with_twice_the_batch(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.getcwd()])}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*launch, tmp_path / "worker.py", tmp_path], check=True, env=environment, timeout=300)
+    weights, logs, metrics = torch.load(tmp_path / "found.pt", weights_only=False)
+    alone = make_trainer(
+        tmp_path,
+        make_rows(16),
+        hard_label_weight=0.2,
+        eval_dataset=make_rows(16, seed=1),
+        optim="sgd",
+        per_device_train_batch_size=8,
+    )
+    alone.train()
+    assert_same(weights, alone.model.state_dict(), 1e-4)
+    for ours, theirs in zip(logs, alone.state.log_history[:2], strict=True):
+        for name in ("loss", "loss/hard", "loss/soft", "loss/relative", "alpha", "rank/agreement"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    for name, value in alone.evaluate().items():
+        if name in ("eval_loss", "eval_accuracy", "eval_macro_f1", "eval_rank/spearman"):
+            assert metrics[name] == pytest.approx(value, rel=1e-3), name
+
+
+class TestEvaluation:
+    def test_metrics_are_those_of_all_rows(self, tmp_path):
+        rows, student, teacher = make_rows(11), make_model(), make_teacher()
+        trainer = make_trainer(
+            tmp_path, model=student, teacher=teacher, eval_dataset=rows, hard_label_weight=0.2,
+            per_device_eval_batch_size=4, alpha_start=0.5,
+        )  # fmt: skip
+        found = trainer.evaluate()
+        inputs = batch_of(rows)
+        labels = inputs.pop("labels")
+        with torch.no_grad():
+            logits, taught = student.eval()(**inputs).logits, teacher(**inputs).logits
+        soft, relative = group_soft_label_loss(logits, taught).mean(), group_relative_loss(logits, taught).mean()
+        expected = 0.2 * F.cross_entropy(logits, labels) + 0.8 * (0.5 * soft + 0.5 * relative)
+        assert found["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+        assert found["eval_accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
+        agreement = (logits.argmax(-1) == taught.argmax(-1)).float().mean().item()
+        assert found["eval_rank/agreement"] == pytest.approx(agreement)
+        assert found["eval_rank/spearman"] == pytest.approx(rank_correlation(logits, taught).mean().item(), rel=1e-5)
+
+    def test_metrics_against_loops(self):
+        random = np.random.default_rng(0)
+        logits, labels = 2 * random.normal(size=(60, 9)), random.integers(0, 7, 60)  # two classes never occur
+        logits[:, 8] = -99.0  # and one of them is never predicted
+        found = classification_metrics(EvalPrediction(logits, labels))
+        probabilities = torch.tensor(logits).softmax(-1).numpy()
+        predicted = [int(row.argmax()) for row in logits]
+        hits = [p == y for p, y in zip(predicted, labels, strict=True)]
+        f1 = []
+        for label in set(predicted) | set(labels.tolist()):
+            right = sum(p == y == label for p, y in zip(predicted, labels, strict=True))
+            f1.append(2 * right / (predicted.count(label) + labels.tolist().count(label)))
+        gap = 0.0
+        for low in range(15):
+            inside = [i for i, row in enumerate(probabilities) if low / 15 <= row.max() < (low + 1) / 15]
+            gap += abs(sum(hits[i] - probabilities[i].max() for i in inside)) / 60
+        top5 = [y in row.argsort()[-5:] for y, row in zip(labels, logits, strict=True)]
+        assert found["accuracy"] == pytest.approx(np.mean(hits))
+        assert found["macro_f1"] == pytest.approx(np.mean(f1))
+        assert found["top5_accuracy"] == pytest.approx(np.mean(top5))
+        assert found["calibration_error"] == pytest.approx(gap)
+
+    def test_rank_correlation(self):
+        stats = pytest.importorskip("scipy.stats")
+        student, teacher = torch.randn(6, 9).round(), torch.randn(6, 9)  # the student ties
+        expected = [stats.spearmanr(*row).statistic for row in zip(student, teacher, strict=True)]
+        torch.testing.assert_close(rank_correlation(student, teacher).double(), torch.tensor(expected))
+        assert rank_correlation(torch.zeros(1, 4), teacher[:1, :4]).item() == 0
+
+
+def column(rows, name, row, value):
+    values = rows[name][:]
+    values[row] = value
+    return rows.remove_columns(name).add_column(name, values)
+
+
+def bad_teacher(values):
+    return lambda: column(with_logits(make_rows(), False), "teacher_logits", 5, values)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        "rows, message",
+        [
+            (lambda: column(make_rows(), "labels", 3, 7), r"Row 3 of the train dataset has `labels` 7.* 0 to 6"),
+            (lambda: column(make_rows(), "labels", 3, -100), r"Row 3 of the train dataset has `labels` -100"),
+            (lambda: column(make_rows(), "labels", 3, None), r"Row 3 of the train dataset has `labels` None"),
+            (lambda: make_rows().map(lambda row: {"labels": 2}), r"All 8 rows of the train dataset have `labels` 2"),
+            (lambda: make_rows().remove_columns("labels"), "none is `labels` or `label`"),
+            (bad_teacher([0.0] * 6), r"Row 5 of the train dataset has 6 numbers in `teacher_logits`, and 7 are acc"),
+            (bad_teacher([0.0] * 6 + [float("nan")]), r"Row 5 .* has a `teacher_logits` that is not a finite number"),
+            (bad_teacher([0.0] * 6 + [float("inf")]), r"Row 5 .* has a `teacher_logits` that is not a finite number"),
+            (bad_teacher([0.0] * 6 + [None]), r"Row 5 .* has a `teacher_logits` that is not a finite number"),
+            (bad_teacher(None), r"Row 5 of the train dataset has 0 numbers in `teacher_logits`"),
+        ],
+    )
+    def test_rows(self, tmp_path, rows, message):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, rows(), hard_label_weight=0.1)
+
+    def test_rows_beyond_the_first_thousand_and_of_evaluation(self, tmp_path):
+        rows = column(make_rows(1500), "labels", 1203, 9)
+        with pytest.raises(ValueError, match=r"Row 1203 of the unseen dataset has `labels` 9"):
+            make_trainer(tmp_path, eval_dataset={"seen": make_rows(4), "unseen": rows})
+
+    def test_evaluation_rows_without_what_the_teacher_says(self, tmp_path):
+        with pytest.raises(ValueError, match="not every dataset has a column `teacher_logits`"):
+            make_trainer(tmp_path, with_logits(make_rows()), teacher=None, eval_dataset=make_rows())
+
+    @pytest.mark.parametrize(
+        "given, message",
+        [
+            ({"teacher": None}, "No `teacher_model` was given"),
+            (
+                {"teacher": make_teacher(num_labels=5)},
+                r"has 7 classes and the teacher 5: load the student with `num_l",
+            ),
+            ({"model": make_model(num_labels=1)}, r"`num_labels` 1 .* needs two or more"),
+            ({"model": make_model(problem_type="multi_label_classification")}, "of which an example has one"),
+            ({"sampled_classes": 1}, "`sampled_classes` must be at least 2"),
+            ({"hard_label_weight": 1.5}, "`hard_label_weight` is a share"),
+            ({"alpha_schedule": "step"}, "`alpha_schedule` must be one of"),
+            ({"ranking_temperature": 0.0}, "`ranking_temperature` must be above 0"),
+            ({"min_gap": -1.0}, "`min_gap` must be 0 or above"),
+        ],
+        ids=str,
+    )
+    def test_models_and_fields(self, tmp_path, given, message):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, **given)
+
+    def test_the_student_is_not_its_own_teacher(self, tmp_path):
+        model = make_model()
+        with pytest.raises(ValueError, match="cannot be the same object"):
+            make_trainer(tmp_path, model=model, teacher=model)
+
+    def test_classes_in_another_order(self, tmp_path):
+        names = {index: f"class {index}" for index in range(CLASSES)}
+        teacher = make_teacher(id2label=names | {1: "class 2", 2: "class 1"})
+        with pytest.raises(ValueError, match="Class 1 is 'class 1' to the student and 'class 2' to the teacher"):
+            make_trainer(tmp_path, model=make_model(id2label=names), teacher=teacher)
+        make_trainer(tmp_path, teacher=teacher)  # a student that names none
+
+    def test_another_config(self, tmp_path):
+        with pytest.raises(TypeError, match="`args` must be a `GRKDForClassificationConfig`"):
+            GRKDForClassificationTrainer(
+                make_model(), make_teacher(), DistillationForClassificationConfig(str(tmp_path))
+            )
+
+
+def test_default_config_is_named_after_the_student(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = GRKDForClassificationTrainer(make_model(), make_teacher(), train_dataset=make_rows())
+    assert trainer.args.output_dir.endswith("-GRKDForClassification")
+
+
+def test_config_survives_its_own_json(tmp_path):
+    args = GRKDForClassificationConfig(
+        str(tmp_path), sampled_classes=8, teacher_model_init_kwargs='{"dtype": "float32"}'
+    )
+    assert args.teacher_model_init_kwargs == {"dtype": "float32"}
+    assert json.loads(args.to_json_string())["sampled_classes"] == 8
