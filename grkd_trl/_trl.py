@@ -52,3 +52,19 @@ from trl.trainer.utils import pad
 
 # Frozen models beside the trained one under DeepSpeed and FSDP (0.19).
 from trl.models import prepare_deepspeed, prepare_fsdp
+
+# Gives the model without wrappers, whole and without gradient checkpointing, to generate in the training loop (0.8).
+from trl.models.utils import unwrap_model_for_generation
+
+# The table of completions that GRPO prints (0.16).
+from trl.trainer.utils import print_prompt_completions_sample
+
+
+def __getattr__(name: str):
+    # vLLM beside the training loop or behind a server, which gets the student's weights (1.0). It imports vLLM where
+    # that is installed, which takes long and claims a GPU: only when asked for.
+    if name == "VLLMGeneration":
+        from trl.generation.vllm_generation import VLLMGeneration
+
+        return VLLMGeneration
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -62,7 +62,7 @@ def add_rank_metrics(
 ) -> None:
     """
     Add how well the student ranks groups as the teacher does: `scores/student`, `scores/teacher` (mean over
-    completions), `rank/accuracy` (share of the teacher's pairs in the teacher's order, ties are wrong),
+    completions), `scores/gap` (the teacher's best less its worst), `rank/accuracy` (share of the teacher's pairs in the teacher's order, ties are wrong),
     `rank/kendall_tau` (pairs in order less pairs in reverse order over all, mean over the groups with a pair) and
     `rank/pairs_per_group`.
 
@@ -86,6 +86,9 @@ def add_rank_metrics(
     num_completions = mask.sum()
     means.add("scores/student", student_scores.masked_fill(~mask, 0.0), num_completions)
     means.add("scores/teacher", teacher_scores.masked_fill(~mask, 0.0), num_completions)
+    best = teacher_scores.masked_fill(~mask, -torch.inf).amax(-1)
+    worst = teacher_scores.masked_fill(~mask, torch.inf).amin(-1)
+    means.add("scores/gap", (best - worst).clamp(min=0.0))
     means.add("rank/accuracy", in_order, num_pairs.sum())
     means.add("rank/kendall_tau", (in_order - reversed_) / num_pairs.clamp(min=1), (num_pairs > 0).sum())
     means.add("rank/pairs_per_group", num_pairs)

@@ -412,6 +412,7 @@ class TestRankMetrics:
             {
                 "scores/student": 10 / 6,
                 "scores/teacher": 30 / 6,
+                "scores/gap": 2.0,
                 "rank/accuracy": 3 / 6,
                 "rank/kendall_tau": (-1 / 3 + 2 / 3) / 2,
                 "rank/pairs_per_group": 3.0,
@@ -446,6 +447,10 @@ class TestRankMetrics:
             {
                 "scores/student": student[mask].mean().item(),
                 "scores/teacher": teacher[mask].mean().item(),
+                "scores/gap": sum(
+                    (row[:n].max() - row[:n].min()).item() for row, n in zip(teacher, sizes, strict=True)
+                )
+                / 30,
                 "rank/kendall_tau": sum(taus) / 30,
                 "rank/accuracy": in_order / sum(pairs),
                 "rank/pairs_per_group": sum(pairs) / 30,

@@ -36,6 +36,25 @@ CALLS = {
     "pad": [(["tensors"], []), (["tensors"], ["padding_value", "padding_side", "pad_to_multiple_of"])],
     "prepare_deepspeed": [(["model", "accelerator"], [])],
     "prepare_fsdp": [(["model", "accelerator"], [])],
+    "print_prompt_completions_sample": [
+        (["prompts", "completions", "rewards", "advantages", "step", "num_samples"], [])
+    ],
+    "unwrap_model_for_generation": [(["model", "accelerator"], ["gradient_checkpointing_kwargs"])],
+    "VLLMGeneration": [
+        (
+            ["model", "accelerator", "processing_class"],
+            [
+                "mode",
+                "server_base_url",
+                "tensor_parallel_size",
+                "gpu_memory_utilization",
+                "temperature",
+                "top_p",
+                "max_completion_length",
+                "logprobs",
+            ],
+        )
+    ],
 }
 
 
@@ -132,11 +151,11 @@ class TestSFTTrainer:
 class TestConstructor:
     def test_is_that_of_dpo_with_a_teacher_for_the_reference(self):
         theirs = [name.replace("ref_model", "teacher_model") for name in names(DPOTrainer.__init__)]
-        assert names(GRKDTrainer.__init__) == theirs
+        assert names(GRKDTrainer.__init__) == [*theirs, "completion_fn", "score_fn"]
 
     def test_has_the_same_defaults(self):
         ours, theirs = parameters(GRKDTrainer.__init__), parameters(DPOTrainer.__init__)
-        assert [parameter.default for parameter in ours] == [parameter.default for parameter in theirs]
+        assert [parameter.default for parameter in ours] == [parameter.default for parameter in theirs] + [None] * 2
 
 
 class TestTrainer:

@@ -77,7 +77,7 @@ class TestImports:
     @each(METHODS)
     def test_rooms_of_a_method(self, path):
         shared = {"annotation", "losses", "scoring", "groups", "teacher", "metrics", "configs", "training", "_trl"}
-        shared |= {"classifiers"}
+        shared |= {"classifiers", "online"}
         assert {room.split(".")[0] for room in rooms(path)} <= shared | {"trainers"}
 
     @each([path for path in PACKAGE if path.parent.name != "trainers" and path != ROOT / "grkd_trl/__init__.py"])

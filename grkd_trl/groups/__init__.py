@@ -6,7 +6,7 @@ the scores are optional, and so is `"clipped": [...]`, `True` for a completion t
 
 from .card import preview
 from .collator import DataCollatorForGroups, count_items
-from .generate import GroupsConfig, generate_groups
+from .generate import GroupsConfig, generate_groups, unit_seed, write_unit
 from .pairs import pair_groups, pairs_of
 from .rows import bring_scores, prepare_groups, read_group, tokenize_completions, tokenize_group
 
@@ -24,4 +24,6 @@ __all__ = [
     "read_group",
     "tokenize_completions",
     "tokenize_group",
+    "unit_seed",
+    "write_unit",
 ]

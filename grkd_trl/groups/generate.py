@@ -127,7 +127,14 @@ def unit_seed(seed: int, unit: int, writer: str) -> int:
 
 
 def write_unit(
-    prompts: list[Any], writers: dict[str, "Teacher"], config: Any, unit: int
+    prompts: list[Any],
+    writers: "dict[str, tuple[Teacher, int]]",
+    unit: int,
+    *,
+    seed: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
 ) -> tuple[list[list[str]], list[list[bool]], list[list[str]]]:
     """
     Write the completions of one unit of work, without dropping any.
@@ -135,25 +142,31 @@ def write_unit(
     Args:
         prompts (`list[str]` or `list[list[dict]]`):
             P prompts.
-        writers (`dict[str, Teacher]`):
-            Who writes, by name.
-        config ([`GroupsConfig`] or alike):
-            Has `shares()`, `seed`, `temperature`, `top_p` and `max_completion_length`.
+        writers (`dict[str, tuple[Teacher, int]]`):
+            Who writes, by name, and how many completions for each prompt.
         unit (`int`):
-            Unit, for the seed.
+            Unit, for [`unit_seed`].
+        seed (`int`):
+            Seed of all.
+        max_new_tokens (`int`):
+            Longest completion, in tokens.
+        temperature (`float`):
+            Sampling temperature.
+        top_p (`float`):
+            Share of the probability to sample from.
 
     Returns:
-        `tuple`: Texts, whether each was cut, and who wrote it, each `(P, number drawn)`.
+        `tuple`: Texts, whether each was cut, and who wrote it, each `(P, number written)`.
     """
     texts, clipped, written_by = ([[] for _ in prompts] for _ in range(3))
-    for name, (num_drawn, _) in config.shares().items():
-        written = writers[name].generate(
+    for name, (writer, num_completions) in writers.items():
+        written = writer.generate(
             prompts,
-            num_drawn,
-            seed=unit_seed(config.seed, unit, name),
-            max_new_tokens=config.max_completion_length,
-            temperature=config.temperature,
-            top_p=config.top_p,
+            num_completions,
+            seed=unit_seed(seed, unit, name),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
         )
         for row, (group, cuts) in enumerate(zip(*written, strict=True)):
             texts[row] += group
@@ -268,7 +281,15 @@ def _make_unit(rows, unit, config, writers, scorer, features) -> tuple[list[dict
             row.get("written_by") or ["dataset"] * len(group) for row, group in zip(with_prompt, drawn, strict=True)
         ]
     else:
-        drawn, clipped, written_by = write_unit(prompts, writers, config, unit)
+        drawn, clipped, written_by = write_unit(
+            prompts,
+            {name: (writers[name], num_drawn) for name, (num_drawn, _) in config.shares().items()},
+            unit,
+            seed=config.seed,
+            max_new_tokens=config.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+        )
 
     groups = []
     for row, group in zip(with_prompt, zip(drawn, clipped, written_by, strict=True), strict=True):

@@ -26,6 +26,7 @@ from ..losses import (
     token_relative_loss,
     token_soft_label_loss,
 )
+from ..online import OnlineGroups, prepare_prompts
 from ..scoring import score_completions, sequence_scores, to_groups
 from .grkd_config import GRKDConfig
 
@@ -80,6 +81,12 @@ class GRKDTrainer(SFTTrainer):
             -100 where a group has no completion.
         callbacks, optimizers, quantization_config, peft_config (*optional*):
             As in [`~trl.DPOTrainer`].
+        completion_fn (`Callable`, *optional*):
+            Writes online groups in place of student and teacher: `completion_fn(prompts, num_completions, **columns)`
+            gives as many texts for each prompt, or [`~teacher.Completions`] to say which were cut.
+        score_fn (`Callable`, *optional*):
+            Scores online groups in place of the teacher: `score_fn(prompts, completions, **columns)` gives a number for
+            each completion of each prompt, higher is better. See [`~teacher.CallableScorer`].
 
     Raises:
         `ValueError`: Before the first step, if a row is no group, if a teacher is missing, or if its vocabulary
@@ -122,10 +129,19 @@ class GRKDTrainer(SFTTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        completion_fn: Callable[..., list[list[str]]] | None = None,
+        score_fn: Callable[..., list[list[float]]] | None = None,
     ):
         args = training.resolve_args(args, GRKDConfig, model)
         training.check_teacher(model, teacher_model, peft_config)
-        needs_teacher = not bring_scores(train_dataset, eval_dataset) or args.needs_teacher_logits
+        if (completion_fn or score_fn) and not args.online:
+            raise ValueError(
+                '`completion_fn` and `score_fn` are for online groups: set `completion_source` to "student", "teacher" or '
+                '"mixed", or write and score the groups beforehand with `grkd_trl.groups.generate_groups`.'
+            )
+        scored = score_fn is not None or bring_scores(train_dataset, eval_dataset)
+        teacher_writes = args.completion_source in ("teacher", "mixed") and completion_fn is None
+        needs_teacher = not scored or teacher_writes or args.needs_teacher_logits
         if needs_teacher and teacher_model is None:
             raise ValueError(
                 'No `teacher_model` was given. It is needed for `soft_label="token"` and `relative_level="tokens"`, '
@@ -147,14 +163,42 @@ class GRKDTrainer(SFTTrainer):
         )
         training.set_up_groups(self, data_collator)
         training.set_up_teacher(self, teacher_model if needs_teacher else None)
+        self.online = None
+        if args.online:
+            self.online = OnlineGroups(self, self.data_collator, completion_fn, score_fn)
+            self.data_collator = self.online.collate
 
-    _prepare_dataset = training.prepare_dataset
     _set_signature_columns_if_needed = training.set_signature_columns
-    get_batch_samples = training.count_batch_samples
     prediction_step = training.prediction_step
     evaluation_loop = training.evaluation_loop
     log = training.log
     create_model_card = training.create_model_card
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        if args.online and dataset.column_names and not {"completions", "chosen"}.intersection(dataset.column_names):
+            return prepare_prompts(dataset, args, processing_class, dataset_name)
+        return training.prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def get_train_dataloader(self):
+        if self.online is None:
+            return super().get_train_dataloader()
+        return self._get_dataloader(
+            dataset=self.train_dataset,
+            description="Training",
+            batch_size=self.online.batch_size,
+            sampler_fn=self.online.sampler,
+            is_training=True,
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.online is not None:
+            epoch_iterator = self.online.batches(epoch_iterator, num_batches)
+        return training.count_batch_samples(self, epoch_iterator, num_batches, device)
+
+    def _prepare_inputs(self, inputs):
+        if isinstance(inputs, list):  # prompts of an evaluation
+            inputs = self.online.evaluate(inputs)
+        return super()._prepare_inputs(inputs)
 
     @property
     def alpha(self) -> float:

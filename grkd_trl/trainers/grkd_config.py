@@ -62,6 +62,38 @@ class GRKDConfig(SFTConfig):
             Way from start to end over the optimizer steps: `"linear"`, `"cosine"`, or `"constant"` (`alpha_end`
             throughout).
 
+        > Parameters that control online groups
+
+        completion_source (`str`, *optional*, defaults to `"dataset"`):
+            Who writes the completions: the `"dataset"` has them, or during training the `"student"`, the `"teacher"`
+            or both (`"mixed"`) write them for its prompts.
+        num_completions (`int`, *optional*, defaults to `4`):
+            Completions in an online group (G).
+        num_teacher_completions (`int`, *optional*, defaults to `1`):
+            How many of these the teacher writes, for `"mixed"`.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature.
+        top_p (`float`, *optional*, defaults to `0.95`):
+            Share of the probability to sample from.
+        max_completion_length (`int`, *optional*, defaults to `512`):
+            Longest completion to write, in tokens. Prompts that leave no room for it within `max_length` are dropped.
+        generate_every (`int`, *optional*, defaults to `1`):
+            Optimizer steps whose groups are made at once, by the student as it is then.
+        reuse_groups (`int`, *optional*, defaults to `1`):
+            Times that groups are trained on.
+        log_completions (`int`, *optional*, defaults to `0`):
+            Print a table of completions every so many steps. 0 prints none.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether the student writes through vLLM, as in [`~trl.GRPOConfig`].
+        vllm_mode (`str`, *optional*, defaults to `"colocate"`):
+            vLLM in the training processes, `"colocate"`, or behind `"server"`.
+        vllm_server_base_url (`str`, *optional*):
+            Address of the vLLM server.
+        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            GPUs that share the model, for `"colocate"`.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
+            Share of the GPU's memory for vLLM, for `"colocate"`.
+
     > [!NOTE]
     > `learning_rate` defaults to `1e-6`, as in [`~trl.DPOConfig`]. Fields of [`~trl.SFTConfig`] that would train on
     > anything but whole completions (`packing`, `padding_free`, `assistant_only_loss`, `completion_only_loss=False`,
@@ -104,6 +136,26 @@ class GRKDConfig(SFTConfig):
         "Way from `alpha_start` to `alpha_end`: 'linear', 'cosine', or 'constant' (`alpha_end`).",
         choices=["linear", "cosine", "constant"],
     )
+    completion_source: str = option(
+        "dataset",
+        "Who writes: the 'dataset' has completions, or the 'student', 'teacher' or both ('mixed') while training.",
+        choices=["dataset", "student", "teacher", "mixed"],
+    )
+    num_completions: int = option(4, "Completions in an online group.")
+    num_teacher_completions: int = option(1, "How many of these the teacher writes, for 'mixed'.")
+    temperature: float = option(1.0, "Sampling temperature of online groups.")
+    top_p: float = option(0.95, "Share of the probability to sample online groups from.")
+    max_completion_length: int = option(512, "Longest completion to write, in tokens.")
+    generate_every: int = option(1, "Optimizer steps whose groups are made at once.")
+    reuse_groups: int = option(1, "Times that online groups are trained on.")
+    log_completions: int = option(0, "Print a table of completions every so many steps; 0 prints none.")
+    use_vllm: bool = option(False, "Whether the student writes through vLLM.")
+    vllm_mode: str = option(
+        "colocate", "vLLM in the training processes, or behind a server.", choices=["colocate", "server"]
+    )
+    vllm_server_base_url: str | None = option(None, "Address of the vLLM server.")
+    vllm_tensor_parallel_size: int = option(1, "GPUs that share the model in vLLM.")
+    vllm_gpu_memory_utilization: float = option(0.3, "Share of the GPU's memory for vLLM.")
 
     def __post_init__(self):
         check_choices(self, GRKDConfig)
@@ -118,7 +170,35 @@ class GRKDConfig(SFTConfig):
             raise ValueError(f"`min_gap` must be 0 or above, got {self.min_gap}.")
         if self.relative_top_k < 2:
             raise ValueError(f"`relative_top_k` must be at least 2 to make a pair, got {self.relative_top_k}.")
+        self._check_online()
         super().__post_init__()
+
+    def _check_online(self):
+        for name in ("max_completion_length", "generate_every", "reuse_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be 1 or above, got {getattr(self, name)}.")
+        if self.num_completions < 2:
+            raise ValueError(f"`num_completions` must be 2 or above to rank a group, got {self.num_completions}.")
+        if self.completion_source == "mixed" and not 0 < self.num_teacher_completions < self.num_completions:
+            raise ValueError(
+                "`num_teacher_completions` must lie between 1 and `num_completions` - 1 for mixed groups of "
+                f"{self.num_completions}, got {self.num_teacher_completions}."
+            )
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"`temperature` must be 0 or above and `top_p` in (0, 1], got {self.temperature} and {self.top_p}."
+            )
+        if self.log_completions < 0:
+            raise ValueError(f"`log_completions` must be 0 or above, got {self.log_completions}.")
+        if self.use_vllm and self.completion_source not in ("student", "mixed"):
+            raise ValueError('`use_vllm` is for the student: set `completion_source` to "student" or "mixed".')
+        if self.online:
+            self.remove_unused_columns = False  # functions that write or score see all columns
+
+    @property
+    def online(self) -> bool:
+        """Whether groups are made while training."""
+        return self.completion_source != "dataset"
 
     @property
     def needs_teacher_logits(self) -> bool:

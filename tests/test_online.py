@@ -1,0 +1,374 @@
+"""Groups made while training."""
+
+import copy
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from interrupted import make_prompts
+from scipy.stats import chisquare
+from tiny import tiny_model, tiny_tokenizer
+
+from grkd_trl import GRKDConfig, GRKDTrainer
+from grkd_trl.groups import GroupsConfig, generate_groups
+from grkd_trl.online import RepeatedPrompts
+from grkd_trl.teacher import Completions, LocalTeacher
+
+
+def make_model(seed, **kwargs):
+    return tiny_model("llama", len(tiny_tokenizer()), seed=seed, initializer_range=0.3, **kwargs)
+
+
+def make_trainer(folder, *, model=None, dataset=None, eval_dataset=None, teacher=True, **kwargs):
+    functions = {name: kwargs.pop(name) for name in ("completion_fn", "score_fn", "peft_config") if name in kwargs}
+    defaults = {
+        "completion_source": "student",
+        "num_completions": 3,
+        "max_completion_length": 8,
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "soft_label": "group",
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return GRKDTrainer(
+        model=make_model(0) if model is None else model,
+        teacher_model=make_model(1) if teacher is True else teacher,
+        args=GRKDConfig(str(folder), **defaults | kwargs),
+        train_dataset=make_prompts(24) if dataset is None else dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tiny_tokenizer(),
+        **functions,
+    )
+
+
+def record_groups(trainer):
+    """What each optimizer step trained on, as lists."""
+    seen, plain = [], trainer.online.batches
+
+    def batches(*args):
+        made = list(plain(*args))
+        seen.append([{name: tensor.tolist() for name, tensor in batch.items()} for batch in made])
+        return iter(made)
+
+    trainer.online.batches = batches
+    return seen
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+class TestTraining:
+    @pytest.mark.parametrize("source", ["student", "teacher", "mixed"])
+    def test_student_learns_and_the_teacher_stays(self, tmp_path, source):
+        trainer = make_trainer(tmp_path, completion_source=source)
+        before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+        teacher = {name: value.clone() for name, value in trainer.teacher_model.named_parameters()}
+        trainer.train()
+        assert all(not torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+        assert all(torch.equal(value, teacher[name]) for name, value in trainer.teacher_model.named_parameters())
+        assert trainer.model.training and not trainer.teacher_model.training
+        assert len(logged(trainer, "loss/relative")) == 3
+
+    def test_what_is_logged(self, tmp_path):
+        trainer = make_trainer(tmp_path)
+        trainer.train()
+        for name in ("time/generation", "time/scoring"):
+            assert len(logged(trainer, name)) == 3 and min(logged(trainer, name)) > 0
+        assert len(logged(trainer, "time/training")) >= 2
+        for name in ("completions/clipped_ratio", "completions/duplicate_ratio"):
+            assert all(0 <= value <= 1 for value in logged(trainer, name))
+        assert min(logged(trainer, "scores/gap")) > 0
+
+    def test_token_soft_labels_score_in_the_same_forward(self, tmp_path):
+        trainer = make_trainer(tmp_path, soft_label="token")
+        trainer.train()
+        assert not logged(trainer, "time/scoring")
+        assert min(logged(trainer, "scores/gap")) > 0 and min(logged(trainer, "loss/soft")) > 0
+
+    def test_two_runs_are_identical(self, tmp_path):
+        runs = []
+        for run in range(2):
+            torch.manual_seed(run)  # what came before does not matter
+            trainer = make_trainer(tmp_path / str(run), completion_source="mixed")
+            seen = record_groups(trainer)
+            trainer.train()
+            runs.append((seen, [value.clone() for value in trainer.model.parameters()]))
+        assert runs[0][0] == runs[1][0]
+        assert all(torch.equal(*pair) for pair in zip(runs[0][1], runs[1][1], strict=True))
+        assert runs[0][0][0] != runs[0][0][1]
+
+    def test_the_current_student_writes(self, tmp_path):
+        """In the second step the student of the first is gone."""
+        seen = []
+        for learning_rate in (1e-2, 0.0):
+            trainer = make_trainer(tmp_path, learning_rate=learning_rate, lr_scheduler_type="constant", max_steps=2)
+            seen.append(record_groups(trainer))
+            trainer.train()
+        assert seen[0][0] == seen[1][0]
+        assert seen[0][1] != seen[1][1]
+
+    def test_accumulation_and_a_larger_batch_are_one(self, tmp_path):
+        parameters = []
+        for size, accumulation in ((4, 1), (2, 2)):
+            trainer = make_trainer(
+                tmp_path,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=accumulation,
+                optim="sgd",
+                max_grad_norm=0.0,
+            )
+            trainer.train()
+            parameters.append([value.detach() for value in trainer.model.parameters()])
+        for one, other in zip(*parameters, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+    def test_adapters_write_and_their_base_is_the_teacher(self, tmp_path):
+        from peft import LoraConfig
+
+        model = make_model(0)
+        config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer = make_trainer(
+            tmp_path, model=model, teacher=model, peft_config=config, completion_source="mixed", learning_rate=0.1
+        )
+        trainer.train()
+        assert trainer.teacher_model is trainer.model
+        assert all(math.isfinite(value) for value in logged(trainer, "loss"))
+
+    def test_with_gradient_checkpointing(self, tmp_path):
+        trainer = make_trainer(tmp_path, gradient_checkpointing=True, max_steps=2)
+        trainer.train()
+        assert trainer.model.is_gradient_checkpointing
+
+
+class TestSameAsOffline:
+    @pytest.mark.parametrize("source", ["student", "mixed"])
+    def test_groups_of_the_first_step(self, tmp_path, source):
+        trainer = make_trainer(tmp_path, completion_source=source, per_device_train_batch_size=6, max_steps=1)
+        prompts = [row["prompt"] for row in next(iter(trainer.get_train_dataloader()))]
+        seen = record_groups(trainer)
+        trainer.train()
+        tokenizer = tiny_tokenizer()
+        offline = generate_groups(
+            Dataset.from_dict({"prompt": prompts}),
+            GroupsConfig(
+                str(tmp_path / "groups"),
+                completion_source=source,
+                num_completions=3,
+                num_drawn=3,
+                max_completion_length=8,
+                prompts_per_unit=6,
+                seed=trainer.args.seed,
+            ),
+            student=LocalTeacher(make_model(0), tokenizer),
+            teacher=LocalTeacher(make_model(1), tokenizer),
+        )
+        ((batch,),) = seen
+        rows = iter(zip(batch["input_ids"], batch["completion_mask"], batch["clipped"], strict=True))
+        online = {}
+        for prompt, present, scores in zip(prompts, batch["group_mask"], batch["teacher_scores"], strict=True):
+            for score in scores[: sum(present)]:
+                ids, mask, cut = next(rows)
+                ids = [token for token, counted in zip(ids, mask, strict=True) if counted]
+                online.setdefault(prompt, {})[tokenizer.decode(ids, skip_special_tokens=True)] = (cut, score)
+        assert len(offline) >= 4  # duplicates are dropped offline
+        for row in offline:
+            written = zip(row["completions"], row["clipped"], row["teacher_scores"], strict=True)
+            for text, cut, score in written:
+                assert online[row["prompt"]][text] == (cut, pytest.approx(score, abs=1e-5))
+
+    def test_draws_follow_the_student(self, tmp_path):
+        """First tokens of many completions against the student's own probabilities."""
+        prompts = Dataset.from_dict({"prompt": ["a b "] * 4})
+        trainer = make_trainer(
+            tmp_path, dataset=prompts, num_completions=500, max_completion_length=1, max_steps=1, top_p=1.0
+        )
+        student, tokenizer = copy.deepcopy(trainer.model).eval(), tiny_tokenizer()
+        with trainer.online._student() as writer:
+            texts, _ = writer.generate(["a b "] * 4, 500, seed=3, max_new_tokens=1, temperature=1.0, top_p=1.0)
+        with torch.no_grad():
+            probs = student(input_ids=torch.tensor([tokenizer("a b ")["input_ids"]])).logits[0, -1].softmax(-1)
+        names = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(tokenizer))]
+        drawn = [text for group in texts for text in group]
+        kinds = sorted(set(names))  # special tokens leave no text
+        expected = [sum(p.item() for p, name in zip(probs, names, strict=True) if name == kind) for kind in kinds]
+        counts = [drawn.count(kind) for kind in kinds]
+        assert sum(counts) == 2000
+        assert chisquare(counts, [2000 * p / sum(expected) for p in expected]).pvalue > 1e-3
+
+
+class TestSchedule:
+    def test_groups_are_made_and_reused(self, tmp_path):
+        trainer = make_trainer(
+            tmp_path, generate_every=2, reuse_groups=2, max_steps=8, per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+        )  # fmt: skip
+        made, plain = [], trainer.online._make
+        trainer.online._make = lambda rows, *args: (
+            made.append((trainer.state.global_step, len(rows))) or plain(rows, *args)
+        )
+        seen = record_groups(trainer)
+        trainer.train()
+        assert made == [(0, 8), (4, 8)]  # two steps of two micro-batches of two
+        assert seen[0] == seen[2] and seen[1] == seen[3] and seen[4] == seen[6]
+        assert seen[0] != seen[1] and seen[0] != seen[4]
+        assert [len(step) for step in seen] == [2] * 8
+
+    def test_an_epoch_sees_every_prompt(self, tmp_path):
+        trainer = make_trainer(tmp_path, max_steps=-1, num_train_epochs=2, reuse_groups=2)
+        seen = record_groups(trainer)
+        trainer.train()
+        assert trainer.state.global_step == len(seen) == 2 * 2 * 24 // 4
+
+    def test_resumed_is_uninterrupted(self, tmp_path):
+        whole = make_trainer(tmp_path / "whole", max_steps=8, save_strategy="steps", save_steps=2, reuse_groups=2)
+        expected = record_groups(whole)
+        whole.train()
+        for step in (4, 6):  # the second lies in the second epoch
+            resumed = make_trainer(tmp_path / "resumed", max_steps=8, reuse_groups=2, dataset=make_prompts(24))
+            seen = record_groups(resumed)
+            resumed.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{step}"))
+            assert seen == expected[step:]
+            for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+                assert torch.equal(one, other)
+
+    def test_order_of_the_prompts(self):
+        sampler = RepeatedPrompts(7, 3, 2, seed=0)
+        first = list(sampler)
+        assert len(first) == len(sampler) == 12
+        assert first[:3] == first[3:6] and first[6:9] == first[9:] and len(set(first)) == 6
+        sampler.set_epoch(1)
+        assert list(sampler) != first
+        sampler.set_epoch(0)
+        assert list(sampler) == first
+
+
+class TestFunctions:
+    def test_score_fn_needs_no_teacher(self, tmp_path):
+        calls = []
+
+        def count_a(prompts, completions, source_index, **columns):
+            calls.append((prompts, source_index, set(columns)))
+            return [[float(text.split().count("a")) for text in group] for group in completions]
+
+        trainer = make_trainer(
+            tmp_path, teacher=None, score_fn=count_a, soft_label="none", max_steps=40, learning_rate=3e-3,
+            num_completions=8, logging_steps=10,
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.teacher_model is None
+        prompts = make_prompts(24)["prompt"]
+        assert all([prompts[i] for i in rows] == given for given, rows, _ in calls)
+        assert calls[0][2] == {"clipped"}
+        scores = logged(trainer, "scores/teacher")
+        assert scores[-1] > scores[0] + 0.3  # the student writes more of what is rewarded
+
+    def test_completion_fn(self, tmp_path):
+        def write(prompts, num_completions, **columns):
+            return Completions([["a", "b c", "d"]] * len(prompts), [[False, True, False]] * len(prompts))
+
+        trainer = make_trainer(tmp_path, completion_fn=write, max_steps=1)
+        seen = record_groups(trainer)
+        trainer.train()
+        assert seen[0][0]["clipped"] == [False, True, False] * 4
+        assert logged(trainer, "completions/clipped_ratio") == [pytest.approx(1 / 3)]
+
+    def test_not_scored_is_dropped(self, tmp_path):
+        trainer = make_trainer(
+            tmp_path, teacher=None, soft_label="none", max_steps=1,
+            completion_fn=lambda prompts, num_completions, **columns: [["a", "b", "c"]] * len(prompts),
+            score_fn=lambda prompts, completions, **columns: [[1.0, None, 0.0]] * len(prompts),
+        )  # fmt: skip
+        seen = record_groups(trainer)
+        trainer.train()
+        assert seen[0][0]["group_mask"] == [[True, True]] * 4
+
+    @pytest.mark.parametrize(
+        "kwargs, error",
+        [
+            ({"completion_fn": lambda **_: [["a"]]}, "`completion_fn` returned groups of"),
+            ({"score_fn": lambda **_: [[1.0]]}, "returned \\[1\\] scores"),
+            ({"score_fn": lambda prompts, completions, **_: [[None] * 3] * 4}, "was scored: drop the prompt"),
+        ],
+    )
+    def test_wrong_answers(self, tmp_path, kwargs, error):
+        with pytest.raises(ValueError, match=error):
+            make_trainer(tmp_path, **kwargs).train()
+
+
+class TestEvaluation:
+    def test_prompts_and_groups(self, tmp_path):
+        groups = [{"prompt": "a b ", "completions": ["c", "d e"], "teacher_scores": [0.0, 1.0]}] * 3
+        evaluated = {"prompts": make_prompts(6), "groups": Dataset.from_list(groups)}
+        trainer = make_trainer(tmp_path, eval_dataset=evaluated, max_steps=1)
+        trainer.train()
+        once, again = (trainer.evaluate() for _ in range(2))
+        for name in ("eval_prompts_loss", "eval_groups_loss", "eval_prompts_rank/accuracy", "eval_prompts_scores/gap"):
+            assert once[name] == again[name]  # the prompts decide the draws
+
+
+class TestTable:
+    def test_is_printed(self, tmp_path, capsys):
+        trainer = make_trainer(tmp_path, log_completions=2, max_steps=4)
+        trainer.train()
+        printed = capsys.readouterr().out
+        assert "Step 0" in printed and "Step 2" in printed and "Step 1" not in printed
+        assert "teacher" in printed.lower()
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        "field, value",
+        [
+            ("completion_source", "me"),
+            ("num_completions", 1),
+            ("num_teacher_completions", 3),
+            ("temperature", -0.1),
+            ("top_p", 1.5),
+            ("max_completion_length", 0),
+            ("generate_every", 0),
+            ("reuse_groups", 0),
+            ("log_completions", -1),
+            ("vllm_mode", "other"),
+        ],
+    )
+    def test_ranges(self, tmp_path, field, value):
+        fields = {"completion_source": "mixed", "num_completions": 3} | {field: value}
+        with pytest.raises(ValueError, match=f"`{field}`"):
+            GRKDConfig(str(tmp_path), bf16=False, **fields)
+
+    def test_vllm_is_for_the_student(self, tmp_path):
+        with pytest.raises(ValueError, match="`use_vllm` is for the student"):
+            GRKDConfig(str(tmp_path), bf16=False, use_vllm=True)
+
+    def test_vllm_that_is_not_installed(self, tmp_path):
+        """As far as the path can be gone without a GPU: TRL's own class is made, and says what it lacks."""
+        with pytest.raises(ImportError, match="vLLM is not available"):
+            make_trainer(tmp_path, use_vllm=True)
+
+    def test_functions_without_online_groups(self, tmp_path):
+        groups = Dataset.from_list([{"prompt": "a ", "completions": ["b", "c"]}])
+        with pytest.raises(ValueError, match="are for online groups: set `completion_source`"):
+            make_trainer(tmp_path, completion_source="dataset", dataset=groups, score_fn=len)
+
+    def test_too_few_prompts(self, tmp_path):
+        with pytest.raises(ValueError, match="has 3 prompts, and groups are made for 4 at once"):
+            make_trainer(tmp_path, dataset=make_prompts(3)).train()
+
+    def test_empty_prompt(self, tmp_path):
+        with pytest.raises(ValueError, match="`prompt` of row 1 is empty"):
+            make_trainer(tmp_path, dataset=Dataset.from_dict({"prompt": ["a", ""]}))
+
+    def test_prompts_without_room(self, tmp_path):
+        kept = make_trainer(tmp_path, max_length=11).train_dataset
+        assert 0 < len(kept) < 24 and all(len(prompt.split()) <= 3 for prompt in kept["prompt"])
+        with pytest.raises(ValueError, match="Raise `max_length`, or lower `max_completion_length`"):
+            make_trainer(tmp_path, max_length=8)
