@@ -80,6 +80,8 @@ def make_trainer(folder, rows=None, *, method: str = "GRKD", **kwargs) -> Traine
         "num_train_epochs": 1,
         "train_sampling_strategy": "sequential",
     }
+    if method == "MiniLLM":
+        fields["max_completion_length"] = 5
     own = {name: kwargs.pop(name) for name in list(kwargs) if name in config_class.__dataclass_fields__}
     arguments = {
         "model": make_student,

@@ -384,7 +384,7 @@ class TestMiniLLM:
             assert (returns[mask == 0] == 0).all()
 
     def test_position_does_not_discount(self):
-        """A completion's returns are the same wherever it stands: METHOD, trap 7."""
+        """A completion's returns are the same wherever it stands."""
         rewards, _ = draw(4)
         late, mask = F.pad(rewards, (9, 0)), F.pad(torch.ones(4), (9, 0))
         close(minillm_returns(late, mask, gamma=0.5)[9:], minillm_returns(rewards, torch.ones(4), gamma=0.5))

@@ -34,6 +34,7 @@ PAIRS, RANKED, OTHERS = ["DPO", "SimPO"], ["DPO", "SimPO", "PRO"], ["KD", "SeqKD
 METHODS = [*RANKED, *OTHERS]
 LOSSES = {"DPO": slow.dpo, "SimPO": slow.simpo, "PRO": slow.pro, "KD": slow.kd, "SeqKD": slow.seqkd}
 each_method = pytest.mark.parametrize("method", METHODS)
+each_trainer = pytest.mark.parametrize("method", [*METHODS, "MiniLLM"])  # whose samples test_minillm.py looks into
 
 
 def rows_for(method, num=4, **kwargs):
@@ -155,7 +156,7 @@ class TestInvariance:
         ]
         assert min(moved) > 1e-4
 
-    @each_method
+    @each_trainer
     def test_resuming_equals_going_on(self, tmp_path, method):
         rows, fields = rows_for(method, 12), {"method": method, "train_sampling_strategy": "random"}
         whole, _ = train(tmp_path / "whole", rows, **fields)
@@ -168,7 +169,7 @@ class TestInvariance:
         for name, value in weights(whole.model).items():
             torch.testing.assert_close(resumed.model.get_parameter(name), value, rtol=0, atol=1e-12)
 
-    @each_method
+    @each_trainer
     def test_lora_trains_the_adapter_alone(self, tmp_path, method):
         model, before = make_student(), weights(make_student())
         lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
@@ -184,7 +185,7 @@ class TestInvariance:
         trainer.save_model()
         assert (tmp_path / "adapter_model.safetensors").exists() and not (tmp_path / "model.safetensors").exists()
 
-    @each_method
+    @each_trainer
     def test_every_parameter_moves_in_bf16_too(self, tmp_path, method):
         models = {"model": make_student(dtype=torch.float32), "teacher_model": make_teacher(dtype=torch.float32)}
         if method == "DPO":
@@ -196,10 +197,11 @@ class TestInvariance:
             assert value.isfinite().all() and not torch.equal(value, before[name]), name
             assert all(step[name].isfinite().all() for step in gradients), name
 
-    def test_teacher_of_kd_is_untouched(self, tmp_path):
+    @pytest.mark.parametrize("method", ["KD", "MiniLLM"])
+    def test_teacher_is_untouched(self, tmp_path, method):
         teacher = make_teacher(attention_dropout=0.5).train()
         before = {name: value.clone() for name, value in teacher.state_dict().items()}
-        trainer, _ = train(tmp_path, method="KD", teacher_model=teacher, num_train_epochs=3)
+        trainer, _ = train(tmp_path, method=method, teacher_model=teacher, num_train_epochs=3)
         assert trainer.teacher_model is teacher and not teacher.training
         assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
         assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
@@ -225,7 +227,7 @@ class TestEvaluation:
             for name in [name for name in found[0] if "/" in name]:
                 assert found[0][name] == pytest.approx(found[1][name], rel=1e-9), name
 
-    @pytest.mark.parametrize("method", ["SimPO", "PRO", *OTHERS])
+    @pytest.mark.parametrize("method", ["SimPO", "PRO", *OTHERS, "MiniLLM"])
     def test_metrics_of_the_user(self, tmp_path, method):
         seen = []
 
@@ -474,7 +476,7 @@ class TestErrors:
         trainer = make_trainer(tmp_path, self.UNSCORED, method=method, **folders)
         assert len(trainer.train_dataset) == 4
 
-    @each_method
+    @each_trainer
     def test_teacher_is_the_model(self, tmp_path, method):
         model = make_student()
         with pytest.raises(ValueError, match="cannot be the same object"):
@@ -486,7 +488,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="streams cannot be scored before training. Load it whole"):
             make_trainer(tmp_path, method=method, train_dataset=stream, max_steps=1)
 
-    @each_method
+    @each_trainer
     def test_streams(self, tmp_path, method):
         stream = Dataset.from_list(rows_for(method)).to_iterable_dataset()
         streamed, _ = train(tmp_path, method=method, train_dataset=stream, max_steps=1)
@@ -524,14 +526,14 @@ class TestErrors:
         with pytest.raises(ValueError, match=says):
             getattr(grkd_trl, f"{method}Config")(tmp_path, **{field: value})
 
-    @each_method
+    @each_trainer
     def test_arguments_of_another_method(self, tmp_path, method):
         with pytest.raises(TypeError, match=f"`args` must be a `{method}Config`, got `GRKDConfig`"):
             make_trainer(tmp_path, rows_for(method), method=method, args=grkd_trl.GRKDConfig(tmp_path, bf16=False))
 
 
 class TestInterface:
-    @each_method
+    @each_trainer
     def test_constructor_is_that_of_grkd(self, method):
         import inspect
 
@@ -539,9 +541,10 @@ class TestInterface:
         theirs = inspect.signature(grkd_trl.GRKDTrainer.__init__).parameters
         assert list(ours)[: len(theirs)] == list(theirs)
         assert [ours[name].default for name in theirs] == [parameter.default for parameter in theirs.values()]
-        assert set(ours) - set(theirs) == ({"ref_model"} if method == "DPO" else set())
+        extra = {"DPO": {"ref_model"}, "MiniLLM": {"text_dataset"}}
+        assert set(ours) - set(theirs) == extra.get(method, set())
 
-    @each_method
+    @each_trainer
     def test_command_line(self, tmp_path, method):
         config_class = getattr(grkd_trl, f"{method}Config")
         own = [name for name in config_class.__annotations__ if name != "_VALID_DICT_FIELDS"]
@@ -558,7 +561,7 @@ class TestInterface:
         assert (simpo.beta, simpo.gamma_beta_ratio) == (2.0, 0.25)
         assert (pro.sft_weight, pro.reward_temperature) == (0.05, True)
 
-    @each_method
+    @each_trainer
     def test_card_says_what_was_minimised(self, tmp_path, method):
         trainer = make_trainer(tmp_path, rows_for(method), method=method)
         trainer.create_model_card()
@@ -567,7 +570,7 @@ class TestInterface:
         for name in getattr(grkd_trl, f"{method}Config").__annotations__:
             assert f"| `{name}` |" in card
 
-    @each_method
+    @each_trainer
     def test_evaluation_datasets_by_name(self, tmp_path, method):
         rows = rows_for(method)
         datasets = DatasetDict(a=Dataset.from_list(rows), b=Dataset.from_list(rows[:2]))

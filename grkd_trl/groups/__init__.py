@@ -8,7 +8,7 @@ from .card import preview
 from .collator import DataCollatorForGroups, count_items
 from .generate import GroupsConfig, generate_groups, unit_seed, write_unit
 from .pairs import pair_groups, pairs_of
-from .rows import bring_scores, prepare_groups, read_group, tokenize_completions, tokenize_group
+from .rows import bring_scores, prepare_groups, read_group, tokenize_completions, tokenize_group, tokenize_prompt
 
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "read_group",
     "tokenize_completions",
     "tokenize_group",
+    "tokenize_prompt",
     "unit_seed",
     "write_unit",
 ]

@@ -170,6 +170,42 @@ def tokenize_completions(
     return prompt_ids[:length], [ids[length:] for ids in full_ids]
 
 
+def tokenize_prompt(
+    row: dict[str, Any], index: int, *, processing_class: PreTrainedTokenizerBase | ProcessorMixin
+) -> dict[str, Any]:
+    """
+    Tokenize the prompt of a row alone, as generation reads it.
+
+    Args:
+        row (`dict[str, Any]`):
+            Row with a `prompt`, text or messages, or TRL's preference with an implicit one. `tools` and
+            `chat_template_kwargs` reach the chat template.
+        index (`int`):
+            Row number, for errors.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer, or a processor used for text alone.
+
+    Returns:
+        `dict[str, Any]`: `prompt_ids` (`list[int]`).
+
+    Raises:
+        `ValueError`: If there is no prompt.
+    """
+    prompt = extract_prompt(row)["prompt"] if "prompt" not in row and "chosen" in row else row.get("prompt")
+    if not prompt:
+        raise ValueError(f"`prompt` of row {index} is {prompt!r}: give it text or messages, or drop the row.")
+    if isinstance(prompt, str):
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        ids = tokenize(processing_class, prompt)["input_ids"]
+        ends_itself = ids[-1:] == [tokenizer.eos_token_id]  # some tokenizers add EOS to text
+        return {"prompt_ids": ids[:-1] if ends_itself else ids}
+    tools = row.get("tools")
+    kwargs = {"tools": json.loads(tools) if isinstance(tools, str) else tools} | (
+        row.get("chat_template_kwargs") or {}
+    )
+    return {"prompt_ids": tokenize(processing_class, prompt, add_generation_prompt=True, **kwargs)["input_ids"]}
+
+
 def tokenize_group(
     row: dict[str, Any],
     index: int,

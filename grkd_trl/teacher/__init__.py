@@ -2,6 +2,7 @@
 
 from .calibration import SELECTION_TEMPLATE, CalibratedTeacher, calibrate_scores, selection_probs
 from .local import LocalTeacher, generate_completions, score_groups
+from .mixture import sample_from_mixture
 from .models import is_zero3, load_teacher, prepare_teacher, shared_vocabulary, tokenizer_of
 from .protocol import Completions, Teacher, TeacherScores
 from .scorer import CallableScorer
@@ -23,6 +24,7 @@ __all__ = [
     "is_zero3",
     "load_teacher",
     "prepare_teacher",
+    "sample_from_mixture",
     "score_groups",
     "selection_probs",
     "shared_vocabulary",

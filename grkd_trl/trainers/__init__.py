@@ -5,6 +5,8 @@ from .dpo import DPOConfig, DPOTrainer
 from .grkd import GRKDTrainer
 from .grkd_config import GRKDConfig
 from .kd import KDConfig, KDTrainer
+from .minillm import MiniLLMTrainer
+from .minillm_config import MiniLLMConfig
 from .pro import PROConfig, PROTrainer
 from .seqkd import SeqKDConfig, SeqKDTrainer
 from .simpo import SimPOConfig, SimPOTrainer
@@ -21,6 +23,8 @@ __all__ = [
     "GRKDTrainer",
     "KDConfig",
     "KDTrainer",
+    "MiniLLMConfig",
+    "MiniLLMTrainer",
     "PROConfig",
     "PROTrainer",
     "SeqKDConfig",
