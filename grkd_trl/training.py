@@ -297,7 +297,8 @@ def prepare_dataset(
 
 def set_signature_columns(self: SFTTrainer) -> None:
     """For `_set_signature_columns_if_needed`: the columns of a tokenized group are what the collator sees."""
-    self._signature_columns = ["prompt_ids", "completion_ids", "teacher_scores", "clipped"]
+    soft_labels = ["teacher_top_ids", "teacher_top_logps"]
+    self._signature_columns = ["prompt_ids", "completion_ids", "teacher_scores", "clipped", *soft_labels]
 
 
 def count_batch_samples(

@@ -68,6 +68,16 @@ def token_soft_label(student, teacher, temperature=1.0):
     return group_soft_label(student, teacher, temperature)
 
 
+def topk_soft_label(student, top_ids, top_logps, temperature=1.0):
+    """Equation 3 over the teacher's k tokens and one class for the rest."""
+    logps = log_softmax(student)
+    rest = sum(exp(logp) for token, logp in enumerate(logps) if token not in top_ids)
+    left_over = 1 - sum(exp(logp) for logp in top_logps)
+    return group_soft_label(
+        [*(logps[token] for token in top_ids), log(rest)], [*top_logps, log(left_over)], temperature
+    )
+
+
 def token_relative(student, teacher, top_k, temperature=1.0, min_gap=0.0):
     """Equations 1 and 2 over the teacher's `top_k` next tokens at one position."""
     top = sorted(range(len(teacher)), key=lambda token: -teacher[token])[:top_k]

@@ -47,6 +47,7 @@ SIGNATURES = {
     "simpo_loss": "(chosen_scores, rejected_scores, *, beta, gamma)",
     "token_relative_loss": "(student_logits, teacher_logits, *, top_k, temperature=1.0, min_gap=0.0)",
     "token_soft_label_loss": "(student_logits, teacher_logits, *, temperature=1.0)",
+    "topk_soft_label_loss": "(student_logits, top_ids, top_logps, *, temperature=1.0)",
 }
 MODULES = [module.name for module in pkgutil.iter_modules(losses.__path__, "grkd_trl.losses.")]
 

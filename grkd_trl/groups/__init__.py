@@ -8,13 +8,22 @@ from .card import preview
 from .collator import DataCollatorForGroups, count_items
 from .generate import GroupsConfig, generate_groups, unit_seed, write_unit
 from .pairs import pair_groups, pairs_of
-from .rows import bring_scores, prepare_groups, read_group, tokenize_completions, tokenize_group, tokenize_prompt
+from .rows import (
+    bring_scores,
+    bring_soft_labels,
+    prepare_groups,
+    read_group,
+    tokenize_completions,
+    tokenize_group,
+    tokenize_prompt,
+)
 
 
 __all__ = [
     "DataCollatorForGroups",
     "GroupsConfig",
     "bring_scores",
+    "bring_soft_labels",
     "count_items",
     "generate_groups",
     "pair_groups",

@@ -30,7 +30,8 @@ class DataCollatorForGroups(DataCollatorMixin):
     Returns a dictionary of P groups in N rows of length L: `group_mask` `(P, G)`, `True` where a group has a
     completion; `input_ids`, `attention_mask` and `completion_mask` `(N, L)`; `clipped` `(N,)`, `True` where the
     completion's end was cut, here or when it was written; and `teacher_scores` `(P, G)`, 0 where absent, if the groups
-    have any.
+    have any; and `teacher_top_ids` and `teacher_top_logps` `(M, k)`, of the batch's M completion tokens that are
+    predicted, row after row, if soft labels are cached with them.
 
     Example:
 
@@ -76,7 +77,7 @@ class DataCollatorForGroups(DataCollatorMixin):
         keep = slice(self.max_length)  # `slice(None)` keeps all
         if self.truncation_mode == "keep_end" and self.max_length is not None:
             keep = slice(-self.max_length, None)
-        input_ids, completion_mask, clipped = [], [], []
+        input_ids, completion_mask, clipped, soft_labels = [], [], [], {"teacher_top_ids": [], "teacher_top_logps": []}
         for example in examples:
             prompt_ids = example["prompt_ids"]
             cut_before = example.get("clipped") or [False] * len(example["completion_ids"])
@@ -88,6 +89,11 @@ class DataCollatorForGroups(DataCollatorMixin):
                 completion_mask.append(mask[keep])
                 cut_here = self.truncation_mode == "keep_start" and len(input_ids[-1]) < len(ids)
                 clipped.append(was_cut or cut_here)
+            for name, tops in soft_labels.items():
+                for top in example.get(name) or []:
+                    first = len(example["prompt_ids"])
+                    places = torch.arange(first + len(top))[keep][1:]  # nothing predicts a row's first token
+                    tops.append(torch.tensor(top)[places[places >= first] - first])
         attention_mask = [torch.ones_like(ids) for ids in input_ids]
 
         # `group_mask` stands first: `Trainer` takes the batch size from the first tensor, and the batch is of groups.
@@ -99,6 +105,7 @@ class DataCollatorForGroups(DataCollatorMixin):
         batch["clipped"] = torch.tensor(clipped)
         if examples[0].get("teacher_scores") is not None:
             batch["teacher_scores"] = pad([torch.tensor(e["teacher_scores"], dtype=torch.float32) for e in examples])
+        batch |= {name: torch.cat(tops) for name, tops in soft_labels.items() if tops}
         return batch
 
 

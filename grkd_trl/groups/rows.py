@@ -48,6 +48,22 @@ def bring_scores(*datasets: Dataset | IterableDataset | dict | None) -> bool:
     return all(row.get("teacher_scores") is not None or ("chosen" in row and "completions" not in row) for row in rows)
 
 
+def bring_soft_labels(*datasets: Dataset | IterableDataset | dict | None) -> bool:
+    """
+    Whether every dataset has the teacher's token soft labels cached, by its first row.
+
+    Args:
+        *datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
+            Datasets to look at. What is none of these is passed over.
+
+    Returns:
+        `bool`: `True` if token soft labels need no teacher.
+    """
+    flat = [part for dataset in datasets for part in (dataset.values() if isinstance(dataset, dict) else [dataset])]
+    rows = [next(iter(dataset)) for dataset in flat if isinstance(dataset, Dataset | IterableDataset)]
+    return bool(rows) and all(row.get("teacher_top_ids") is not None for row in rows)
+
+
 def read_group(row: dict[str, Any], index: int, *, min_completions: int = 2) -> dict[str, Any]:
     """
     Check a row and give it as a group.
@@ -247,6 +263,11 @@ def tokenize_group(
         raise ValueError(
             f"`completions` of row {index} holds no token at position {completion_ids.index([])}: drop the empty "
             "completion."
+        )
+    if row.get("teacher_token_ids") is not None and row["teacher_token_ids"] != completion_ids:
+        raise ValueError(
+            f"`teacher_top_ids` of row {index} belong to other tokens than its completions have now: they were cached "
+            "with another tokenizer or other completions. Cache them again (`grkd_trl.teacher.cache_soft_labels`)."
         )
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, **group}
 

@@ -93,3 +93,56 @@ def token_soft_label_loss(
     log_p = (widen(student_logits) / temperature).log_softmax(-1)
     loss = -((widen(teacher_logits) / temperature).softmax(-1) * log_p).sum(-1)  # eq. 3
     return loss.to(student_logits.dtype)
+
+
+def topk_soft_label_loss(
+    student_logits: torch.Tensor, top_ids: torch.Tensor, top_logps: torch.Tensor, *, temperature: float = 1.0
+) -> torch.Tensor:
+    r"""
+    [`token_soft_label_loss`] from a teacher's k most likely tokens: these are classes, and all others together are one
+    class more, of the mass that is left over.
+
+    It equals the loss over the whole vocabulary at k = V, and is below it otherwise: what it leaves out is how the
+    left-over mass is spread. The k + 1 log-probabilities are divided by the temperature, so away from temperature 1 it
+    also differs from softening the whole vocabulary.
+
+    Args:
+        student_logits (`torch.Tensor` of shape `(..., V)`):
+            Student's logits over the vocabulary.
+        top_ids (`torch.Tensor` of shape `(..., k)`):
+            Different tokens.
+        top_logps (`torch.Tensor` of shape `(..., k)`):
+            Teacher's log-probabilities of these, in nats, at temperature 1.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature \\( T \\) that softens both.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: Loss of each position, in nats.
+
+    Raises:
+        `ValueError`: If shapes differ or `temperature` is not above 0.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> topk_soft_label_loss(torch.zeros(1, 4), torch.tensor([[2]]), torch.tensor([[0.5]]).log())  # a quarter, and rest
+    tensor([0.8370])
+
+    ```
+    """
+    check(top_ids, top_logps, temperature)
+    if student_logits.shape[:-1] != top_ids.shape[:-1]:
+        raise ValueError(
+            f"`student_logits` {tuple(student_logits.shape)} and `top_ids` {tuple(top_ids.shape)} must have the same "
+            "leading dimensions."
+        )
+    log_p = widen(student_logits).log_softmax(-1)
+    student, teacher = log_p.gather(-1, top_ids), widen(top_logps)
+    if top_ids.shape[-1] < log_p.shape[-1]:
+        student_rest = log_p.scatter(-1, top_ids, -torch.inf).logsumexp(-1, keepdim=True)
+        mass = teacher.logsumexp(-1, keepdim=True).exp().clamp(max=1.0)
+        student = torch.cat([student, student_rest], -1)
+        teacher = torch.cat([teacher, torch.log1p(-mass)], -1)
+    p, nll = (teacher / temperature).softmax(-1), -(student / temperature).log_softmax(-1)
+    return torch.where(p > 0, p * nll, 0.0).sum(-1).to(student_logits.dtype)  # eq. 3 over k + 1 classes

@@ -7,6 +7,7 @@ from .models import is_zero3, load_teacher, prepare_teacher, shared_vocabulary, 
 from .protocol import Completions, Teacher, TeacherScores
 from .scorer import CallableScorer
 from .server import ServerTeacher, TeacherError
+from .topk import cache_soft_labels
 
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Teacher",
     "TeacherError",
     "TeacherScores",
+    "cache_soft_labels",
     "calibrate_scores",
     "generate_completions",
     "is_zero3",

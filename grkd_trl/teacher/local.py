@@ -17,10 +17,19 @@ from .protocol import Completions, TeacherScores
 from .retokenize import encode_prompt, read_groups, tokenizer_hash
 
 
-def _pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:
-    # Llama-3's tokenizer has no pad token; masks come from lengths, so any token will do.
-    pad_token_id = processing_class.pad_token_id
-    return processing_class.eos_token_id if pad_token_id is None else pad_token_id
+def pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:
+    """
+    A token to pad with. Llama-3's tokenizer has none; masks come from lengths, so EOS will do.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+
+    Returns:
+        `int`: Its pad token, or EOS.
+    """
+    padding = processing_class.pad_token_id
+    return processing_class.eos_token_id if padding is None else padding
 
 
 @contextmanager
@@ -100,18 +109,18 @@ def generate_completions(
     ends = model.generation_config.eos_token_id
     ends = {processing_class.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
-    pad_token_id = _pad_token_id(processing_class)
+    padding = pad_token_id(processing_class)
 
     def write_batch(rows: list[int]) -> None:
         ids = [torch.tensor(prompt_ids[row], device=model.device) for row in rows]
-        input_ids = pad(ids, padding_value=pad_token_id, padding_side="left")
+        input_ids = pad(ids, padding_value=padding, padding_side="left")
         output = model.generate(
             input_ids=input_ids,
             attention_mask=pad([torch.ones_like(row) for row in ids], padding_side="left"),
             max_new_tokens=max_new_tokens,
             num_return_sequences=num_completions,
             eos_token_id=sorted(ends),
-            pad_token_id=pad_token_id,
+            pad_token_id=padding,
             use_cache=True,
             **sampling,
         )[:, input_ids.shape[1] :]
@@ -268,7 +277,7 @@ class LocalTeacher:
                 places.append([(row, position) for position, fit in enumerate(fits) if fit])
         scores = [[math.nan] * len(counts) for counts in num_tokens]
         with evaluating(self.model):
-            for rows in _batches(groups, self.tokens_per_batch, progress=self.progress):
+            for rows in token_batches(groups, self.tokens_per_batch, progress=self.progress):
                 batch = self._collate([groups[row] for row in rows])
                 logps = score_completions(self.model, batch).per_token_logps
                 values = to_groups(
@@ -280,12 +289,25 @@ class LocalTeacher:
         return TeacherScores(scores, num_tokens, surprises)
 
     def _collate(self, groups: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        collator = DataCollatorForGroups(pad_token_id=_pad_token_id(self.processing_class))
+        collator = DataCollatorForGroups(pad_token_id=pad_token_id(self.processing_class))
         return {name: tensor.to(self.model.device) for name, tensor in collator(groups).items()}
 
 
-def _batches(groups: list[dict[str, Any]], tokens_per_batch: int, *, progress: bool) -> Iterator[list[int]]:
-    """Rows of `groups` in batches of similar length, which hold so many tokens, padding included, or one group."""
+def token_batches(groups: list[dict[str, Any]], tokens_per_batch: int, *, progress: bool) -> Iterator[list[int]]:
+    """
+    Rows in batches of similar length.
+
+    Args:
+        groups (`list[dict]`):
+            Tokenized groups.
+        tokens_per_batch (`int`):
+            Tokens in a batch, padding included. A larger group is a batch of its own.
+        progress (`bool`):
+            Whether to show a progress bar.
+
+    Yields:
+        `list[int]`: Rows of `groups`.
+    """
     lengths = [len(group["prompt_ids"]) + max(map(len, group["completion_ids"])) for group in groups]
     rows, num_sequences = [], 0
     order = sorted(range(len(groups)), key=lengths.__getitem__)  # the row in hand is the batch's longest

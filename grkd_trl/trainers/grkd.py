@@ -18,13 +18,14 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 
 from .. import training
-from ..groups import bring_scores
+from ..groups import bring_scores, bring_soft_labels
 from ..losses import (
     alpha_at,
     group_relative_loss,
     group_soft_label_loss,
     token_relative_loss,
     token_soft_label_loss,
+    topk_soft_label_loss,
 )
 from ..online import OnlineGroups, prepare_prompts
 from ..scoring import score_completions, sequence_scores, to_groups
@@ -141,12 +142,13 @@ class GRKDTrainer(SFTTrainer):
             )
         scored = score_fn is not None or bring_scores(train_dataset, eval_dataset)
         teacher_writes = args.completion_source in ("teacher", "mixed") and completion_fn is None
-        needs_teacher = not scored or teacher_writes or args.needs_teacher_logits
+        cached = args.relative_level == "completions" and bring_soft_labels(train_dataset, eval_dataset)
+        needs_teacher = not scored or teacher_writes or (args.needs_teacher_logits and not cached)
         if needs_teacher and teacher_model is None:
             raise ValueError(
                 'No `teacher_model` was given. It is needed for `soft_label="token"` and `relative_level="tokens"`, '
                 "and to score groups without `teacher_scores`. Pass a teacher, or score the groups beforehand and set "
-                '`soft_label="group"` or `"none"`.'
+                '`soft_label="group"` or `"none"`, or cache the soft labels (`grkd_trl.teacher.cache_soft_labels`).'
             )
 
         super().__init__(
@@ -240,7 +242,7 @@ class GRKDTrainer(SFTTrainer):
         student = score_completions(model, inputs, return_logits=args.needs_teacher_logits, **router)
         scores = sequence_scores(student.per_token_logps, completion_mask, score=args.score)
         student_scores = to_groups(scores, group_mask)
-        if args.needs_teacher_logits:
+        if args.needs_teacher_logits and self.teacher_model is not None:
             student_logits = student.logits[:, : self.vocab_size]
             teacher_logits = teacher.logits[:, : self.vocab_size].to(student_logits.device)
 
@@ -253,7 +255,10 @@ class GRKDTrainer(SFTTrainer):
 
         # Equation 3: one value a token, or a group
         softening = {"temperature": args.soft_label_temperature}
-        if args.soft_label == "token":
+        if args.soft_label == "token" and self.teacher_model is None:  # the teacher's most likely tokens are cached
+            cached = inputs["teacher_top_ids"].long(), inputs["teacher_top_logps"]
+            soft = topk_soft_label_loss(student.logits, *cached, **softening)
+        elif args.soft_label == "token":
             soft = token_soft_label_loss(student_logits, teacher_logits, **softening)
         elif args.soft_label == "group":
             soft = group_soft_label_loss(student_scores, teacher_scores, mask=group_mask, **softening)
