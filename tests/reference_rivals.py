@@ -20,6 +20,12 @@ def _means_and_sums(model, group, options):
     return [mean for mean, _ in read], [mean * len(logits) for mean, logits in read]
 
 
+def scores_of(model, group, options):
+    """Mean log-probabilities of a group's completions."""
+    with torch.no_grad():
+        return torch.stack(_means_and_sums(model, group, options)[0])
+
+
 def _labels(group, options):
     """Predicted tokens of each completion, as truncation leaves them."""
     room = math.inf if options.max_length is None else options.max_length - len(group["prompt_ids"])
@@ -115,4 +121,4 @@ def loss_and_gradients(method, student, *args, **kwargs):
     return loss.item(), gradients
 
 
-__all__ = ["Options", "dpo", "kd", "loss_and_gradients", "pro", "seqkd", "simpo"]
+__all__ = ["Options", "dpo", "kd", "loss_and_gradients", "pro", "scores_of", "seqkd", "simpo"]

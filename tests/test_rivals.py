@@ -360,9 +360,9 @@ class TestAgainstTRL:
 class TestForwards:
     """Forwards a completion, as README's table of methods has them."""
 
-    COUNTS = {"DPO": (1, 1), "SimPO": (1, 0), "PRO": (1, 0), "KD": (1, 1), "SeqKD": (1, 0)}  # student, other model
+    COUNTS = {"GRKD": (1, 1), "DPO": (1, 1), "SimPO": (1, 0), "PRO": (1, 0), "KD": (1, 1), "SeqKD": (1, 0)}  # + other
 
-    @each_method
+    @pytest.mark.parametrize("method", COUNTS)
     def test_count(self, tmp_path, method):
         rows = rows_for(method, 8, sizes=(2,))
         for row in rows:
@@ -378,6 +378,19 @@ class TestForwards:
             model.register_forward_pre_hook(count, with_kwargs=True)
         train(tmp_path, rows, method=method, **models)
         assert counts == {name: 16 * each for name, each in zip(counts, self.COUNTS[method], strict=True)}
+
+    def test_minillm_reads_what_it_wrote_once_more(self, tmp_path):
+        counts = {"student": [], "teacher": []}
+        models = {"model": make_student(), "teacher_model": make_teacher()}
+        for name, model in zip(counts, models.values(), strict=True):
+
+            def count(module, args, kwargs, name=name):
+                counts[name].append(kwargs.get("use_cache"))
+
+            model.register_forward_pre_hook(count, with_kwargs=True)
+        train(tmp_path, method="MiniLLM", **models)
+        for seen in counts.values():
+            assert seen.count(False) == 1 and 1 <= seen.count(True) <= 5  # the step, and a token each
 
     @pytest.mark.parametrize("method", RANKED)
     def test_scoring_before_training_is_one_forward_more(self, tmp_path, method):
@@ -585,3 +598,34 @@ def test_models_are_unequal():
     assert not torch.equal(student.lm_head.weight, teacher.lm_head.weight)
     assert torch.equal(student.lm_head.weight, copy.deepcopy(make_student()).lm_head.weight)
     assert Recorder().gradients == []
+
+
+class TestNoCodeOfOurs:
+    """The further rivals that README reaches from the same groups."""
+
+    def test_distillation_trainer_of_trl(self, tmp_path):
+        fields = trl_fields(tmp_path, max_steps=1, max_completion_length=4)
+        models = {"model": make_student(dtype=torch.float32), "teacher_model": make_teacher(dtype=torch.float32)}
+        trainer = trl.DistillationTrainer(
+            **models,
+            args=trl.DistillationConfig(**fields),
+            train_dataset=Dataset.from_list(make_rows()).select_columns("prompt"),
+            processing_class=TOKENIZER,
+        )
+        trainer.train()
+        assert logged(trainer, "loss")[0] > 0
+
+    def test_listnet_and_ranknet(self, tmp_path):
+        rows = rows_for("GRKD", sizes=(3,))
+        scores = [slow.scores_of(make_student(), to_ids(row), slow.Options(vocab_size=VOCAB)) for row in rows]
+        listnet = ranknet = 0.0
+        for row, student in zip(rows, scores, strict=True):
+            teacher = torch.tensor(row["teacher_scores"], dtype=torch.float64)
+            listnet -= (teacher.softmax(0) * student.log_softmax(0)).sum() / 4
+            pairs = [(i, j) for i in range(3) for j in range(3) if teacher[i] > teacher[j]]
+            ranknet += sum(torch.log1p(torch.exp(student[j] - student[i])) for i, j in pairs) / len(pairs) / 4
+        found = [
+            logged(train(tmp_path, rows, teacher_model=None, **fields)[0], "loss")[0]
+            for fields in ({"soft_label": "group", "alpha_end": 0.0}, {"soft_label": "none"})
+        ]
+        assert found == pytest.approx([listnet.item(), ranknet.item()], rel=1e-6)
