@@ -1,6 +1,7 @@
 """The rivals' trainers: each step equal to a slow restatement, to TRL's own where it has one, and to itself."""
 
 import copy
+import inspect
 import math
 import random
 
@@ -547,13 +548,12 @@ class TestErrors:
 
 class TestInterface:
     @each_trainer
-    def test_constructor_is_that_of_grkd(self, method):
-        import inspect
-
+    def test_constructor_is_that_of_trls_dpo_with_a_teacher_for_the_reference(self, method):
         ours = inspect.signature(getattr(grkd_trl, f"{method}Trainer").__init__).parameters
-        theirs = inspect.signature(grkd_trl.GRKDTrainer.__init__).parameters
+        theirs = inspect.signature(trl.DPOTrainer.__init__).parameters
+        theirs = {name.replace("ref_model", "teacher_model"): parameter.default for name, parameter in theirs.items()}
         assert list(ours)[: len(theirs)] == list(theirs)
-        assert [ours[name].default for name in theirs] == [parameter.default for parameter in theirs.values()]
+        assert [ours[name].default for name in theirs] == list(theirs.values())
         extra = {"DPO": {"ref_model"}, "MiniLLM": {"text_dataset"}}
         assert set(ours) - set(theirs) == extra.get(method, set())
 
