@@ -77,6 +77,8 @@ def set_up_groups(trainer: SFTTrainer, data_collator: DataCollator | None) -> No
         for module in trainer.model.modules():  # attention holds its rate as a number, which TRL's function leaves
             if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
+    # A batch has more rows than groups, so no process can slice another's: each reads its own from a stream too.
+    trainer.accelerator.dataloader_config.dispatch_batches = False
     trainer.running_means = {"train": RunningMeans(), "eval": RunningMeans()}
 
 
