@@ -1,6 +1,7 @@
 """What the methods' configurations share: checks of their fields, and their place in the model card."""
 
 from dataclasses import field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def check_completion_fields(args: SFTConfig) -> None:
 
 def add_objective(card: Path, equation: str, args: SFTConfig, config_class: type[SFTConfig]) -> None:
     """
-    Add to a model card what was minimised: the equation, and the method's own fields with their values.
+    Add to a model card what was minimised, and by which version of this package: the equation, and the method's own
+    fields with their values.
 
     Args:
         card (`Path`):
@@ -87,5 +89,8 @@ def add_objective(card: Path, equation: str, args: SFTConfig, config_class: type
             Class whose own fields are listed.
     """
     rows = "\n".join(f"| `{name}` | `{getattr(args, name)}` |" for name in config_class.__annotations__)
-    section = f"\n\n## Objective\n\n$$ {equation} $$\n\n| field | value |\n|---|---|\n{rows}\n"
+    section = (
+        f"\n\n## Objective\n\nMinimised with grkd_trl {version('grkd_trl')}:\n\n$$ {equation} $$\n\n"
+        f"| field | value |\n|---|---|\n{rows}\n"
+    )
     card.write_text(card.read_text(encoding="utf-8") + section, encoding="utf-8")
