@@ -225,6 +225,7 @@ class TestParity:
                 expected = reference.alpha(progress, start, end, schedule)
                 given = {"start": start, "end": end, "schedule": schedule}
                 assert alpha_at(progress, **given) == pytest.approx(expected, abs=1e-14)
+        given = {"start": 0.2, "end": 0.9, "schedule": schedule}
         assert alpha_at(1.7, **given) == alpha_at(1.0, **given) and alpha_at(-1.0, **given) == alpha_at(0.0, **given)
 
 
@@ -351,6 +352,12 @@ class TestInvariants:
         student, teacher = torch.tensor([[-1e4, 1e4]], dtype=torch.float64), torch.tensor([[1.0, 0.0]]).double()
         value, gradient = differentiate(group_relative_loss, student, teacher)
         assert value.item() == 2e4 and gradient.tolist() == [[-1.0, 1.0]]
+
+    def test_an_infinite_lead_is_worth_nothing(self):
+        """And the pairs left out, inf - inf among them, leave no NaN in the gradient."""
+        student, teacher = torch.tensor([[INF, 0.0]], dtype=torch.float64), torch.tensor([[1.0, 0.0]]).double()
+        value, gradient = differentiate(group_relative_loss, student, teacher)
+        assert value.item() == 0.0 and gradient.tolist() == [[0.0, 0.0]]
 
     @pytest.mark.parametrize("side", ["student", "teacher"])
     @each_loss

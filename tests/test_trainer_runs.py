@@ -172,6 +172,7 @@ METRICS = [
     "alpha",
     "scores/student",
     "scores/teacher",
+    "scores/gap",
     "rank/accuracy",
     "rank/kendall_tau",
     "rank/pairs_per_group",
