@@ -1,0 +1,115 @@
+"""
+Compare methods under equal budgets, with error bars, and write a report.
+
+    python examples/compare.py --task scan --methods grkd dpo simpo pro kd seqkd minillm gkd sft --seeds 0 1 2 3 4 \
+        --max_steps 100 --tune 4 --output_dir comparison
+
+SCAN makes its own data and models, on two CPU cores in seconds to minutes a run. MAWPS (`--task math_word --data
+mawps_train.csv mawps_test.csv`) takes the files of https://github.com/arkilpatel/SVAMP. Your own groups and models:
+
+    python examples/compare.py --task groups --groups_file my_groups.jsonl --eval_file my_eval.jsonl \
+        --student path/to/student --teacher path/to/teacher --methods grkd dpo kd --max_steps 500 --output_dir comparison
+
+where rows of the evaluation file have a `prompt` and a `reference`, or are groups with `teacher_scores`. A third of them
+is for validation.
+
+A seed decides the prompts, what the student writes for them and the order of training; all methods of a seed start from
+the same student and see the same groups in batches of the same number of prompts. `--tune N` gives each method the same
+number of trials, drawn from as many settings, on the validation items. Every run is a process of its own; stop it when
+you like and start the same command again. The report is in `--output_dir`.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+from compare_run import METHODS
+from compare_tasks import TASKS
+
+from grkd_trl.evaluation import compare
+from grkd_trl.evaluation.report import write_report
+
+
+# Four settings of each method's own, which are tried with three learning rates.
+OWN = {
+    "grkd": [{"ranking_temperature": tau, "alpha_end": end} for tau, end in ((1.0, 0.6), (1.0, 0.3), (0.3, 0.3), (3.0, 0.6))],
+    "dpo": [{"beta": beta} for beta in (0.01, 0.03, 0.1, 0.3)],
+    "simpo": [{"beta": beta, "gamma_beta_ratio": ratio} for beta, ratio in ((2.0, 0.25), (1.0, 0.25), (2.5, 0.55), (10.0, 0.3))],
+    "pro": [{"sft_weight": weight} for weight in (0.01, 0.05, 0.2, 1.0)],
+    "kd": [{"temperature": soft, "hard_label_weight": hard} for soft in (1.0, 2.0) for hard in (0.0, 0.3)],
+    "minillm": [{"teacher_share": share, "single_step": single} for share in (0.2, 0.5) for single in (True, False)],
+    "gkd": [{"beta": beta, "temperature": soft} for beta in (0.5, 1.0) for soft in (0.7, 1.0)],
+    "seqkd": [{"weight_decay": decay} for decay in (0.0, 0.01, 0.03, 0.1)],
+    "sft": [{"weight_decay": decay} for decay in (0.0, 0.01, 0.03, 0.1)],
+}  # fmt: skip
+FACTORS = (0.3, 1.0, 3.0)  # of --learning_rate
+
+
+def search_space(learning_rate: float) -> dict[str, list[dict]]:
+    return {
+        method: [
+            own | {"learning_rate": learning_rate * factor} for factor, own in itertools.product(FACTORS, settings)
+        ]
+        for method, settings in OWN.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--max_steps", type=int)
+    budget.add_argument("--max_tokens", type=int, help="tokens through the student, padding and generation included")
+    budget.add_argument(
+        "--max_seconds", type=float, help="seconds of training; needs a machine with nothing else to do"
+    )
+    parser.add_argument("--tune", type=int, default=0, metavar="N", help="trials for each method, up to 12")
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts a step")
+    parser.add_argument("--student_lora", action="store_true", help="train adapters on all linear layers")
+    parser.add_argument("--curve_points", type=int, default=5, help="tests in the course of a run, outside its time")
+    parser.add_argument("--num_workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--data", nargs="+", help="MAWPS's csv files")
+    parser.add_argument("--num_test", type=int, default=600, help="test items; half as many are for validation")
+    parser.add_argument("--num_prompts", type=int, default=3200, help="prompts that a seed has groups for")
+    parser.add_argument("--pretraining_steps", type=int, default=1000, help="of SCAN's teacher; the others' follow")
+    for name in ("groups_file", "eval_file", "student", "teacher"):
+        parser.add_argument(f"--{name}", help="of --task groups")
+    parser.add_argument("--max_new_tokens", type=int, default=49, help="longest completion that is tested or sampled")
+    args = parser.parse_args()
+    needed = {"math_word": ["data"], "groups": ["groups_file", "eval_file", "student", "teacher"]}.get(args.task, [])
+    if missing := [f"--{name}" for name in needed if not getattr(args, name)]:
+        parser.error(f"--task {args.task} needs {', '.join(missing)}")
+
+    names = ("learning_rate", "batch_size", "student_lora", "curve_points", "max_new_tokens")
+    names += ("groups_file", "eval_file", "student", "teacher") if args.task == "groups" else ()
+    names += () if args.task == "groups" else ("num_test", "num_prompts", "pretraining_steps")
+    names += ("data",) if args.task == "math_word" else ()
+    shared = {name: getattr(args, name) for name in names}
+    if args.task != "groups":
+        shared["work_dir"] = str(args.output_dir / "models")
+        for seed in args.seeds + ([1000] if args.tune else []):
+            TASKS[args.task](shared, seed)  # models and groups, once, before the runs that share them
+    spent = {name: getattr(args, name) for name in ("max_steps", "max_tokens", "max_seconds") if getattr(args, name)}
+    results = compare(
+        [sys.executable, str(Path(__file__).with_name("compare_run.py"))],
+        args.output_dir,
+        task=args.task,
+        methods=args.methods,
+        seeds=args.seeds,
+        budget=spent,
+        shared=shared,
+        search_space=search_space(args.learning_rate),
+        tune=args.tune,
+        num_workers=args.num_workers,
+    )
+    for path in write_report(results, args.output_dir / "report")[:2]:
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The tasks of `compare.py`: models to start from, groups to learn from, items to test on."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset, load_dataset
+from quickstart import MAX_NEW_TOKENS, PROMPT, new_llama, pretrain, word_tokenizer, write_groups
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from grkd_trl.evaluation import MathWordProblem, read_math_word_problems, scan_pairs, scan_split, solves
+from grkd_trl.teacher import LocalTeacher, generate_completions
+
+
+class Task(NamedTuple):
+    """
+    A task whose models are there.
+
+    Args:
+        student (`str`):
+            Path or id of the student.
+        teacher (`str`):
+            Path or id of the teacher.
+        groups (`Path`):
+            File of the seed's groups.
+        splits (`dict[str, list]`):
+            Items of `"validation"` and `"test"`, disjoint.
+        prompt (`Callable`):
+            From an item to its prompt.
+        metric (`str`):
+            What an item's value is.
+        test (`Callable`):
+            From a model, a tokenizer and items to a value for each, and to what the model wrote, if it wrote.
+    """
+
+    student: str
+    teacher: str
+    groups: Path
+    splits: dict[str, list]
+    prompt: Callable[[Any], Any]
+    metric: str
+    test: Callable[[PreTrainedModel, PreTrainedTokenizerBase, list], tuple[list[float], list[str]]]
+
+
+def _write(model, tokenizer, prompts: list, max_new_tokens: int) -> list[str]:
+    texts, _ = generate_completions(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=0.0, batch_size=128, progress=False
+    )
+    return [text for (text,) in texts]
+
+
+def _trained(folder: Path, tokenizer, rows, *, num_layers: int, width: int, **kwargs) -> str:
+    """Path of a model that was trained from scratch, once."""
+    if not folder.exists():
+        set_seed(0)
+        model = new_llama(tokenizer, num_layers=num_layers, width=width)
+        pretrain(model, tokenizer, rows, output_dir=folder.with_suffix(".out"), **kwargs)
+        part = folder.with_suffix(".part")
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.rename(folder)  # whole or not at all
+    return str(folder)
+
+
+def _groups(path: Path, student: str, teacher: str, prompts: list[str], num_prompts: int, seed: int) -> Path:
+    """Groups of a seed, one completion by the teacher and three by the student, written once."""
+    if not path.exists():
+        order = random.Random(seed)
+        chosen = []
+        while len(chosen) < num_prompts:  # a small task is gone through several times, with new completions
+            chosen += order.sample(prompts, min(len(prompts), num_prompts - len(chosen)))
+        set_seed(seed)
+        models = [AutoModelForCausalLM.from_pretrained(name) for name in (teacher, student)]
+        groups = write_groups(*models, AutoTokenizer.from_pretrained(teacher), chosen)
+        groups = groups.add_column("written_by", [["teacher", *["student"] * 3]] * len(groups))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        groups.to_json(path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+    return path
+
+
+def scan(settings: dict[str, Any], seed: int) -> Task:
+    """SCAN: exact match of the actions of commands that neither model was trained on."""
+    folder, num_test = Path(settings["work_dir"]), settings["num_test"]
+    train, held_out = scan_split(num_test + num_test // 2)
+    rows = [(PROMPT.format(command), actions) for command, actions in train]
+    items = [(PROMPT.format(command), actions) for command, actions in held_out]
+    tokenizer = word_tokenizer([PROMPT.format(""), *(text for pair in scan_pairs() for text in pair)])
+    steps = settings["pretraining_steps"]
+    large, small = {"num_layers": 3, "width": 96, "batch_size": 32}, {"num_layers": 2, "width": 64, "batch_size": 64}
+    teacher = _trained(folder / "scan/teacher", tokenizer, rows, max_steps=steps, learning_rate=4e-3, **large)
+    student = _trained(
+        folder / "scan/student", tokenizer, rows[:800], max_steps=steps // 2, learning_rate=3e-3, **small
+    )
+    prompts = [prompt for prompt, _ in rows[800:]]
+    groups = _groups(folder / f"scan/groups-{seed}.jsonl", student, teacher, prompts, settings["num_prompts"], seed)
+
+    def test(model, tokenizer, items: list[tuple[str, str]]) -> tuple[list[float], list[str]]:
+        texts = _write(model, tokenizer, [prompt for prompt, _ in items], MAX_NEW_TOKENS)
+        return [float(text.strip() == actions) for text, (_, actions) in zip(texts, items, strict=True)], texts
+
+    splits = {"test": items[:num_test], "validation": items[num_test:]}
+    return Task(student, teacher, groups, splits, lambda item: item[0], "accuracy", test)
+
+
+def _ask(problem: MathWordProblem) -> str:
+    return f"{problem.question} = "
+
+
+def math_word(settings: dict[str, Any], seed: int) -> Task:
+    """MAWPS: whether the equation that the model writes comes to the answer."""
+    folder, num_test = Path(settings["work_dir"]), settings["num_test"]
+    problems = [problem for path in settings["data"] for problem in read_math_word_problems(path)]
+    random.Random(0).shuffle(problems)
+    held_out, train = problems[: num_test + num_test // 2], problems[num_test + num_test // 2 :]
+    if not train:
+        raise ValueError(
+            f"{len(problems)} problems are too few to hold {num_test} and half as many out: lower num_test."
+        )
+    rows = [(_ask(problem), problem.equation) for problem in train]
+    tokenizer = word_tokenizer(text for row in rows for text in row)  # other words of held-out questions are <unk>
+    steps = settings["pretraining_steps"]
+    large, small = {"num_layers": 3, "width": 96, "batch_size": 32}, {"num_layers": 2, "width": 48, "batch_size": 32}
+    teacher = _trained(
+        folder / "math_word/teacher", tokenizer, rows, max_steps=steps // 3, learning_rate=2e-3, **large
+    )
+    student = _trained(
+        folder / "math_word/student", tokenizer, rows[:300], max_steps=steps // 6, learning_rate=2e-3, **small
+    )
+    prompts = [prompt for prompt, _ in rows]
+    groups = _groups(
+        folder / f"math_word/groups-{seed}.jsonl", student, teacher, prompts, settings["num_prompts"], seed
+    )
+
+    def test(model, tokenizer, items: list[MathWordProblem]) -> tuple[list[float], list[str]]:
+        texts = _write(model, tokenizer, [_ask(problem) for problem in items], 16)
+        return [float(solves(text, problem)) for text, problem in zip(texts, items, strict=True)], texts
+
+    splits = {"test": held_out[:num_test], "validation": held_out[num_test:]}
+    return Task(student, teacher, groups, splits, _ask, "accuracy", test)
+
+
+def groups(settings: dict[str, Any], seed: int) -> Task:
+    """
+    A user's own groups and models. Rows of the evaluation file with a `reference` are tested by exact match; groups with
+    `teacher_scores` by the share of pairs that the student orders as the teacher does.
+    """
+    rows = load_dataset("json", data_files=settings["eval_file"], split="train").to_list()
+    random.Random(0).shuffle(rows)
+    half = len(rows) // 3
+    splits = {"validation": rows[:half], "test": rows[half:]}
+    paths = settings["student"], settings["teacher"], Path(settings["groups_file"])
+
+    def matches(model, tokenizer, items: list[dict]) -> tuple[list[float], list[str]]:
+        texts = _write(model, tokenizer, [row["prompt"] for row in items], settings["max_new_tokens"])
+        return [float(text.strip() == row["reference"].strip()) for text, row in zip(texts, items, strict=True)], texts
+
+    def orders(model, tokenizer, items: list[dict]) -> tuple[list[float], list[str]]:
+        scorer = LocalTeacher(model, tokenizer)
+        scores = scorer.score([row["prompt"] for row in items], [row["completions"] for row in items]).scores
+        return [_agreement(ours, row["teacher_scores"]) for ours, row in zip(scores, items, strict=True)], []
+
+    if all("reference" in row for row in rows):
+        return Task(*paths, splits, lambda row: row["prompt"], "accuracy", matches)
+    if all("teacher_scores" in row for row in rows):
+        return Task(*paths, splits, lambda row: row["prompt"], "rank_accuracy", orders)
+    raise ValueError(f"Each row of {settings['eval_file']} needs a `reference`, or each `teacher_scores`.")
+
+
+def _agreement(ours: list[float], theirs: list[float]) -> float:
+    places = range(len(theirs))
+    pairs = [(i, j) for i in places for j in places if theirs[i] > theirs[j]]
+    return sum(ours[i] > ours[j] for i, j in pairs) / len(pairs) if pairs else 1.0
+
+
+TASKS = {"scan": scan, "math_word": math_word, "groups": groups}
+
+
+def best_completions(dataset: Dataset) -> Dataset:
+    """Each prompt with the completion that the teacher scores best, for plain fine-tuning."""
+
+    def best(row: dict) -> dict:
+        place = max(range(len(row["completions"])), key=lambda index: row["teacher_scores"][index])
+        completion = row["completions"][place]
+        if not isinstance(row["prompt"], str) and isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        return {"prompt": row["prompt"], "completion": completion}
+
+    return dataset.map(best, remove_columns=[name for name in dataset.column_names if name != "prompt"])
