@@ -5,7 +5,7 @@ the scores are optional, and so is `"clipped": [...]`, `True` for a completion t
 """
 
 from .card import preview
-from .collator import DataCollatorForGroups, count_items
+from .collator import DataCollatorForGroups, count_items, first_groups
 from .generate import GroupsConfig, generate_groups, unit_seed, write_unit
 from .pairs import pair_groups, pairs_of
 from .rows import (
@@ -25,6 +25,7 @@ __all__ = [
     "bring_scores",
     "bring_soft_labels",
     "count_items",
+    "first_groups",
     "generate_groups",
     "pair_groups",
     "pairs_of",

@@ -122,3 +122,26 @@ def count_items(batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """
     tokens = sum((predicted_mask(batch["completion_mask"]).sum() for batch in batches), torch.tensor(0))
     return torch.stack([tokens.new_tensor(sum(len(batch["group_mask"]) for batch in batches)), tokens])
+
+
+def first_groups(batch: dict[str, torch.Tensor], num_groups: int) -> dict[str, torch.Tensor]:
+    """
+    Cut a batch to its first groups. One that is left without a group keeps a row, with nothing to predict, so that a
+    process with nothing to do still runs the forwards that the others wait for.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`):
+            Batch of [`DataCollatorForGroups`].
+        num_groups (`int`):
+            Groups to keep, 0 to P.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The batch with `num_groups` groups.
+    """
+    num_rows = int(batch["group_mask"][:num_groups].sum())
+    cut = {name: tensor[: max(num_rows, 1)] for name, tensor in batch.items()}
+    cut |= {name: batch[name][:num_groups] for name in ("group_mask", "teacher_scores") if name in batch}
+    cut["clipped"] = batch["clipped"][:num_rows]
+    if num_rows == 0:
+        cut["completion_mask"] = torch.zeros_like(cut["completion_mask"])
+    return cut

@@ -244,8 +244,9 @@ def tokenize_group(
             Fewest completions of a group.
 
     Returns:
-        `dict[str, Any]`: `prompt_ids` (`list[int]`), `completion_ids` (`list[list[int]]`), `clipped` (`list[bool]`)
-        and, where there are any, `teacher_scores` (`list[float]`).
+        `dict[str, Any]`: `prompt_ids` (`list[int]`), `completion_ids` (`list[list[int]]`), `clipped` (`list[bool]`),
+        `length` (`int`), the tokens of the group padded to its longest row, for samplers that weigh rows, and, where
+        there are any, `teacher_scores` (`list[float]`).
 
     Raises:
         `ValueError`: If the row is no group, or a completion comes to no token.
@@ -269,7 +270,8 @@ def tokenize_group(
             f"`teacher_top_ids` of row {index} belong to other tokens than its completions have now: they were cached "
             "with another tokenizer or other completions. Cache them again (`grkd_trl.teacher.cache_soft_labels`)."
         )
-    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, **group}
+    length = len(completion_ids) * (len(prompt_ids) + max(map(len, completion_ids)))
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "length": length, **group}
 
 
 def prepare_groups(

@@ -3,7 +3,7 @@
 from .calibration import SELECTION_TEMPLATE, CalibratedTeacher, calibrate_scores, selection_probs
 from .local import LocalTeacher, generate_completions, score_groups
 from .mixture import sample_from_mixture
-from .models import is_zero3, load_teacher, prepare_teacher, shared_vocabulary, tokenizer_of
+from .models import load_teacher, loading_whole, prepare_teacher, shared_vocabulary, tokenizer_of
 from .protocol import Completions, Teacher, TeacherScores
 from .scorer import CallableScorer
 from .server import ServerTeacher, TeacherError
@@ -23,8 +23,8 @@ __all__ = [
     "cache_soft_labels",
     "calibrate_scores",
     "generate_completions",
-    "is_zero3",
     "load_teacher",
+    "loading_whole",
     "prepare_teacher",
     "sample_from_mixture",
     "score_groups",

@@ -1,5 +1,7 @@
 """A teacher beside the student: load it frozen, place it, and check that it reads the student's tokens."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils import logging
 from trl.trainer import disable_dropout_in_model
 
@@ -58,7 +61,7 @@ def prepare_teacher(model: PreTrainedModel, accelerator: Accelerator, *, shardin
     Raises:
         `ValueError`: If it is to be replicated and was loaded in shards, or sharded and is quantized.
     """
-    zero3 = is_zero3(accelerator)
+    zero3 = _is_zero3(accelerator)
     if sharding == "auto":
         sharding = "sharded" if zero3 or accelerator.distributed_type == DistributedType.FSDP else "replicated"
     quantized = hasattr(model.config, "quantization_config")
@@ -83,19 +86,28 @@ def prepare_teacher(model: PreTrainedModel, accelerator: Accelerator, *, shardin
     return _shard_layers(model, accelerator)
 
 
-def is_zero3(accelerator: Accelerator) -> bool:
+def _is_zero3(accelerator: Accelerator) -> bool:
+    plugin = accelerator.state.deepspeed_plugin
+    return accelerator.distributed_type == DistributedType.DEEPSPEED and plugin.zero_stage == 3
+
+
+@contextmanager
+def loading_whole(accelerator: Accelerator) -> Iterator[None]:
     """
-    Whether the student's parameters are sharded by DeepSpeed.
+    Load models whole on every process: under ZeRO-3 `from_pretrained` shards what it loads.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
             The student's accelerator.
-
-    Returns:
-        `bool`: `True` under ZeRO-3.
     """
-    plugin = accelerator.state.deepspeed_plugin
-    return accelerator.distributed_type == DistributedType.DEEPSPEED and plugin.zero_stage == 3
+    if not _is_zero3(accelerator):
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        accelerator.state.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def _shard_layers(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:

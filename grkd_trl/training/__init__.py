@@ -1,0 +1,46 @@
+"""What every trainer of groups does alike, as functions: the objective is the trainer's own, the bookkeeping is here."""
+
+from .methods import (
+    count_batch_samples,
+    create_model_card,
+    evaluation_loop,
+    log,
+    prediction_step,
+    prepare_dataset,
+    set_signature_columns,
+)
+from .setup import (
+    check_teacher,
+    resolve_args,
+    set_up_groups,
+    set_up_teacher,
+)
+from .step import (
+    add_group_metrics,
+    add_router_loss,
+    step_counts,
+    step_means,
+    teaching,
+    without_repeats,
+)
+
+
+__all__ = [
+    "add_group_metrics",
+    "add_router_loss",
+    "check_teacher",
+    "count_batch_samples",
+    "create_model_card",
+    "evaluation_loop",
+    "log",
+    "prediction_step",
+    "prepare_dataset",
+    "resolve_args",
+    "set_signature_columns",
+    "set_up_groups",
+    "set_up_teacher",
+    "step_counts",
+    "step_means",
+    "teaching",
+    "without_repeats",
+]

@@ -1,0 +1,159 @@
+"""What a `compute_loss` needs beside its objective."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from trl import SFTTrainer
+
+from ..groups import count_items, first_groups
+from ..metrics import RunningMeans, add_length_metrics, add_rank_metrics
+from ..scoring import predicted_mask, to_groups
+
+
+@contextmanager
+def teaching(trainer: SFTTrainer, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """
+    The teacher for a forward without gradients.
+
+    Args:
+        trainer ([`~trl.SFTTrainer`]):
+            Trainer with a `teacher_model`.
+        model (`torch.nn.Module`):
+            Student, as `compute_loss` gets it.
+
+    Yields:
+        `torch.nn.Module`: The teacher, or the student in evaluation mode with its adapters off, where its base is the
+        teacher.
+    """
+    if trainer.teacher_model is not trainer.model:
+        with torch.no_grad():
+            yield trainer.teacher_model
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), trainer.accelerator.unwrap_model(model).disable_adapter():
+            yield model
+    finally:
+        model.train(was_training)
+
+
+def step_means(trainer: SFTTrainer) -> RunningMeans:
+    """
+    Where a `compute_loss` adds what it logs.
+
+    Args:
+        trainer ([`~trl.SFTTrainer`]):
+            Trainer, in training or in evaluation.
+
+    Returns:
+        [`~metrics.RunningMeans`]: The means of training or those of evaluation.
+    """
+    return trainer.running_means["train" if trainer.model.training else "eval"]
+
+
+def step_counts(
+    trainer: SFTTrainer, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None
+) -> torch.Tensor:
+    """
+    What a `compute_loss` divides its sums by, so that neither gradient accumulation nor the number of processes changes
+    the loss: the groups and completion tokens of the whole optimizer step. DDP and its kin average the gradients of the
+    processes, so each gets its share of the count.
+
+    Args:
+        trainer ([`~trl.SFTTrainer`]):
+            Trainer.
+        inputs (`dict[str, torch.Tensor]`):
+            Micro-batch, whose own counts are taken in evaluation.
+        num_items_in_batch (`torch.Tensor` of shape `(2,)`, *optional*):
+            As [`count_batch_samples`] gives it, in training.
+
+    Returns:
+        `torch.Tensor` of shape `(2,)`: Number of groups and of completion tokens, at least 1 in the whole step.
+    """
+    if num_items_in_batch is None:
+        return count_items([inputs]).clamp(min=1)
+    return num_items_in_batch.clamp(min=1) / trainer.accelerator.num_processes
+
+
+def without_repeats(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Leave out the groups that accelerate repeats to give every process as much in the last round of an epoch: a mean
+    that counted them would depend on the number of processes.
+
+    Args:
+        trainer ([`~trl.SFTTrainer`]):
+            Trainer.
+        batch (`dict[str, torch.Tensor]`):
+            The batch read last.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The batch without repeats, see [`~groups.first_groups`].
+    """
+    loader = trainer.accelerator.gradient_state.active_dataloader
+    if loader is None or not loader.end_of_dataloader or loader.remainder <= 0:
+        return batch
+    sampler = loader.batch_sampler
+    if not isinstance(sampler, BatchSamplerShard) or sampler.num_processes == 1:
+        return batch
+    size = len(batch["group_mask"])
+    return first_groups(batch, min(max(loader.remainder - sampler.process_index * size, 0), size))
+
+
+def add_router_loss(
+    trainer: SFTTrainer,
+    loss: torch.Tensor,
+    aux_loss: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | None,
+) -> torch.Tensor:
+    """
+    Add the load-balancing loss of a mixture of experts, a mean over micro-batches, where `SFTTrainer` would.
+
+    Args:
+        trainer ([`~trl.SFTTrainer`]):
+            Trainer.
+        loss (`torch.Tensor`):
+            Loss of the micro-batch.
+        aux_loss (`torch.Tensor`, *optional*):
+            Load-balancing loss that the student's forward gave.
+        num_items_in_batch (`torch.Tensor`, *optional*):
+            `None` in evaluation.
+
+    Returns:
+        `torch.Tensor`: The sum, or `loss` itself for a student without a router.
+    """
+    if not trainer.aux_loss_enabled:
+        return loss
+    steps = 1 if num_items_in_batch is None else trainer.current_gradient_accumulation_steps
+    return loss + trainer.router_aux_loss_coef * aux_loss / steps
+
+
+def add_group_metrics(
+    trainer: SFTTrainer,
+    inputs: dict[str, torch.Tensor],
+    student_scores: torch.Tensor,
+    teacher_scores: torch.Tensor | None,
+    *,
+    min_gap: float = 0.0,
+) -> None:
+    """
+    Add what is logged of groups whatever the method: ranks and lengths.
+
+    Args:
+        trainer ([`~trl.SFTTrainer`]):
+            Trainer.
+        inputs (`dict[str, torch.Tensor]`):
+            Batch of [`~groups.DataCollatorForGroups`].
+        student_scores (`torch.Tensor` of shape `(P, G)`):
+            Student's scores.
+        teacher_scores (`torch.Tensor` of shape `(P, G)`):
+            Teacher's scores.
+        min_gap (`float`, *optional*, defaults to `0.0`):
+            Gap of teacher scores that a pair must exceed.
+    """
+    means, group_mask = step_means(trainer), inputs["group_mask"]
+    lengths = to_groups(predicted_mask(inputs["completion_mask"]).sum(-1), group_mask)
+    add_rank_metrics(means, student_scores, teacher_scores, min_gap=min_gap, mask=group_mask)
+    add_length_metrics(means, lengths, inputs["clipped"], teacher_scores, mask=group_mask)

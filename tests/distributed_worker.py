@@ -1,0 +1,119 @@
+"""Trains tiny students and writes what a run on another number of processes must equal. Started by test_distributed."""
+
+import argparse
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from peft import LoraConfig
+from tiny import WORDS
+from transformers import AutoTokenizer, TrainerCallback
+
+import grkd_trl
+
+
+GLOBAL_BATCH = 4
+
+
+def make_rows(num):
+    """Ragged groups; every fifth has equal scores, and so no pair."""
+    draw = random.Random(0)
+    text = lambda low, high: " ".join(draw.choice(WORDS) for _ in range(draw.randint(low, high)))  # noqa: E731
+    rows = []
+    for index in range(num):
+        completions = [text(1, 7) for _ in range(draw.randint(2, 4))]
+        scores = [0.0 if index % 5 == 0 else draw.random() for _ in completions]
+        rows.append({"prompt": text(1, 6) + " ", "completions": completions, "teacher_scores": scores})
+    return rows
+
+
+class Logs(TrainerCallback):
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append({name: float(value) for name, value in logs.items()})
+
+
+def local_numel(model):
+    """Elements of a model's parameters that lie on this process."""
+    return sum(
+        (p.ds_tensor if hasattr(p, "ds_tensor") else p.to_local() if hasattr(p, "to_local") else p).numel()
+        for p in model.parameters()
+    )
+
+
+def run(name, models, folder, max_steps):
+    method, *flags = name.split("+")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rows = make_rows(GLOBAL_BATCH * max_steps // 2 + ("uneven" in flags))  # two epochs
+    if "scored" not in flags:
+        rows = [{"prompt": row["prompt"], "completions": row["completions"]} for row in rows]
+    fields = {"teacher_sharding": "sharded"} if "sharded" in flags else {}
+    fields |= {"teacher_sharding": "replicated"} if "replicated" in flags else {}
+    if "scored" in flags:
+        fields["soft_label"] = "group"
+    args = getattr(grkd_trl, f"{method}Config")(
+        str(folder),
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        gradient_checkpointing="checkpointing" in flags,
+        per_device_train_batch_size=GLOBAL_BATCH // world,
+        per_device_eval_batch_size=2,
+        max_steps=max_steps,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        **fields,
+    )
+    if args.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate 1.15 runs DDP, in silence, where the processes are on CPU; this makes it do what it does on GPUs.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    logs = Logs()
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
+    trainer = getattr(grkd_trl, f"{method}Trainer")(
+        model=str(models / "student"),
+        teacher_model=str(models / ("student" if "base" in flags else "teacher")),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:7]),
+        processing_class=AutoTokenizer.from_pretrained(models / "student"),
+        callbacks=[logs],
+        peft_config=lora if "lora" in flags else None,
+    )
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model(str(folder / "student"))
+    teacher = getattr(trainer, "teacher_model", None)
+    facts = {"logs": logs.logs, "world": trainer.accelerator.num_processes}
+    facts["student_numel"] = local_numel(trainer.model)
+    facts["teacher_numel"] = None if teacher is None else local_numel(teacher)
+    facts["own_teacher"] = teacher is not None and teacher is not trainer.model
+    (folder / f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(facts))
+    trainer.accelerator.wait_for_everyone()
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--max_steps", type=int, default=20)
+    parser.add_argument("--runs", nargs="+", required=True)
+    args = parser.parse_args()
+    for name in args.runs:
+        print(f"== {name}", file=sys.stderr)
+        run(name, args.models, args.output_dir / name, args.max_steps)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

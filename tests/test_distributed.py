@@ -1,0 +1,117 @@
+"""One process, DDP, ZeRO-2, ZeRO-3 and FSDP2 on two processes: the same losses, gradients and weights."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny import tiny_model, tiny_tokenizer
+
+
+pytestmark = pytest.mark.distributed
+
+HERE = Path(__file__).resolve().parent
+LAUNCHES = ["ddp", "zero2", "zero3", "fsdp2"]
+# What is trained in every launch: a method, and what differs from its defaults.
+RUNS = ["GRKD", "GRKD+lora", "GRKD+lora+base", "GRKD+scored+uneven", "GRKD+sharded", "GRKD+replicated"]
+OWN_TEACHER = [run for run in RUNS if "base" not in run and "scored" not in run]
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason='needs deepspeed: pip install -e ".[deepspeed]"'
+)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Folder of a launch's results; each launch runs once."""
+    root = tmp_path_factory.mktemp("distributed")
+    tokenizer = tiny_tokenizer()
+    for seed, name in enumerate(("student", "teacher")):
+        tiny_model("llama", len(tokenizer), seed=seed, initializer_range=0.2).save_pretrained(root / "models" / name)
+        tokenizer.save_pretrained(root / "models" / name)
+    worker = [str(HERE / "distributed_worker.py"), "--models", str(root / "models"), "--runs", *RUNS]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+    done = {}
+
+    def results(launch):
+        if launch not in done:
+            start = {"one": [sys.executable], "ddp": torchrun}.get(
+                launch, [*accelerate, str(HERE / "accelerate_configs" / f"{launch}.yaml")]
+            )
+            path = os.pathsep.join([str(HERE.parent), str(HERE)])
+            done[launch] = subprocess.run(
+                [*start, *worker, "--output_dir", str(root / launch)],
+                env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                timeout=540,
+            )
+        assert done[launch].returncode == 0, done[launch].stderr[-4000:]
+        return root / launch
+
+    return results
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[needs_deepspeed] * ("zero" in name)) for name in LAUNCHES])
+def launch(request):
+    return request.param
+
+
+def facts(folder, run, rank=0):
+    return json.loads((folder / run / f"rank{rank}.json").read_text())
+
+
+def weights(folder, run):
+    (file,) = (folder / run / "student").glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.parametrize("run", RUNS)
+class TestEqualsOneProcess:
+    def test_losses_gradients_and_metrics(self, results, launch, run):
+        ours, one = facts(results(launch), run), facts(results("one"), run)
+        assert (ours["world"], one["world"]) == (2, 1)
+        assert len(ours["logs"]) == len(one["logs"]) == 22  # 20 steps, the summary of training, the evaluation
+        for log, expected in zip(ours["logs"], one["logs"], strict=True):
+            assert log.keys() == expected.keys()
+            for name in log:
+                if not any(part in name for part in ("runtime", "per_second", "memory", "flos")):
+                    assert log[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), name
+
+    def test_weights(self, results, launch, run):
+        ours, one = weights(results(launch), run), weights(results("one"), run)
+        assert ours.keys() == one.keys()
+        assert all("lora" in name for name in ours) == ("lora" in run)
+        assert max((ours[name].float() - one[name].float()).abs().max().item() for name in one) < 1e-5
+
+    def test_something_was_learnt(self, results, launch, run):
+        logs = facts(results(launch), run)["logs"][:20]
+        assert min(log["grad_norm"] for log in logs) > 1e-4
+        assert "alpha" not in logs[0] or logs[-1]["alpha"] > logs[0]["alpha"]
+
+
+class TestStudent:
+    def test_share_of_each_process(self, results, launch):
+        """That each launch is what it is called."""
+        whole = facts(results("one"), "GRKD")["student_numel"]
+        for rank in range(2):
+            share = facts(results(launch), "GRKD", rank)["student_numel"] / whole
+            assert share == pytest.approx(0.5 if launch in ("zero3", "fsdp2") else 1.0, abs=0.05)
+
+
+class TestTeacher:
+    @pytest.mark.parametrize("run", OWN_TEACHER)
+    def test_share_of_each_process(self, results, launch, run):
+        whole = facts(results("one"), run)["teacher_numel"]
+        sharded = "sharded" in run or (launch in ("zero3", "fsdp2") and "replicated" not in run)
+        for rank in range(2):
+            share = facts(results(launch), run, rank)["teacher_numel"] / whole
+            assert share == pytest.approx(0.5 if sharded else 1.0, abs=0.05)
+
+    def test_base_of_the_adapters_is_not_loaded_again(self, results, launch):
+        assert not facts(results(launch), "GRKD+lora+base")["own_teacher"]
+        assert facts(results(launch), "GRKD+lora")["own_teacher"]
