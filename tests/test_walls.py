@@ -42,7 +42,8 @@ def rooms(path):
     """Parts of the package that a file imports from, as `trainers` or `trainers.grkd`."""
     for module, name in imports(path):
         if module.split(".")[0] == "grkd_trl":
-            is_module = (ROOT / module.replace(".", "/") / f"{name}.py").exists()
+            path = ROOT / module.replace(".", "/")
+            is_module = (path / f"{name}.py").exists() or (path / name / "__init__.py").exists()
             yield ".".join([*module.split(".")[1:], *([name] if is_module else [])])
 
 

@@ -99,6 +99,9 @@ def loading_whole(accelerator: Accelerator) -> Iterator[None]:
     Args:
         accelerator ([`~accelerate.Accelerator`]):
             The student's accelerator.
+
+    Yields:
+        `None`: Within, models are loaded whole.
     """
     if not _is_zero3(accelerator):
         yield
