@@ -18,7 +18,8 @@ HERE = Path(__file__).resolve().parent
 LAUNCHES = ["ddp", "zero2", "zero3", "fsdp2"]
 # What is trained in every launch: a method, and what differs from its defaults.
 RUNS = ["GRKD", "GRKD+lora", "GRKD+lora+base", "GRKD+scored+uneven", "GRKD+sharded", "GRKD+replicated"]
-OWN_TEACHER = [run for run in RUNS if "base" not in run and "scored" not in run]
+RUNS += ["SimPO+uneven", "PRO", "KD", "SeqKD", "DPO"]
+OWN_TEACHER = ["GRKD", "GRKD+lora", "GRKD+sharded", "GRKD+replicated", "KD"]
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason='needs deepspeed: pip install -e ".[deepspeed]"'
 )
@@ -79,6 +80,8 @@ class TestEqualsOneProcess:
         for log, expected in zip(ours["logs"], one["logs"], strict=True):
             assert log.keys() == expected.keys()
             for name in log:
+                if run == "DPO" and name.startswith("eval_"):
+                    continue  # TRL's own: its mean is over batches, the last of them with repeats
                 if not any(part in name for part in ("runtime", "per_second", "memory", "flos")):
                     assert log[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), name
 
