@@ -142,6 +142,8 @@ def first_groups(batch: dict[str, torch.Tensor], num_groups: int) -> dict[str, t
     cut = {name: tensor[: max(num_rows, 1)] for name, tensor in batch.items()}
     cut |= {name: batch[name][:num_groups] for name in ("group_mask", "teacher_scores") if name in batch}
     cut["clipped"] = batch["clipped"][:num_rows]
+    num_tokens = int(predicted_mask(batch["completion_mask"][:num_rows]).sum())
+    cut |= {name: batch[name][:num_tokens] for name in ("teacher_top_ids", "teacher_top_logps") if name in batch}
     if num_rows == 0:
         cut["completion_mask"] = torch.zeros_like(cut["completion_mask"])
     return cut
