@@ -5,8 +5,9 @@ with `loss_type="simpo"`, and the experimental `GKDTrainer` off policy with forw
     python examples/benchmarks/rival_steps.py
 
 Groups of two, randomly initialised Llamas. Rounds of ours and theirs are interleaved in one process, and the medians of
-their step times are compared. Prints a line of JSON for each method: the ratio, the losses of the first step, which are to
-be equal, the machine and the versions.
+their step times are compared; on a CPU these are the process's own seconds, which other work on the machine does not
+lengthen. Prints a line of JSON for each method: the ratio, the losses of the first step, which are to be equal, the machine
+and the versions.
 """
 
 import argparse
@@ -37,7 +38,7 @@ class StepTimes(TrainerCallback):
         self.seconds, self.last, self.loss = [], None, None
 
     def on_step_end(self, args, state, control, **kwargs):
-        now = time.perf_counter()
+        now = time.perf_counter() if torch.cuda.is_available() else time.process_time()
         if self.last is not None:
             self.seconds.append(now - self.last)
         self.last = now
@@ -148,8 +149,8 @@ def main():
     for method in args.methods:
         seconds, losses = {True: [], False: []}, {}
         with tempfile.TemporaryDirectory() as folder:
-            for _ in range(args.rounds):
-                for ours in (True, False):
+            for number in range(args.rounds):
+                for ours in (True, False) if number % 2 else (False, True):  # neither always goes first
                     student.load_state_dict(start)
                     times = StepTimes()
                     make(method, ours, folder, times).train()
