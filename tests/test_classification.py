@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_tokenizer
 from transformers import (
     AutoModelForImageClassification,
@@ -234,8 +234,12 @@ class TestStep:
         )
         head = base["classifier.modules_to_save.default.weight"]
         assert (head != before["classifier.weight"]).any()
-        # An adapter's matrix as wide as the classes is not taken for the head.
-        assert classify(trainer.model, batch_of(make_rows(3))).embeddings.shape == (3, 16)
+
+    def test_embeddings_of_an_adapted_head_are_what_it_reads(self):
+        batch = batch_of(make_rows(3))
+        expected = classify(make_model(), batch).embeddings
+        adapted = get_peft_model(make_model(), LoraConfig(target_modules=["classifier"], r=4))
+        torch.testing.assert_close(classify(adapted, batch).embeddings, expected)
 
 
 class TestTeacher:

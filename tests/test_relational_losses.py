@@ -220,6 +220,13 @@ class TestAllPairsInBlocks:
         torch.testing.assert_close(loss, expected)
         assert (gradient_of(loss, rubbish[0])[~mask] == 0).all()
 
+    def test_a_block_of_pairs_alone_may_hold_none_that_are_masked(self, blocked):
+        student, teacher = draw(2, 24)
+        mask = torch.arange(24).remainder(5).ne(3).expand(2, -1)
+        loss = group_relative_loss(student, teacher, mask=mask)
+        expected = group_relative_loss(student[:, mask[0]], teacher[:, mask[0]])
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+
     @pytest.mark.parametrize("side", [0, 1])
     def test_nan_stays_in_its_group(self, blocked, side):
         given = [scores.detach().clone() for scores in draw(3, 9)]

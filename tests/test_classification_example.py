@@ -1,0 +1,173 @@
+"""The example and the study of classifiers, on rows small enough to train on in seconds."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset
+from shared_data import shared_data
+
+from grkd_trl import GRKDForClassificationConfig
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+TOPICS = {"animals": "cat dog horse cow", "food": "bread cheese apple rice", "rain": "cloud wet storm umbrella"}
+
+
+@pytest.fixture(scope="module")
+def example():
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import classification
+
+        yield classification
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(scope="module")
+def study(example):
+    import classification_study
+
+    return classification_study
+
+
+def write_csv(path, header, size):
+    random, lines = np.random.default_rng(0), [header]
+    for row in range(size):
+        topic = list(TOPICS)[row % 3]
+        lines.append(f"{' '.join(random.choice(TOPICS[topic].split(), 3))},{topic}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def run_example(example, folder, name, **kwargs):
+    config = GRKDForClassificationConfig(
+        str(folder / "out"),
+        num_train_epochs=4,
+        learning_rate=5e-2,
+        per_device_train_batch_size=16,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        save_strategy="no",
+        hard_label_weight=0.1,
+    )
+    example.main(example.ClassificationArguments(dataset_name=name, **{"teacher_epochs": 60} | kwargs), config)
+
+
+class TestExample:
+    def test_a_csv_of_the_users_own_and_a_saved_teacher(self, example, tmp_path, capsys):
+        write_csv(tmp_path / "mine.csv", "text,label", 90)
+        run_example(example, tmp_path, str(tmp_path / "mine.csv"))
+        printed = capsys.readouterr().out
+        assert "Teacher's accuracy on the test rows: 1.0000" in printed
+        assert "eval_accuracy           =        1.0" in printed
+        saved = example.NgramForSequenceClassification.from_pretrained(tmp_path / "out")
+        assert saved.config.id2label == dict(enumerate(TOPICS)) and saved.idf.max() > 1
+        teacher = {"teacher_path": str(tmp_path / "out/teacher"), "teacher_epochs": 0}
+        run_example(example, tmp_path, str(tmp_path / "mine.csv"), method="dist", **teacher)
+        assert "Teacher's accuracy on the test rows: 1.0000" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("method", ["hard", "kd", "listnet", "ranknet", "pld", "rkd_distance", "rkd_angle"])
+    def test_every_rival(self, example, tmp_path, method):
+        write_csv(tmp_path / "mine.csv", "text,label", 60)
+        run_example(example, tmp_path, str(tmp_path / "mine.csv"), method=method, teacher_epochs=1)
+        assert (tmp_path / "out/model.safetensors").exists()
+
+    def test_digits(self, example):
+        pytest.importorskip("sklearn")
+        rows = example.load_rows("digits", None, 0)
+        assert {part: len(rows[part]) for part in rows} == {"train": 1131, "validation": 126, "test": 540}
+        example.set_seed(0)
+        model = example.make_model("student", rows["train"])
+        batch = rows["train"].with_format("torch")[:8]
+        assert model(pixel_values=batch["pixel_values"]).logits.shape == (8, 10)
+
+    def test_published_files(self, example):
+        for name, classes, sizes in [("banking77", 77, (9002, 1001, 3080)), ("clinc150", 150, (6750, 750, 4500))]:
+            rows = example.load_rows(name, str(shared_data(name)), 0)
+            assert rows["train"].features["labels"].num_classes == classes
+            assert tuple(len(rows[part]) for part in ("train", "validation", "test")) == sizes
+            assert set(rows["test"].unique("labels")) == set(range(classes))
+            held_out = {tuple(ids) for ids in rows["validation"]["input_ids"]}
+            assert len(held_out & {tuple(ids) for ids in rows["train"]["input_ids"]}) < 15  # a few texts occur twice
+
+
+class TestLabelNoise:
+    def rows(self, size=6000):
+        """Classes 0 and 1 look alike, and 2 and 3."""
+        labels = [row % 4 for row in range(size)]
+        ids = [[label // 2 + 1, 10 + label] for label in labels]
+        rows = Dataset.from_dict({"input_ids": ids, "labels": labels})
+        return rows.cast_column("labels", ClassLabel(names=list("abcd")))
+
+    @pytest.mark.parametrize("noise_type", ["uniform", "asymmetric"])
+    @pytest.mark.parametrize("share", [0.0, 0.3])
+    def test_share_and_kind(self, example, share, noise_type):
+        rows = self.rows()
+        noisy = example.add_label_noise(rows, share, noise_type, 0)
+        before, after = np.array(rows["labels"]), np.array(noisy["labels"])
+        wrong = before != after
+        assert wrong.mean() == pytest.approx(share, abs=0.02)
+        assert noisy.features["labels"] == rows.features["labels"] and noisy["input_ids"][:] == rows["input_ids"][:]
+        if noise_type == "asymmetric":
+            assert (after[wrong] == (before ^ 1)[wrong]).all()
+        elif share:
+            shifts = np.bincount((after - before)[wrong] % 4, minlength=4) / wrong.sum()
+            assert shifts[1:] == pytest.approx([1 / 3] * 3, abs=0.04)
+        assert after.tolist() == example.add_label_noise(rows, share, noise_type, 0)["labels"][:]
+        assert share == 0 or after.tolist() != example.add_label_noise(rows, share, noise_type, 1)["labels"][:]
+
+
+class TestNgrams:
+    def test_words_come_first_and_zero_pads(self, example):
+        ids = example.hash_ngrams("Cat, dog cat", 64)
+        assert len(ids) == 64 and ids[-1] == 0 and ids[0] == ids[3] and len(set(ids[:3])) == 3
+        assert ids[:3] == example.hash_ngrams("cat , dog", 3)
+        assert all(0 < value < 2**31 for value in ids if value)
+
+    def test_inverse_document_frequency(self, example):
+        config = example.NgramConfig(num_buckets=50, hidden_size=4, num_labels=2)
+        rows = Dataset.from_dict({"input_ids": [[7, 7, 9], [7, 8, 0], [7, 0, 0]]})
+        model = example.NgramForSequenceClassification(config).fit_idf(rows)
+        expected = {7: 3, 8: 1, 9: 1}
+        for hashed, count in expected.items():
+            assert model.idf[hashed + 1].item() == pytest.approx(np.log(4 / (1 + count)) + 1)
+        assert model.idf[0] == 0 and torch.equal(
+            model(torch.tensor([[7, 8, 0]])).logits, model(torch.tensor([[7, 8]])).logits
+        )
+
+
+def test_the_study_goes_on_where_it_stopped(study, tmp_path, monkeypatch, capsys):
+    (tmp_path / "banking77").mkdir()
+    for part in ("train", "test"):
+        write_csv(tmp_path / f"banking77/{part}.csv", "text,category", 60)
+    methods = ("hard", "dist", "grkd")
+    monkeypatch.setattr(study, "TRIALS", {method: study.TRIALS[method][:2] for method in methods})
+    given = {"noise_type": "uniform", "tune_at": 0.2, "num_seeds": 2, "datasets": ["banking77"], "label_noise": [0.2]}
+    args = argparse.Namespace(
+        data_dir=str(tmp_path), output_dir=tmp_path / "out", scratch=str(tmp_path / "s"), **given
+    )
+    study.study(args)
+    tuning = [json.loads(line) for line in (tmp_path / "out/tuning.jsonl").read_text().splitlines()]
+    results = (tmp_path / "out/results.jsonl").read_text()
+    rows = [json.loads(line) for line in results.splitlines()]
+    assert len(tuning) == 6 and len(rows) == 2 * (3 + 1)
+    best = max((row for row in tuning if row["method"].startswith("dist")), key=lambda row: row["metrics"]["accuracy"])
+    assert [row["settings"] for row in rows if row["method"] == "dist"] == [best["settings"]] * 2
+
+    (tmp_path / "out/results.jsonl").write_text("\n".join(results.splitlines()[:-1]) + "\n")
+    capsys.readouterr()
+    study.study(args)
+    assert capsys.readouterr().out.count("('banking77, noise 0.2'") == 1
+    again = json.loads((tmp_path / "out/results.jsonl").read_text().splitlines()[-1])
+    assert again["metrics"] == rows[-1]["metrics"]  # and the same run gives the same numbers
+
+    study.write_report(tmp_path / "out")
+    report = (tmp_path / "out/report.md").read_text()
+    mean = 100 * np.mean([row["metrics"]["accuracy"] for row in rows if row["method"] == "dist"])
+    assert f"| dist | {mean:.1f} [" in report and "| grkd |  |" in report
