@@ -19,7 +19,7 @@ from . import _trl, training
 from ._trl import print_prompt_completions_sample, unwrap_model_for_generation
 from .groups import DataCollatorForGroups, tokenize_completions, write_unit
 from .teacher import CallableScorer, Completions, LocalTeacher
-from .teacher.retokenize import encode_prompt
+from .teacher.retokenize import encode_prompt, template_columns
 
 
 logger = logging.get_logger(__name__)
@@ -232,10 +232,13 @@ class OnlineGroups:
             fine = [i for i in range(len(texts[row])) if scores is None or math.isfinite(scores[row][i])]
             if not fine:
                 raise ValueError(f"No completion of the prompt {prompt!r} was scored: drop the prompt.")
-            extra = {name: columns[name][row] for name in ("tools", "chat_template_kwargs") if name in columns}
             cuts = [clipped[row][i] for i in fine]
             prompt_ids, completion_ids = tokenize_completions(
-                trainer.processing_class, prompt, [texts[row][i] for i in fine], clipped=cuts, **extra
+                trainer.processing_class,
+                prompt,
+                [texts[row][i] for i in fine],
+                clipped=cuts,
+                **template_columns(columns, row),
             )
             group = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "clipped": cuts}
             groups.append(group if scores is None else group | {"teacher_scores": [scores[row][i] for i in fine]})
@@ -276,6 +279,7 @@ class OnlineGroups:
                     max_new_tokens=args.max_completion_length,
                     temperature=args.temperature,
                     top_p=args.top_p,
+                    columns=columns,
                 )
             for row in range(len(prompts)):
                 texts[row] += written[0][row]
@@ -324,8 +328,14 @@ class _VLLMWriter:
     def __init__(self, vllm: Any, processing_class: Any):
         self.vllm, self.processing_class = vllm, processing_class
 
-    def generate(self, prompts, num_completions, *, seed, max_new_tokens, temperature, top_p) -> Completions:
-        ids = [encode_prompt(self.processing_class, prompt) for prompt in prompts for _ in range(num_completions)]
+    def generate(
+        self, prompts, num_completions, *, seed, max_new_tokens, temperature, top_p, columns=None
+    ) -> Completions:
+        ids = [
+            encode_prompt(self.processing_class, prompt, **template_columns(columns, row))
+            for row, prompt in enumerate(prompts)
+            for _ in range(num_completions)
+        ]
         _, completion_ids, _, _ = self.vllm.generate(ids, None, num_completions)
         texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
         clipped = [

@@ -57,6 +57,27 @@ class TestLocalTeacher:
         assert row == pytest.approx([sum(logps) / len(logps)] * 2, abs=1e-5)
         assert counts == [len(logps)] * 2
 
+    def test_writes_in_the_context_that_it_scores(self):
+        """Columns for the chat template reach both halves."""
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = (
+            "{{ mood }}{% for t in tools or [] %}{{ t.name }}{% endfor %}" + CHAT_TEMPLATES["qwen"]
+        )
+        teacher, prompt = make_teacher(tokenizer=tokenizer), [{"role": "user", "content": "Hi"}]
+        columns = {"tools": ['[{"name": "f"}]'], "chat_template_kwargs": [{"mood": "glad"}]}
+        asked = {"seed": 0, "max_new_tokens": 5, "temperature": 0.0}
+        written = teacher.generate([prompt], 1, columns=columns, **asked)
+        context = "gladf<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        assert written == teacher.generate([context], 1, **asked)
+        assert written != teacher.generate([prompt], 1, **asked)
+        text = written.texts[0][0]
+        scores = [
+            teacher.score([start], [[text]], columns={"clipped": [[True]], **further}).scores[0][0]
+            for start, further in ((prompt, columns), (context, {}), (prompt, {}))
+        ]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+        assert abs(scores[0] - scores[2]) > 1e-3
+
     def test_what_cannot_be_scored_is_not_a_number(self):
         teacher = make_teacher(max_position_embeddings=8)
         texts = ["a", "b c d e f"]  # 7 and 6 tokens of prompt and completion with EOS; then 9

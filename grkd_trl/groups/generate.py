@@ -135,6 +135,7 @@ def write_unit(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
+    columns: dict[str, list] | None = None,
 ) -> tuple[list[list[str]], list[list[bool]], list[list[str]]]:
     """
     Write the completions of one unit of work, without dropping any.
@@ -154,6 +155,8 @@ def write_unit(
             Sampling temperature.
         top_p (`float`):
             Share of the probability to sample from.
+        columns (`dict[str, list]`, *optional*):
+            Further columns, a value a prompt, for the chat template.
 
     Returns:
         `tuple`: Texts, whether each was cut, and who wrote it, each `(P, number written)`.
@@ -167,6 +170,7 @@ def write_unit(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
+            columns=columns,
         )
         for row, (group, cuts) in enumerate(zip(*written, strict=True)):
             texts[row] += group
@@ -289,6 +293,11 @@ def _make_unit(rows, unit, config, writers, scorer, features) -> tuple[list[dict
             max_new_tokens=config.max_completion_length,
             temperature=config.temperature,
             top_p=config.top_p,
+            columns={
+                name: [row[name] for row in with_prompt]
+                for name in ("tools", "chat_template_kwargs")
+                if name in features
+            },
         )
 
     groups = []

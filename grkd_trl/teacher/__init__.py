@@ -1,13 +1,14 @@
 """Who writes completions and who scores them."""
 
 from .calibration import SELECTION_TEMPLATE, CalibratedTeacher, calibrate_scores, selection_probs
-from .local import LocalTeacher, generate_completions, score_groups
+from .local import LocalTeacher, score_groups
 from .mixture import sample_from_mixture
 from .models import load_teacher, loading_whole, prepare_teacher, shared_vocabulary, tokenizer_of
 from .protocol import Completions, Teacher, TeacherScores
 from .scorer import CallableScorer
 from .server import ServerTeacher, TeacherError
 from .topk import cache_soft_labels
+from .writing import generate_completions
 
 
 __all__ = [

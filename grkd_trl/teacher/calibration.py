@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl import common_prefix_length, pad
 from ..groups import tokenize_completions
-from .local import LocalTeacher, evaluating
+from .local import LocalTeacher
 from .protocol import Completions, TeacherScores
+from .writing import evaluating
 
 
 SELECTION_TEMPLATE = (
@@ -245,19 +246,26 @@ class CalibratedTeacher:
         max_new_tokens: int = 256,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Completions:
         """
         Write completions, as the teacher does.
 
         Args:
-            prompts, num_completions, seed, max_new_tokens, temperature, top_p:
+            prompts, num_completions, seed, max_new_tokens, temperature, top_p, columns:
                 As [`LocalTeacher.generate`] takes them.
 
         Returns:
             [`Completions`]: Texts and whether each was cut.
         """
         return self.teacher.generate(
-            prompts, num_completions, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+            prompts,
+            num_completions,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            columns=columns,
         )
 
     def score(

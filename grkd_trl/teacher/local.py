@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,130 +9,12 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .._trl import get_config_model_id, pad
+from .._trl import get_config_model_id
 from ..groups import DataCollatorForGroups, read_group
 from ..scoring import score_completions, sequence_scores, to_groups
 from .protocol import Completions, TeacherScores
-from .retokenize import encode_prompt, read_groups, tokenizer_hash
-
-
-def pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:
-    """
-    A token to pad with. Llama-3's tokenizer has none; masks come from lengths, so EOS will do.
-
-    Args:
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer.
-
-    Returns:
-        `int`: Its pad token, or EOS.
-    """
-    padding = processing_class.pad_token_id
-    return processing_class.eos_token_id if padding is None else padding
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """
-    Put a model in evaluation mode, and afterwards back in the mode it was in.
-
-    Args:
-        model (`torch.nn.Module`):
-            Model.
-
-    Yields:
-        `None`.
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@torch.no_grad()
-def generate_completions(
-    model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
-    prompts: list[str] | list[list[dict[str, str]]],
-    *,
-    num_completions: int = 1,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    num_beams: int = 1,
-    batch_size: int = 64,
-    progress: bool = True,
-) -> tuple[list[list[str]], list[list[bool]]]:
-    """
-    Write completions, in evaluation mode. Prompts of similar length share a batch; draws come from torch's global
-    generator.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Causal language model.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        prompts (`list[str]` or `list[list[dict]]`):
-            P prompts, as text or messages.
-        num_completions (`int`, *optional*, defaults to `1`):
-            Completions for each prompt (G).
-        max_new_tokens (`int`, *optional*, defaults to `256`):
-            Longest completion, in tokens.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Sampling temperature; 0 takes the most likely token at each step.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            Share of the probability to sample from.
-        num_beams (`int`, *optional*, defaults to `1`):
-            Beams to search with, for which `temperature` is 0.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Prompts in a batch.
-        progress (`bool`, *optional*, defaults to `True`):
-            Whether to show a progress bar.
-
-    Returns:
-        `tuple[list[list[str]], list[list[bool]]]`: Texts without special tokens, `(P, G)`, and whether each was cut
-        at `max_new_tokens` before its EOS.
-    """
-    # `generate` takes what is not said from the model's generation config, which may hold other sampling settings.
-    neutral = {"num_beams": num_beams, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None}
-    cutoffs = {"min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-    sampling = {"do_sample": False} | neutral
-    if temperature > 0:
-        sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} | cutoffs
-    prompt_ids = [encode_prompt(processing_class, prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]))
-    texts, clipped = [[]] * len(prompts), [[]] * len(prompts)
-    # Chat models end a turn with a token of their own, which stands beside EOS in the generation config.
-    ends = model.generation_config.eos_token_id
-    ends = {processing_class.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-
-    padding = pad_token_id(processing_class)
-
-    def write_batch(rows: list[int]) -> None:
-        ids = [torch.tensor(prompt_ids[row], device=model.device) for row in rows]
-        input_ids = pad(ids, padding_value=padding, padding_side="left")
-        output = model.generate(
-            input_ids=input_ids,
-            attention_mask=pad([torch.ones_like(row) for row in ids], padding_side="left"),
-            max_new_tokens=max_new_tokens,
-            num_return_sequences=num_completions,
-            eos_token_id=sorted(ends),
-            pad_token_id=padding,
-            use_cache=True,
-            **sampling,
-        )[:, input_ids.shape[1] :]
-        decoded = processing_class.batch_decode(output, skip_special_tokens=True)
-        ended = torch.isin(output, torch.tensor(sorted(ends), device=output.device)).any(-1).tolist()
-        for position, row in enumerate(rows):
-            group = slice(position * num_completions, (position + 1) * num_completions)
-            texts[row], clipped[row] = decoded[group], [not end for end in ended[group]]
-
-    with evaluating(model):
-        for start in tqdm(range(0, len(order), batch_size), desc="Writing completions", disable=not progress):
-            write_batch(order[start : start + batch_size])
-    return texts, clipped
+from .retokenize import encode_prompt, read_groups, template_columns, tokenizer_hash
+from .writing import evaluating, pad_token_id, write_completions
 
 
 class LocalTeacher:
@@ -200,6 +81,7 @@ class LocalTeacher:
         max_new_tokens: int = 256,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Completions:
         """
         Write completions. The seed decides the draws, and torch's global generator is left as it was.
@@ -217,21 +99,26 @@ class LocalTeacher:
                 Sampling temperature; 0 takes the most likely token at each step.
             top_p (`float`, *optional*, defaults to `1.0`):
                 Share of the probability to sample from.
+            columns (`Mapping[str, Sequence]`, *optional*):
+                Further columns, a value a prompt. `tools` and `chat_template_kwargs` are read.
 
         Returns:
             [`Completions`]: Texts and whether each was cut; none for a prompt that leaves no room for
             `max_new_tokens` in the context.
         """
-        lengths = [len(encode_prompt(self.processing_class, prompt)) for prompt in prompts]
-        rows = [row for row, length in enumerate(lengths) if length + max_new_tokens <= self.context_length]
+        prompt_ids = [
+            encode_prompt(self.processing_class, prompt, **template_columns(columns, row))
+            for row, prompt in enumerate(prompts)
+        ]
+        rows = [row for row, ids in enumerate(prompt_ids) if len(ids) + max_new_tokens <= self.context_length]
         texts, clipped = [[] for _ in prompts], [[] for _ in prompts]
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
-            written = generate_completions(
+            written = write_completions(
                 self.model,
                 self.processing_class,
-                [prompts[row] for row in rows],
+                [prompt_ids[row] for row in rows],
                 num_completions=num_completions,
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from ..losses import mixture_logps
-from .local import evaluating
+from .writing import evaluating
 
 
 class _Reader:

@@ -58,6 +58,7 @@ class Teacher(Protocol):
         max_new_tokens: int,
         temperature: float,
         top_p: float,
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Completions:
         """
         Write completions.
@@ -75,6 +76,8 @@ class Teacher(Protocol):
                 Sampling temperature.
             top_p (`float`):
                 Share of the probability to sample from.
+            columns (`Mapping[str, Sequence]`, *optional*):
+                Further columns of the dataset, a value a prompt.
 
         Returns:
             [`Completions`]: Texts, and whether each was cut.

@@ -1,6 +1,7 @@
 """Text that a teacher reads with its own tokenizer: the tokens, what is lost on the way, and which tokenizer it was."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,20 +11,50 @@ from .._trl import tokenize
 from ..groups import tokenize_completions
 
 
-def encode_prompt(processing_class: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> list[int]:
+def template_columns(columns: Mapping[str, Sequence[Any]] | None, row: int) -> dict[str, Any]:
     """
-    Tokenize a prompt for writing.
+    What a row gives to the chat template.
+
+    Args:
+        columns (`Mapping[str, Sequence]`, *optional*):
+            Columns of a dataset beside its prompts.
+        row (`int`):
+            Row.
+
+    Returns:
+        `dict[str, Any]`: Its `tools` and `chat_template_kwargs`, where there are such columns.
+    """
+    names = ("tools", "chat_template_kwargs")
+    return {name: columns[name][row] for name in names if name in (columns or {})}
+
+
+def encode_prompt(
+    processing_class: PreTrainedTokenizerBase,
+    prompt: str | list[dict[str, str]],
+    *,
+    tools: list | str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
+    """
+    Tokenize a prompt for writing, as [`~groups.tokenize_completions`] does for scoring.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer.
         prompt (`str` or `list[dict]`):
             Text, or messages, which the chat template ends with the start of the assistant's turn.
+        tools (`list` or `str`, *optional*):
+            Tools for the chat template, or their JSON.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Further keyword arguments for the chat template.
 
     Returns:
         `list[int]`: Ids, without an EOS.
     """
-    template = {"add_generation_prompt": True} if isinstance(prompt, list) else {}
+    template = {}
+    if isinstance(prompt, list):
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        template = {"add_generation_prompt": True, "tools": tools} | (chat_template_kwargs or {})
     ids = tokenize(processing_class, prompt, **template)["input_ids"]
     ends_itself = not template and ids[-1] == processing_class.eos_token_id  # some tokenizers add EOS to text
     return ids[:-1] if ends_itself else ids
@@ -52,9 +83,10 @@ def read_groups(
         `tuple`: Of each group the prompt's ids, each completion's ids, and whether [`reads_back`] denies it.
     """
     for row, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
-        names = ("clipped", "tools", "chat_template_kwargs")
-        extra = {name: columns[name][row] for name in names if name in (columns or {})}
-        prompt_ids, completion_ids = tokenize_completions(processing_class, prompt, group, **extra)
+        clipped = columns["clipped"][row] if "clipped" in (columns or {}) else None
+        prompt_ids, completion_ids = tokenize_completions(
+            processing_class, prompt, group, clipped=clipped, **template_columns(columns, row)
+        )
         pairs = zip(group, completion_ids, strict=True)
         yield prompt_ids, completion_ids, [not reads_back(processing_class, text, ids) for text, ids in pairs]
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .protocol import Completions, TeacherScores
-from .retokenize import encode_prompt, read_groups, tokenizer_hash
+from .retokenize import encode_prompt, read_groups, template_columns, tokenizer_hash
 
 
 logger = logging.get_logger(__name__)
@@ -118,6 +118,7 @@ class ServerTeacher:
         max_new_tokens: int = 256,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Completions:
         """
         Write completions. Servers give the same text for the same seed as far as their batching allows.
@@ -135,6 +136,8 @@ class ServerTeacher:
                 Sampling temperature.
             top_p (`float`, *optional*, defaults to `1.0`):
                 Share of the probability to sample from.
+            columns (`Mapping[str, Sequence]`, *optional*):
+                Further columns, a value a prompt. `tools` and `chat_template_kwargs` are read.
 
         Returns:
             [`Completions`]: Texts and whether each was cut; none for a prompt that leaves no room for
@@ -148,7 +151,8 @@ class ServerTeacher:
 
         def write(row: int) -> list[tuple[str, bool]]:
             prompt = prompts[row]
-            if len(encode_prompt(self.processing_class, prompt)) + max_new_tokens > self.context_length:
+            template = template_columns(columns, row)
+            if len(encode_prompt(self.processing_class, prompt, **template)) + max_new_tokens > self.context_length:
                 return []
             body = {
                 "n": num_completions,
@@ -158,8 +162,12 @@ class ServerTeacher:
                 "top_p": top_p,
                 **neutral,
             }
-            name = "prompt" if isinstance(prompt, str) else "messages"
-            return self._ask({name: prompt, **body}, self._read_texts(num_completions))
+            if isinstance(prompt, str):
+                return self._ask({"prompt": prompt, **body}, self._read_texts(num_completions))
+            template = {name: value for name, value in template.items() if value is not None}
+            if isinstance(template.get("tools"), str):
+                template["tools"] = json.loads(template["tools"])
+            return self._ask({"messages": prompt, **body, **template}, self._read_texts(num_completions))
 
         written = self._each(write, range(len(prompts)))
         return Completions(

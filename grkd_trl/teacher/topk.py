@@ -6,7 +6,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..groups import DataCollatorForGroups, tokenize_group
 from ..scoring import predicted_mask, score_completions, sequence_scores
-from .local import evaluating, pad_token_id, token_batches
+from .local import token_batches
+from .writing import evaluating, pad_token_id
 
 
 @torch.no_grad()

@@ -1,0 +1,168 @@
+"""Writing completions with a local model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .._trl import pad
+from .retokenize import encode_prompt
+
+
+def pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:
+    """
+    A token to pad with. Llama-3's tokenizer has none; masks come from lengths, so EOS will do.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+
+    Returns:
+        `int`: Its pad token, or EOS.
+    """
+    padding = processing_class.pad_token_id
+    return processing_class.eos_token_id if padding is None else padding
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """
+    Put a model in evaluation mode, and afterwards back in the mode it was in.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model.
+
+    Yields:
+        `None`.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def generate_completions(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompts: list[str] | list[list[dict[str, str]]],
+    *,
+    num_completions: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    num_beams: int = 1,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> tuple[list[list[str]], list[list[bool]]]:
+    """
+    Write completions, in evaluation mode. Prompts of similar length share a batch; draws come from torch's global
+    generator.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        prompts (`list[str]` or `list[list[dict]]`):
+            P prompts, as text or messages.
+        num_completions (`int`, *optional*, defaults to `1`):
+            Completions for each prompt (G).
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Longest completion, in tokens.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature; 0 takes the most likely token at each step.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Share of the probability to sample from.
+        num_beams (`int`, *optional*, defaults to `1`):
+            Beams to search with, for which `temperature` is 0.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Prompts in a batch.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
+
+    Returns:
+        `tuple[list[list[str]], list[list[bool]]]`: Texts without special tokens, `(P, G)`, and whether each was cut
+        at `max_new_tokens` before its EOS.
+    """
+    return write_completions(
+        model,
+        processing_class,
+        [encode_prompt(processing_class, prompt) for prompt in prompts],
+        num_completions=num_completions,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        batch_size=batch_size,
+        num_beams=num_beams,
+        progress=progress,
+    )
+
+
+@torch.no_grad()
+def write_completions(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    prompt_ids: list[list[int]],
+    *,
+    num_completions: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    batch_size: int,
+    num_beams: int = 1,
+    progress: bool = False,
+) -> tuple[list[list[str]], list[list[bool]]]:
+    """
+    [`generate_completions`] for prompts that are tokenized.
+
+    Args:
+        model, processing_class, num_completions, max_new_tokens, temperature, top_p, batch_size, num_beams, progress:
+            As there.
+        prompt_ids (`list[list[int]]`):
+            Ids of P prompts.
+
+    Returns:
+        `tuple[list[list[str]], list[list[bool]]]`: As there.
+    """
+    # `generate` takes what is not said from the model's generation config, which may hold other sampling settings.
+    neutral = {"num_beams": num_beams, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None}
+    cutoffs = {"min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+    sampling = {"do_sample": False} | neutral
+    if temperature > 0:
+        sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} | cutoffs
+    order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
+    texts, clipped = [[]] * len(prompt_ids), [[]] * len(prompt_ids)
+    # Chat models end a turn with a token of their own, which stands beside EOS in the generation config.
+    ends = model.generation_config.eos_token_id
+    ends = {processing_class.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+    padding = pad_token_id(processing_class)
+
+    def write_batch(rows: list[int]) -> None:
+        ids = [torch.tensor(prompt_ids[row], device=model.device) for row in rows]
+        input_ids = pad(ids, padding_value=padding, padding_side="left")
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=pad([torch.ones_like(row) for row in ids], padding_side="left"),
+            max_new_tokens=max_new_tokens,
+            num_return_sequences=num_completions,
+            eos_token_id=sorted(ends),
+            pad_token_id=padding,
+            use_cache=True,
+            **sampling,
+        )[:, input_ids.shape[1] :]
+        decoded = processing_class.batch_decode(output, skip_special_tokens=True)
+        ended = torch.isin(output, torch.tensor(sorted(ends), device=output.device)).any(-1).tolist()
+        for position, row in enumerate(rows):
+            group = slice(position * num_completions, (position + 1) * num_completions)
+            texts[row], clipped[row] = decoded[group], [not end for end in ended[group]]
+
+    with evaluating(model):
+        for start in tqdm(range(0, len(order), batch_size), desc="Writing completions", disable=not progress):
+            write_batch(order[start : start + batch_size])
+    return texts, clipped

@@ -1,0 +1,41 @@
+"""The benchmarks of scoring and of cached soft labels run, and print what they say."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from interrupted import make_teacher
+
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "examples/benchmarks"
+
+
+def run(name, arguments, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_scoring_throughput(capsys):
+    small = "--hidden_size 64 --num_layers 1 --vocab_size 1000 --num_groups 2 --prompt_length 8 --completion_length 8"
+    result = run("scoring_throughput.py", [*small.split(), "--rounds", 1], capsys)
+    assert result["tokens"] == 2 * 4 * 17
+    assert result["throughput_over_forward"] > 0 and len(result["seconds"]) == 3
+
+
+def test_topk_soft_labels(tmp_path, capsys):
+    for name, seed in (("teacher", 1), ("student", 0)):
+        made = make_teacher(seed)
+        made.model.save_pretrained(tmp_path / name)
+        made.processing_class.save_pretrained(tmp_path / name)
+    Dataset.from_list([{"prompt": "a b ", "completions": ["c d", "e"]}] * 2).to_json(tmp_path / "groups.jsonl")
+    arguments = ["--teacher", tmp_path / "teacher", "--student", tmp_path / "student", "--num_groups", 2]
+    result = run("topk_soft_labels.py", [*arguments, "--dataset", tmp_path / "groups.jsonl", "--k", 4, 20], capsys)
+    assert result["tokens"] == 2 * 5
+    assert result["k=4"]["loss_difference"] < 0 < result["k=4"]["left_over_mass"]
+    assert result["k=20"]["loss_difference"] == pytest.approx(0.0, abs=1e-5)  # the whole vocabulary
+    assert result["k=20"]["gradient_cosine"] == pytest.approx(1.0, abs=1e-5)
