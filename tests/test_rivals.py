@@ -136,6 +136,18 @@ class TestWholeStep:
         for name, gradient in runs[0][1][0].items():
             assert torch.equal(gradient, runs[1][1][0][name])
 
+    @pytest.mark.parametrize("method", ["SeqKD", "MiniLLM"])
+    def test_preferences_are_prompts(self, tmp_path, method):
+        """To the methods whose text is written anew; the prompt may stand in the messages."""
+        rows = make_rows(sizes=(2,))
+        preferences = [
+            {"prompt": row["prompt"], "chosen": row["completions"][0], "rejected": row["completions"][1]}
+            for row in rows
+        ]
+        length = {"max_completion_length": 5}
+        runs = [train(tmp_path, given, method=method, **length)[0] for given in (rows, preferences)]
+        assert logged(runs[0], "loss") == logged(runs[1], "loss")
+
 
 class TestInvariance:
     @each_method
@@ -508,6 +520,12 @@ class TestErrors:
         streamed, _ = train(tmp_path, method=method, train_dataset=stream, max_steps=1)
         whole, _ = train(tmp_path, rows_for(method), method=method, max_steps=1)
         assert logged(streamed, "loss") == logged(whole, "loss")
+
+    @pytest.mark.parametrize("method", RANKED)
+    def test_evaluating_groups_without_scores(self, tmp_path, method):
+        trainer = make_trainer(tmp_path, rows_for(method), method=method)
+        with pytest.raises(ValueError, match="The eval groups have no `teacher_scores`.*Score them"):
+            trainer.evaluate(Dataset.from_list(self.UNSCORED))
 
     @pytest.mark.parametrize("method", PAIRS)
     def test_no_pair_at_all(self, tmp_path, method):

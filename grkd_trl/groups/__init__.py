@@ -7,7 +7,7 @@ the scores are optional, and so is `"clipped": [...]`, `True` for a completion t
 from .card import preview
 from .collator import DataCollatorForGroups, count_items, first_groups
 from .generate import GroupsConfig, generate_groups, unit_seed, write_unit
-from .pairs import pair_groups, pairs_of
+from .pairs import pair_groups, pairs_of, require_scores
 from .rows import (
     bring_scores,
     bring_soft_labels,
@@ -32,6 +32,7 @@ __all__ = [
     "prepare_groups",
     "preview",
     "read_group",
+    "require_scores",
     "tokenize_completions",
     "tokenize_group",
     "tokenize_prompt",

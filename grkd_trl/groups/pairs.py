@@ -28,6 +28,31 @@ def pairs_of(row: dict[str, Any], *, pairs: str) -> list[tuple[int, int]]:
     return [(best, worst)] if scores[best] > scores[worst] else []
 
 
+def require_scores(dataset: Dataset | IterableDataset, *, name: str = "train") -> list[str]:
+    """
+    Refuse groups without an order.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            As [`prepare_groups`] gives it.
+        name (`str`, *optional*, defaults to `"train"`):
+            Name for messages.
+
+    Returns:
+        `list[str]`: The dataset's columns.
+
+    Raises:
+        `ValueError`: If there are no `teacher_scores`.
+    """
+    columns = dataset.column_names or list(next(iter(dataset)))
+    if "teacher_scores" not in columns:
+        raise ValueError(
+            f"The {name} groups have no `teacher_scores`, so nothing says which of two completions is better. Score "
+            "them (`grkd_trl.teacher.score_groups`), or give preferences (`chosen`, `rejected`)."
+        )
+    return columns
+
+
 def pair_groups(
     dataset: Dataset | IterableDataset, *, pairs: str, num_proc: int | None = None, name: str = "train"
 ) -> Dataset | IterableDataset:
@@ -64,12 +89,7 @@ def pair_groups(
         return chosen
 
     in_memory = isinstance(dataset, Dataset)
-    columns = dataset.column_names or list(next(iter(dataset)))
-    if "teacher_scores" not in columns:
-        raise ValueError(
-            f"The {name} groups have no `teacher_scores`, so nothing says which of two completions is better. Score "
-            "them (`grkd_trl.teacher.score_groups`), or give preferences (`chosen`, `rejected`)."
-        )
+    columns = require_scores(dataset, name=name)
     kwargs = {"num_proc": num_proc, "desc": f"Pairing {name} groups"} if in_memory else {}
     with global_then_local_main_first():
         dataset = dataset.map(split, batched=True, remove_columns=columns, **kwargs)

@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from .. import training
 from ..annotation import rank_datasets
 from ..configs import check_completion_fields, option
+from ..groups import require_scores
 from ..losses import pro_loss
 from ..scoring import score_completions, sequence_scores, to_groups
 
@@ -163,7 +164,13 @@ class PROTrainer(SFTTrainer):
         training.set_up_groups(self, data_collator)
         self.teacher_model = None
 
-    _prepare_dataset = training.prepare_dataset
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        dataset = training.prepare_dataset(
+            self, dataset, processing_class, args, packing, formatting_func, dataset_name
+        )
+        require_scores(dataset, name=dataset_name)
+        return dataset
+
     _set_signature_columns_if_needed = training.set_signature_columns
     get_batch_samples = training.count_batch_samples
     prediction_step = training.prediction_step
