@@ -1,4 +1,5 @@
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -84,11 +85,18 @@ def assert_same_gradients(model, rows, *, side="right", weights=None):
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
 
 
+@pytest.fixture(params=["off", "on"])
+def each_sharing(request, monkeypatch):
+    """Everything here holds whether or not the rows are packed."""
+    monkeypatch.setitem(globals(), "score_completions", partial(score_completions, prompt_sharing=request.param))
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def model(request):
     return make_model(request.param, VOCAB)
 
 
+@pytest.mark.usefixtures("each_sharing")
 class TestEveryArchitecture:
     @pytest.mark.parametrize("side", ["right", "left"])
     def test_padded_rows_equal_plain_ones(self, model, side):
@@ -138,6 +146,7 @@ class TestEveryArchitecture:
         assert not torch.allclose(logits, plain(model, make_rows(num=1)[0])[0], atol=1e-2)
 
 
+@pytest.mark.usefixtures("each_sharing")
 class TestAbsolutePositions:
     def test_left_padding_does_not_shift_them(self):
         """The models above turn positions into differences, so they would forgive a shift; GPT-2 does not."""
@@ -150,6 +159,7 @@ class TestAbsolutePositions:
             )
 
 
+@pytest.mark.usefixtures("each_sharing")
 class TestGemma2:
     """That the tiny Gemma-2 has what makes a Gemma-2 hard, or the tests above would not see it."""
 
@@ -181,6 +191,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.mark.usefixtures("each_sharing")
 class TestMemory:
     @pytest.mark.parametrize("return_logits", [False, True])
     def test_no_tensor_of_all_logits_in_forward_or_backward(self, return_logits):
@@ -195,6 +206,7 @@ class TestMemory:
         assert theirs.numel >= every_logit
 
 
+@pytest.mark.usefixtures("each_sharing")
 class TestDtypes:
     def test_bf16_model_is_scored_in_float32(self):
         rows = make_rows()
@@ -222,6 +234,7 @@ def lora(**kwargs):
     return get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **kwargs))
 
 
+@pytest.mark.usefixtures("each_sharing")
 class TestAdapters:
     @pytest.mark.parametrize(
         "kwargs",
@@ -267,6 +280,7 @@ class TestAdapters:
         assert_same_gradients(model, rows)
 
 
+@pytest.mark.usefixtures("each_sharing")
 class TestHook:
     def test_is_removed(self):
         model, batch = make_model("llama", VOCAB), make_batch(make_rows())
@@ -290,6 +304,7 @@ class TestHook:
         assert model(batch["input_ids"]).logits.shape == (6, 16, VOCAB)
 
 
+@pytest.mark.usefixtures("each_sharing")
 class TestEdges:
     def test_completion_from_the_first_column(self):
         """Truncated from the left, a row may hold no prompt: nothing predicts its first token."""

@@ -48,10 +48,13 @@ class TestWholeStep:
     @pytest.mark.parametrize("max_length", [None, 7], ids=["whole", "truncated"])
     @pytest.mark.parametrize("sizes", [(3, 3, 3, 3), (3, 2, 5, 2)], ids=["even", "ragged"])
     @pytest.mark.parametrize("soft_label, level", list(product(SOFT_LABELS, LEVELS)))
-    def test_loss_and_every_gradient(self, tmp_path, soft_label, level, sizes, max_length, scores):
+    @pytest.mark.parametrize("sharing", ["off", "on"])
+    def test_loss_and_every_gradient(self, tmp_path, sharing, soft_label, level, sizes, max_length, scores):
         rows = make_rows(sizes=sizes, scores=scores)
         fields = {"soft_label": soft_label, "relative_level": level, "max_length": max_length}
-        trainer = assert_equals_the_loops(tmp_path, rows, fields, 1e-6 if soft_label == "group" else 1e-9)
+        # Llama's norms round to float32, once for each time that a prompt is read.
+        tolerance = 1e-6 if soft_label == "group" or sharing == "on" else 1e-9
+        trainer = assert_equals_the_loops(tmp_path, rows, fields, tolerance, prompt_sharing=sharing)
         assert (logged(trainer, "completions/clipped_ratio")[0] > 0) == (max_length is not None)
 
     @pytest.mark.parametrize("scores", [True, False], ids=["scores", "no scores"])
@@ -83,7 +86,7 @@ class TestWholeStep:
     @pytest.mark.parametrize("level", LEVELS)
     def test_teacher_with_a_padded_vocabulary(self, tmp_path, level):
         fields = {"relative_level": level, "relative_top_k": 64}
-        assert_equals_the_loops(tmp_path, make_rows(scores=False), fields, 1e-9, teacher_vocab=VOCAB + 7)
+        assert_equals_the_loops(tmp_path, make_rows(scores=False), fields, 1e-6, teacher_vocab=VOCAB + 7)
 
     @pytest.mark.parametrize("soft_label", SOFT_LABELS)
     def test_with_a_group_without_a_pair(self, tmp_path, soft_label):
@@ -94,7 +97,7 @@ class TestWholeStep:
 
     def test_gradient_checkpointing(self, tmp_path):
         checkpointing = {"gradient_checkpointing": True}
-        assert_equals_the_loops(tmp_path, make_rows(), {"soft_label": "token"}, 1e-9, **checkpointing)
+        assert_equals_the_loops(tmp_path, make_rows(), {"soft_label": "token"}, 1e-6, **checkpointing)
 
 
 class TestGroupsWithoutAPair:

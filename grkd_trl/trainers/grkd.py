@@ -231,15 +231,16 @@ class GRKDTrainer(SFTTrainer):
         args, alpha = self.args, self.alpha
         group_mask, completion_mask = inputs["group_mask"], inputs["completion_mask"]
         teacher_scores = inputs.get("teacher_scores")
+        how = {"prompt_sharing": args.prompt_sharing, "return_logits": args.needs_teacher_logits}
 
         if self.teacher_model is not None:
             with training.teaching(self, model) as teacher_model:
-                teacher = score_completions(teacher_model, inputs, return_logits=args.needs_teacher_logits)
+                teacher = score_completions(teacher_model, inputs, **how)
             if teacher_scores is None:
                 scores = sequence_scores(teacher.per_token_logps, completion_mask, score=args.score)
                 teacher_scores = to_groups(scores, group_mask)
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        student = score_completions(model, inputs, return_logits=args.needs_teacher_logits, **router)
+        student = score_completions(model, inputs, **how, **router)
         scores = sequence_scores(student.per_token_logps, completion_mask, score=args.score)
         student_scores = to_groups(scores, group_mask)
         if args.needs_teacher_logits and self.teacher_model is not None:

@@ -26,6 +26,9 @@ class GRKDConfig(SFTConfig):
             out and gathered layer by layer; `"auto"`, sharded where the student is (ZeRO-3, FSDP).
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the student. The teacher never has any.
+        prompt_sharing (`str`, *optional*, defaults to `"auto"`):
+            Whether student and teacher read a prompt once for all its completions, and padding never: `"auto"` where it
+            pays, `"on"`, or `"off"`; see [`~scoring.score_completions`]. It changes the time, not the loss.
 
         > Parameters that control the scores
 
@@ -112,6 +115,11 @@ class GRKDConfig(SFTConfig):
         choices=["auto", "replicated", "sharded"],
     )
     disable_dropout: bool = option(True, "Whether to disable dropout in the student.")
+    prompt_sharing: str = option(
+        "auto",
+        "Whether a prompt is read once for all its completions: 'auto' (where it pays), 'on' or 'off'.",
+        choices=["auto", "on", "off"],
+    )
     score: str = option(
         "mean", "Score of a completion: 'mean' or 'sum' of its log-probabilities.", choices=["mean", "sum"]
     )

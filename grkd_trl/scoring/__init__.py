@@ -1,0 +1,6 @@
+"""From a model and a batch to log-probabilities and scores: the one place that shifts and masks."""
+
+from .rows import CompletionScores, predicted_mask, score_completions, sequence_scores, to_groups
+
+
+__all__ = ["CompletionScores", "predicted_mask", "score_completions", "sequence_scores", "to_groups"]

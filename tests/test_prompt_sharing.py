@@ -1,0 +1,312 @@
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny import tiny_model
+from torch.nn.parallel import DistributedDataParallel
+from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+
+from grkd_trl.groups import DataCollatorForGroups
+from grkd_trl.scoring import rows as scoring_rows
+from grkd_trl.scoring import score_completions
+from grkd_trl.scoring.packed_rows import PackedRows, read_rows
+
+
+VOCAB = 41
+RAGGED = [(9, [7, 1, 4]), (3, [5, 2]), (12, [3, 8, 6, 1])]  # prompt, completions
+MODELS = {
+    "llama": {},
+    "llama, eager": {"attn_implementation": "eager"},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 4, "attn_implementation": "eager", "final_logit_softcapping": 2.0},
+    "gemma3": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "mistral": {"sliding_window": 4},
+    "mistral, window between": {"sliding_window": 11},
+    "mistral, eager": {"sliding_window": 4, "attn_implementation": "eager"},
+    "gpt_neox": {},
+}
+
+
+def make_model(name="llama", **kwargs):
+    kwargs = {"initializer_range": 0.3} | MODELS.get(name, {}) | kwargs
+    return tiny_model(name.split(",")[0], VOCAB, **kwargs)
+
+
+def make_batch(shapes=RAGGED, seed=0, **kwargs):
+    draw = random.Random(seed)
+    tokens = lambda num: [draw.randrange(VOCAB) for _ in range(num)]  # noqa: E731
+    rows = [{"prompt_ids": tokens(p), "completion_ids": [tokens(c) for c in lengths]} for p, lengths in shapes]
+    return DataCollatorForGroups(pad_token_id=7, **kwargs)(rows)
+
+
+def run(model, batch, **kwargs):
+    """Per-token logps, logits and gradients."""
+    model.zero_grad()
+    scores = score_completions(model, batch, return_logits=True, **kwargs)
+    weights = torch.linspace(-1, 2, scores.per_token_logps.numel()).view_as(scores.per_token_logps)
+    ((scores.per_token_logps * weights).sum() + scores.logits.float().logsumexp(-1).sum()).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return scores.per_token_logps.detach(), scores.logits.detach(), gradients
+
+
+def assert_same(model, batch, *, atol=1e-5):
+    logps, logits, gradients = run(model, batch, prompt_sharing="off")
+    shared_logps, shared_logits, shared_gradients = run(model, batch, prompt_sharing="on")
+    torch.testing.assert_close(shared_logps, logps, rtol=0, atol=atol)
+    torch.testing.assert_close(shared_logits, logits, rtol=0, atol=10 * atol)
+    assert set(shared_gradients) == set(gradients)
+    scale = max(gradient.abs().max().item() for gradient in gradients.values())
+    assert scale > 0.1
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(shared_gradients[name], gradient, rtol=1e-5, atol=atol * scale)
+
+
+@pytest.fixture
+def lengths_read(monkeypatch):
+    """Number of tokens of each packed forward."""
+    lengths = []
+
+    def forward_packed(model, input_ids, packed_rows, **kwargs):
+        lengths.append(packed_rows.source.numel())
+        return original(model, input_ids, packed_rows, **kwargs)
+
+    original = scoring_rows.forward_packed
+    monkeypatch.setattr(scoring_rows, "forward_packed", forward_packed)
+    return lengths
+
+
+class TestExactness:
+    @pytest.mark.parametrize("name", MODELS)
+    def test_equals_reading_every_row(self, name, lengths_read):
+        assert_same(make_model(name), make_batch())
+        # Prompts once; completions without the token that predicts nothing; no padding.
+        assert lengths_read == [9 + 6 + 0 + 3 + 3 + 4 + 1 + 12 + 2 + 7 + 5 + 0]
+
+    @pytest.mark.parametrize("name", ["gemma2", "mistral"])
+    def test_windows_are_at_work(self, name):
+        batch = make_batch()
+        narrow, wide = (
+            score_completions(make_model(name, sliding_window=window), batch, prompt_sharing="on").per_token_logps
+            for window in (4, 64)
+        )
+        assert (narrow - wide).abs().max() > 1e-2
+
+    @pytest.mark.parametrize(
+        "shapes",
+        [[(1, [1, 1])], [(5, [6, 6, 6])], [(4, [3])], [(30, [2] * 5)] * 3, [(2, [9, 1]), (19, [1, 9])]],
+        ids=str,
+    )
+    def test_shapes(self, shapes):
+        assert_same(make_model(), make_batch(shapes))
+
+    def test_left_padding(self):
+        batch = make_batch()
+        lengths = batch["attention_mask"].sum(-1)
+        for name in ("input_ids", "attention_mask", "completion_mask"):
+            rows = [row.roll(-length.item()) for row, length in zip(batch[name], lengths, strict=True)]
+            batch[name] = torch.stack(rows)
+        assert batch["attention_mask"][:, -1].all() and not batch["attention_mask"][:, 0].all()
+        assert_same(make_model(), batch)
+
+    def test_rows_cut_from_the_left(self, lengths_read):
+        """The rows of a group keep different ends of their prompt, or none of it."""
+        batch = make_batch(max_length=10, truncation_mode="keep_end")
+        assert (batch["completion_mask"].sum(-1) < 10).any()
+        assert_same(make_model(), batch)
+        batch = make_batch([(2, [8, 3])], max_length=4, truncation_mode="keep_end")
+        assert batch["completion_mask"][0].all()
+        assert_same(make_model(), batch)
+        assert len(lengths_read) == 2
+
+    def test_equal_prompts_of_two_groups_are_one(self, lengths_read):
+        batch = make_batch([(5, [3, 2])])
+        batch = {name: torch.cat([tensor, tensor]) for name, tensor in batch.items()}
+        assert_same(make_model(), batch)
+        assert lengths_read == [5 + 2 * (2 + 1)]
+
+    def test_bf16_is_no_further_from_fp32_than_plain_bf16(self):
+        batch = make_batch([(20, [15, 9, 12, 3])] * 3)
+        model, exact = (make_model(dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+        exact.load_state_dict(model.state_dict())
+        logps, _, gradients = run(exact, batch, prompt_sharing="off")
+        errors = {}
+        for sharing in ("on", "off"):
+            own_logps, _, own_gradients = run(model, batch, prompt_sharing=sharing)
+            apart = [(own_gradients[name].float() - gradient).norm() for name, gradient in gradients.items()]
+            errors[sharing] = (own_logps - logps).pow(2).mean().sqrt(), torch.stack(apart).norm()
+        for shared, plain in zip(errors["on"], errors["off"], strict=True):
+            assert 0 < shared <= 1.25 * plain
+
+    def test_other_calls_of_the_model_are_as_before(self):
+        for name in ("llama", "gemma2"):
+            model, inputs = make_model(name).eval(), {"input_ids": torch.arange(24).view(2, 12)}
+            inputs["attention_mask"] = (torch.arange(12) < torch.tensor([[12], [7]])).long()
+            before = model(**inputs).logits
+            written = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+            score_completions(model, make_batch(), prompt_sharing="on")
+            torch.testing.assert_close(model(**inputs).logits, before, rtol=0, atol=0)
+            assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), written)
+            assert "shared" not in model.config.to_json_string()
+
+
+class TestAroundTheModel:
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_gradient_checkpointing(self, reentrant):
+        model, batch = make_model("mistral"), make_batch()
+        _, _, gradients = run(model, batch, prompt_sharing="off")
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        calls = []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        _, _, again = run(model, batch, prompt_sharing="on")
+        assert len(calls) == 2  # forward, and once more in backward
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+
+    def test_lora(self):
+        torch.manual_seed(3)
+        config = LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(make_model(), config).train()
+        assert_same(model, make_batch())
+
+    def test_accelerate_autocast(self):
+        """As `Accelerator.prepare_model` wraps a forward for mixed precision."""
+        model, batch = make_model(), make_batch()
+        model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+        plain, shared = (run(model, batch, prompt_sharing=sharing)[0] for sharing in ("off", "on"))
+        torch.testing.assert_close(shared, plain, rtol=0.05, atol=0.2)
+        assert not torch.equal(shared, run(make_model(), batch, prompt_sharing="on")[0])
+
+    def test_ddp(self, tmp_path):
+        """One forward of the wrapped model, so its gradients are averaged as ever."""
+        mp.spawn(_ddp_process, args=(f"file://{tmp_path}/store", tmp_path), nprocs=2)
+        parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+        model = make_model()
+        expected = [run(model, make_batch(seed=rank), prompt_sharing="off")[2] for rank in range(2)]
+        for name, gradient in expected[0].items():
+            mean = (gradient + expected[1][name]) / 2
+            for part in parts:
+                torch.testing.assert_close(part[name], mean, rtol=1e-4, atol=1e-5 * mean.abs().max().item())
+
+
+def _ddp_process(rank, store, folder):
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    model = DistributedDataParallel(make_model())
+    _, _, gradients = run(model, make_batch(seed=rank), prompt_sharing="on" if rank else "auto")
+    torch.save({name.removeprefix("module."): gradient for name, gradient in gradients.items()}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+class TestChoice:
+    def test_auto_packs_where_it_saves_tokens(self, lengths_read):
+        model = make_model()
+        for shapes, packs in [([(20, [3, 3])], True), ([(2, [40, 40])], False), ([(2, [40, 4])], True)]:
+            lengths_read.clear()
+            score_completions(model, make_batch(shapes))
+            assert bool(lengths_read) == packs, shapes
+            score_completions(model, make_batch(shapes), prompt_sharing="off")
+            assert len(lengths_read) == packs
+
+    def test_other_words_are_refused(self):
+        with pytest.raises(ValueError, match="`prompt_sharing` must be 'auto', 'on' or 'off', got 'yes'"):
+            score_completions(make_model(), make_batch(), prompt_sharing="yes")
+
+    def test_position_ids_of_the_batch_are_kept(self, lengths_read):
+        batch = make_batch()
+        batch["position_ids"] = 2 * torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+        assert_same(make_model(), batch)
+        assert not lengths_read
+
+    @pytest.mark.parametrize("column", [3, 10])
+    def test_completions_with_holes_are_read_row_by_row(self, column, lengths_read):
+        batch = make_batch()
+        batch["completion_mask"][0, column] = 1 - batch["completion_mask"][0, column]
+        assert_same(make_model(), batch)
+        assert not lengths_read
+
+
+class Forgetful(LlamaForCausalLM):
+    """Drops what its forward is given."""
+
+    def forward(self, packed_rows=None, **kwargs):
+        return super().forward(**kwargs)
+
+
+def assert_falls_back(model, batch, reason, caplog, **kwargs):
+    scoring_rows.logger.warning_once.cache_clear()
+    plain = score_completions(model, batch, prompt_sharing="off", **kwargs).per_token_logps
+    with caplog.at_level("WARNING"):
+        for _ in range(3):
+            scores = score_completions(model, batch, **kwargs).per_token_logps
+            torch.testing.assert_close(scores, plain, rtol=0, atol=0)
+    messages = [record.message for record in caplog.records if "cannot share" in record.message]
+    assert len(messages) == 1 and reason in messages[0]
+
+
+class TestFallBack:
+    def test_virtual_tokens(self, caplog):
+        model = get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        assert_falls_back(model, make_batch(), "virtual tokens", caplog)
+
+    def test_no_attention_interface(self, caplog):
+        model = BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4))
+        assert_falls_back(model, make_batch(), "attention interface", caplog)
+
+    def test_other_attention(self, caplog):
+        model = make_model(attn_implementation="sdpa")
+        model.config._attn_implementation_internal = "flash_attention_2"
+        reason = scoring_rows.why_not_shared(model)
+        assert "its attention is 'flash_attention_2', and only 'sdpa' and 'eager'" in reason
+
+    def test_layout_lost_on_the_way(self, caplog):
+        model = Forgetful(make_model().config)
+        assert_falls_back(model, make_batch(), "hand what its forward is given", caplog)
+
+    def test_window_kept_from_attention(self, caplog, monkeypatch):
+        def forward(self, *args, **kwargs):
+            self.sliding_window = None
+            return original(self, *args, **kwargs)
+
+        original = Qwen2Attention.forward
+        monkeypatch.setattr(Qwen2Attention, "forward", forward)
+        window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+        assert_falls_back(make_model("qwen2", **window), make_batch(), "sliding window", caplog)
+
+    def test_router_loss(self, caplog):
+        sizes = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+        model = tiny_model("qwen3_moe", VOCAB, **sizes)
+        assert_falls_back(model, make_batch(), "load-balancing", caplog, output_router_logits=True)
+        assert score_completions(model, make_batch(), output_router_logits=True).aux_loss is not None
+
+
+class TestLayout:
+    def rows(self, batch):
+        return read_rows(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+
+    def test_tokens_and_positions(self):
+        batch = make_batch([(3, [2, 3]), (2, [1, 2])])
+        layout, ids = PackedRows(self.rows(batch), torch.device("cpu")), batch["input_ids"]
+        expected = [*ids[0, :4], *ids[1, 3:5], *ids[2, :2], ids[3, 2]]
+        assert ids.flatten()[layout.source].tolist() == [token.item() for token in expected]
+        assert layout.position_ids.tolist() == [[0, 1, 2, 3, 3, 4, 0, 1, 2]]
+        assert layout.predicts.tolist() == [2, 3, 2, 4, 5, 7, 7, 8]
+
+    def test_split_and_join_are_inverse_in_value_and_gradient(self):
+        layout = PackedRows(self.rows(make_batch([*RAGGED, (40, [60, 1]), (200, [3, 3])])), torch.device("cpu"))
+        assert len(layout.blocks) > 1
+        states = torch.randn(layout.source.numel(), 2, 3, dtype=torch.float64, requires_grad=True)
+        joined = layout.join(layout.split(states))
+        assert torch.equal(joined, states)
+        weights = torch.randn_like(states)
+        assert torch.equal(torch.autograd.grad((joined * weights).sum(), states)[0], weights)
+
+    def test_like_groups_attend_in_one_call(self):
+        layout = PackedRows(self.rows(make_batch([(20, [5, 6]), (18, [6, 4])] * 2)), torch.device("cpu"))
+        assert [block.prompt_shape for block in layout.blocks] == [(4, 20)]
+        layout = PackedRows(self.rows(make_batch([(500, [5, 6]), (18, [250, 4])])), torch.device("cpu"))
+        assert [block.prompt_shape for block in layout.blocks] == [(1, 500), (1, 18)]
