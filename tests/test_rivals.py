@@ -389,7 +389,8 @@ class TestForwards:
                 counts[name] += len(kwargs["input_ids"])
 
             model.register_forward_pre_hook(count, with_kwargs=True)
-        train(tmp_path, rows, method=method, **models)
+        fields = {} if method == "DPO" else {"prompt_sharing": "off"}  # or rows would not be rows
+        train(tmp_path, rows, method=method, **models, **fields)
         assert counts == {name: 16 * each for name, each in zip(counts, self.COUNTS[method], strict=True)}
 
     def test_minillm_reads_what_it_wrote_once_more(self, tmp_path):
@@ -407,12 +408,10 @@ class TestForwards:
 
     @pytest.mark.parametrize("method", RANKED)
     def test_scoring_before_training_is_one_forward_more(self, tmp_path, method):
-        count, teacher = [], make_teacher()
-        teacher.register_forward_pre_hook(
-            lambda module, args, kwargs: count.append(len(kwargs["input_ids"])), with_kwargs=True
-        )
-        train(tmp_path, make_rows(sizes=(2,), scores=False), method=method, teacher_model=teacher, num_train_epochs=3)
-        assert sum(count) == 8
+        count, teacher, rows = [], make_teacher(), make_rows(sizes=(2,), scores=False)
+        teacher.lm_head.register_forward_hook(lambda _, __, logits: count.append(logits.shape[:-1].numel()))
+        train(tmp_path, rows, method=method, teacher_model=teacher, num_train_epochs=3)
+        assert sum(count) == sum(len(ids) for row in rows for ids in to_ids(row)["completion_ids"])
 
 
 class TestSeqKD:

@@ -1,16 +1,15 @@
 """One forward of a batch, and the scores of its completions."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import extract_model_from_parallel
 from transformers.utils import logging
 
 from .packed_rows import PackedRows, Row, read_rows
 from .shared_prompts import forward_packed, why_not_shared
+from .tiles import TiledLogits, are_its_own, core_model, needs_tiles, over_tiles
 
 
 logger = logging.get_logger(__name__)
@@ -26,14 +25,18 @@ class CompletionScores(NamedTuple):
     Args:
         per_token_logps (`torch.Tensor` of shape `(N, L - 1)`):
             Log-probability, in nats, of the token at position 1..L - 1 given those before it. 0 off the completion.
-        logits (`torch.Tensor` of shape `(M, V)`, *optional*):
-            Logits that predict the batch's M completion tokens, row after row. `None` unless asked for.
+        logits (`torch.Tensor` of shape `(M, V)` or [`~scoring.tiles.TiledLogits`], *optional*):
+            Logits that predict the batch's M completion tokens, row after row. `None` unless asked for. Many are
+            computed when they are asked for: `logits[rows]`.
+        token_losses (`dict[str, torch.Tensor]`):
+            Values of shape `(M,)` that the caller's function gave. Empty without one.
         aux_loss (`torch.Tensor`, *optional*):
             Load-balancing loss of a mixture of experts, where the model returns one.
     """
 
     per_token_logps: torch.Tensor
-    logits: torch.Tensor | None
+    logits: torch.Tensor | TiledLogits | None
+    token_losses: dict[str, torch.Tensor]
     aux_loss: torch.Tensor | None
 
 
@@ -51,30 +54,32 @@ def predicted_mask(completion_mask: torch.Tensor) -> torch.Tensor:
     return completion_mask[:, 1:].bool()
 
 
-@contextmanager
-def _head_on(model: torch.nn.Module, pick: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def _forward(
+    model: torch.nn.Module, predicting: Callable[[torch.Tensor], torch.Tensor], forward: Callable[[], Any]
+) -> tuple[Any, torch.Tensor | TiledLogits | None]:
     # The model's own forward applies the head, so tied weights, bias, adapters, scaling and softcapping are those of
-    # the architecture; it is only handed fewer rows: the (1, M, H) that `pick` takes of (N, L, H) hidden states.
-    head = extract_model_from_parallel(model).get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: (pick(args[0]).unsqueeze(0), *args[1:]))
+    # the architecture. It is only handed fewer hidden states than the (N, L, H): the (1, M, H) that predict a
+    # completion token, or the first of them where these are still too many at once.
+    tiled = []
+
+    def hand_over(_, args):
+        states = predicting(args[0])
+        if needs_tiles(model, len(states)):
+            tiled.append(TiledLogits(model, states))
+            states = states[:1]
+        return (states.unsqueeze(0), *args[1:])
+
+    handle = core_model(model).get_output_embeddings().register_forward_pre_hook(hand_over)
     try:
-        yield
+        outputs = forward()
     finally:
         handle.remove()
-
-
-def _forward(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], **model_kwargs: Any):
-    mask, attention_mask = predicted_mask(batch["completion_mask"]), batch["attention_mask"]
-    if "position_ids" in batch:
-        model_kwargs["position_ids"] = batch["position_ids"]
-    elif not attention_mask[:, 0].all():  # left padding: models count positions from the first column
-        model_kwargs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-
-    def predicting(states):  # prompt-learning adapters put virtual tokens in front
-        return states[:, -mask.shape[1] - 1 : -1][mask.to(states.device)]
-
-    with _head_on(model, predicting):
-        return model(input_ids=batch["input_ids"], attention_mask=attention_mask, use_cache=False, **model_kwargs)
+    if outputs is None:
+        return None, None
+    logits = outputs.logits.squeeze(0)
+    if tiled and not are_its_own(model, tiled[0], logits):
+        return _forward(model, predicting, forward)
+    return outputs, tiled[0] if tiled else logits
 
 
 def _rows_to_pack(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], sharing: str, aux: bool) -> list[Row]:
@@ -97,6 +102,7 @@ def score_completions(
     *,
     prompt_sharing: str = "auto",
     return_logits: bool = False,
+    token_losses: Callable[[torch.Tensor, slice], dict[str, torch.Tensor]] | None = None,
     **model_kwargs: Any,
 ) -> CompletionScores:
     """
@@ -115,6 +121,10 @@ def score_completions(
             warning says why, once, and every row is read.
         return_logits (`bool`, *optional*, defaults to `False`):
             Whether to keep the `(M, V)` logits.
+        token_losses (`Callable`, *optional*):
+            What else to compute of single tokens. Takes their logits `(m, V)` and the slice of the M completion tokens
+            that they are of, and returns tensors of shape `(m,)` by name. Where there are too many logits it is called
+            tile by tile, and once more in backward, so they never exist at once.
         **model_kwargs:
             Passed to the model's forward, e.g. `output_router_logits`.
 
@@ -124,21 +134,39 @@ def score_completions(
     Raises:
         `ValueError`: If `prompt_sharing` is none of the three.
     """
+    mask = predicted_mask(batch["completion_mask"])
     outputs = None
     rows = _rows_to_pack(model, batch, prompt_sharing, model_kwargs.get("output_router_logits", False))
     if rows:
-        packed = PackedRows(rows, batch["input_ids"].device)
-        with _head_on(model, lambda states: states[0].index_select(0, packed.predicts.to(states.device))):
-            outputs = forward_packed(model, batch["input_ids"], packed, **model_kwargs)
+        packed = PackedRows(rows, mask.device)
+        outputs, logits = _forward(
+            model,
+            lambda states: states[0].index_select(0, packed.predicts.to(states.device)),
+            lambda: forward_packed(model, batch["input_ids"], packed, **model_kwargs),
+        )
     if outputs is None:
-        outputs = _forward(model, batch, **model_kwargs)
-    mask = predicted_mask(batch["completion_mask"])
-    logits = outputs.logits.squeeze(0)
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        if "position_ids" in batch:
+            inputs["position_ids"] = batch["position_ids"]
+        elif not inputs["attention_mask"][:, 0].all():  # left padding: models count positions from the first column
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        outputs, logits = _forward(
+            model,  # prompt-learning adapters put virtual tokens in front
+            lambda states: states[:, -mask.shape[1] - 1 : -1][mask.to(states.device)],
+            lambda: model(**inputs, use_cache=False, **model_kwargs),
+        )
+
     targets = batch["input_ids"][:, 1:][mask]
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logps = -F.cross_entropy(wide, targets.to(wide.device), reduction="none")
+
+    def of_tokens(logits, rows):
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nll = F.cross_entropy(wide, targets[rows].to(wide.device), reduction="none")
+        return (token_losses(logits, rows) if token_losses else {}) | {"per_token_logps": -nll}
+
+    values = over_tiles(of_tokens, logits)
+    logps = values.pop("per_token_logps")
     per_token_logps = logps.new_zeros(mask.shape).masked_scatter(mask.to(logps.device), logps)
-    return CompletionScores(per_token_logps, logits if return_logits else None, outputs.get("aux_loss"))
+    return CompletionScores(per_token_logps, logits if return_logits else None, values, outputs.get("aux_loss"))
 
 
 def sequence_scores(per_token_logps: torch.Tensor, completion_mask: torch.Tensor, *, score: str) -> torch.Tensor:

@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from .packed_rows import PackedRows
+from .tiles import core_model
 
 
 _IMPLEMENTATIONS = ("sdpa", "eager")  # those that take a mask for each row
@@ -69,11 +70,6 @@ for _implementation in _IMPLEMENTATIONS:
     AttentionMaskInterface.register(_implementation + _SUFFIX, AttentionMaskInterface()[_implementation])
 
 
-def _core(model: torch.nn.Module) -> torch.nn.Module:
-    model = extract_model_from_parallel(model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def why_not_shared(model: torch.nn.Module) -> str | None:
     """
     Why a model cannot read packed rows.
@@ -85,7 +81,7 @@ def why_not_shared(model: torch.nn.Module) -> str | None:
     Returns:
         `str`, *optional*: The reason, or `None` if it can.
     """
-    outer, core = extract_model_from_parallel(model), _core(model)
+    outer, core = extract_model_from_parallel(model), core_model(model)
     if isinstance(outer, PeftModel) and outer.active_peft_config.is_prompt_learning:
         return "its adapter puts virtual tokens before every row"
     if not isinstance(core, PreTrainedModel) or not core._can_set_attn_implementation():
@@ -124,7 +120,7 @@ def forward_packed(
     Raises:
         `ValueError`: If it did not, and there are other processes.
     """
-    core = _core(model)
+    core = core_model(model)
     config = core.config.get_text_config()
     if not config._attn_implementation.endswith(_SUFFIX):
         core.set_attn_implementation(config._attn_implementation + _SUFFIX)

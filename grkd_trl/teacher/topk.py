@@ -59,11 +59,16 @@ def cache_soft_labels(
     groups = [tokenize_group(row, index, processing_class=processing_class) for index, row in enumerate(dataset)]
     collator = DataCollatorForGroups(pad_token_id=pad_token_id(processing_class))
     top_ids, top_logps, scores = ([[] for _ in groups] for _ in range(3))
+
+    def top(logits, rows):
+        logps, ids = logits.float().log_softmax(-1).topk(k)
+        return {"ids": ids, "logps": logps}
+
     with evaluating(model):
         for rows in token_batches(groups, tokens_per_batch, progress=progress):
             batch = {name: tensor.to(model.device) for name, tensor in collator([groups[row] for row in rows]).items()}
-            given = score_completions(model, batch, return_logits=True)
-            logps, ids = given.logits.float().log_softmax(-1).topk(k)
+            given = score_completions(model, batch, token_losses=top)
+            ids, logps = given.token_losses["ids"], given.token_losses["logps"]
             lengths = predicted_mask(batch["completion_mask"]).sum(-1).tolist()
             values = iter(sequence_scores(given.per_token_logps, batch["completion_mask"], score=score).tolist())
             parts = zip(ids.cpu().split(lengths), logps.cpu().split(lengths), strict=True)

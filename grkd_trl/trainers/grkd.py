@@ -231,40 +231,44 @@ class GRKDTrainer(SFTTrainer):
         args, alpha = self.args, self.alpha
         group_mask, completion_mask = inputs["group_mask"], inputs["completion_mask"]
         teacher_scores = inputs.get("teacher_scores")
-        how = {"prompt_sharing": args.prompt_sharing, "return_logits": args.needs_teacher_logits}
+        sharing = {"prompt_sharing": args.prompt_sharing}
 
         if self.teacher_model is not None:
             with training.teaching(self, model) as teacher_model:
-                teacher = score_completions(teacher_model, inputs, **how)
+                teacher = score_completions(teacher_model, inputs, return_logits=args.needs_teacher_logits, **sharing)
             if teacher_scores is None:
                 scores = sequence_scores(teacher.per_token_logps, completion_mask, score=args.score)
                 teacher_scores = to_groups(scores, group_mask)
+        ranking = {"temperature": args.ranking_temperature, "min_gap": args.min_gap}
+        softening = {"temperature": args.soft_label_temperature}
+
+        # Equations 1 to 3 at the level of tokens: one value a completion token, of which these are `rows`
+        def token_losses(logits, rows):
+            if self.teacher_model is None:  # its most likely tokens are cached
+                cached = inputs["teacher_top_ids"][rows].long(), inputs["teacher_top_logps"][rows]
+                return {"soft": topk_soft_label_loss(logits, *cached, **softening)}
+            student_logits, losses = logits[:, : self.vocab_size], {}
+            teacher_logits = teacher.logits[rows, : self.vocab_size].to(logits.device)
+            if args.relative_level == "tokens":
+                top = {"top_k": args.relative_top_k}
+                losses["relative"] = token_relative_loss(student_logits, teacher_logits, **top, **ranking)
+            if args.soft_label == "token":
+                losses["soft"] = token_soft_label_loss(student_logits, teacher_logits, **softening)
+            return losses
+
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        student = score_completions(model, inputs, **how, **router)
+        needed = token_losses if args.needs_teacher_logits else None
+        student = score_completions(model, inputs, token_losses=needed, **sharing, **router)
         scores = sequence_scores(student.per_token_logps, completion_mask, score=args.score)
         student_scores = to_groups(scores, group_mask)
-        if args.needs_teacher_logits and self.teacher_model is not None:
-            student_logits = student.logits[:, : self.vocab_size]
-            teacher_logits = teacher.logits[:, : self.vocab_size].to(student_logits.device)
 
-        # Equations 1 and 2: one value a group, or a token
-        ranking = {"temperature": args.ranking_temperature, "min_gap": args.min_gap}
+        # At the level of completions: one value a group
+        losses = student.token_losses
         if args.relative_level == "completions":
-            relative = group_relative_loss(student_scores, teacher_scores, mask=group_mask, **ranking)
-        else:
-            relative = token_relative_loss(student_logits, teacher_logits, top_k=args.relative_top_k, **ranking)
-
-        # Equation 3: one value a token, or a group
-        softening = {"temperature": args.soft_label_temperature}
-        if args.soft_label == "token" and self.teacher_model is None:  # the teacher's most likely tokens are cached
-            cached = inputs["teacher_top_ids"].long(), inputs["teacher_top_logps"]
-            soft = topk_soft_label_loss(student.logits, *cached, **softening)
-        elif args.soft_label == "token":
-            soft = token_soft_label_loss(student_logits, teacher_logits, **softening)
-        elif args.soft_label == "group":
-            soft = group_soft_label_loss(student_scores, teacher_scores, mask=group_mask, **softening)
-        else:
-            soft = student_scores.new_zeros(0)
+            losses["relative"] = group_relative_loss(student_scores, teacher_scores, mask=group_mask, **ranking)
+        if args.soft_label == "group":
+            losses["soft"] = group_soft_label_loss(student_scores, teacher_scores, mask=group_mask, **softening)
+        relative, soft = losses["relative"], losses.get("soft", student_scores.new_zeros(0))
 
         # Equation 4: sums over the micro-batch, divided by the counts of the whole optimizer step
         num_groups, num_tokens = training.step_counts(self, inputs, num_items_in_batch)

@@ -47,6 +47,9 @@ class KDConfig(SFTConfig):
             Where the teacher's parameters lie on several processes, as in [`GRKDConfig`].
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the student.
+        prompt_sharing (`str`, *optional*, defaults to `"auto"`):
+            Whether a prompt is read once for all its completions, and padding never: `"auto"` where it pays, `"on"`, or
+            `"off"`; see [`~scoring.score_completions`]. It changes the time, not the loss.
 
     > [!NOTE]
     > `learning_rate` defaults to `1e-6`, as in [`~trl.DPOConfig`]. Fields of [`~trl.SFTConfig`] that would train on
@@ -67,6 +70,11 @@ class KDConfig(SFTConfig):
         choices=["auto", "replicated", "sharded"],
     )
     disable_dropout: bool = option(True, "Whether to disable dropout in the student.")
+    prompt_sharing: str = option(
+        "auto",
+        "Whether a prompt is read once for all its completions: 'auto' (where it pays), 'on' or 'off'.",
+        choices=["auto", "on", "off"],
+    )
 
     def __post_init__(self):
         check_choices(self, KDConfig)
@@ -206,15 +214,20 @@ class KDTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, group_mask, completion_mask = self.args, inputs["group_mask"], inputs["completion_mask"]
+        sharing = {"prompt_sharing": args.prompt_sharing}
         with training.teaching(self, model) as teacher_model:
-            teacher = score_completions(teacher_model, inputs, return_logits=True)
-        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        student = score_completions(model, inputs, return_logits=True, **router)
+            teacher = score_completions(teacher_model, inputs, return_logits=True, **sharing)
 
         # Soft labels over the whole vocabulary, and hard ones: one value a token each
-        student_logits = student.logits[:, : self.vocab_size]
-        teacher_logits = teacher.logits[:, : self.vocab_size].to(student_logits.device)
-        soft = args.temperature**2 * forward_kl(student_logits, teacher_logits, temperature=args.temperature)
+        def token_losses(logits, rows):
+            student_logits = logits[:, : self.vocab_size]
+            teacher_logits = teacher.logits[rows, : self.vocab_size].to(logits.device)
+            kl = forward_kl(student_logits, teacher_logits, temperature=args.temperature)
+            return {"soft": args.temperature**2 * kl}
+
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        student = score_completions(model, inputs, token_losses=token_losses, **sharing, **router)
+        soft = student.token_losses["soft"]
         mask = predicted_mask(completion_mask)
         hard = -student.per_token_logps[mask.to(student.per_token_logps.device)]
 

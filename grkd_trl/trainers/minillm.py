@@ -257,15 +257,15 @@ class MiniLLMTrainer(SFTTrainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        args = self.args
+        args, sharing = self.args, {"prompt_sharing": self.args.prompt_sharing}
         if "completion_mask" not in inputs:  # evaluation: the student writes alone
             inputs = self._sample(model, inputs, teacher_share=0.0)
         num_prompts = len(inputs["group_mask"])  # rows of text follow
         rollout = {name: inputs[name][:num_prompts] for name in ("input_ids", "attention_mask", "completion_mask")}
         with training.teaching(self, model) as teacher_model:
-            teacher = score_completions(teacher_model, rollout, return_logits=True)
+            teacher = score_completions(teacher_model, rollout, return_logits=True, **sharing)
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        student = score_completions(model, inputs, return_logits=True, **router)
+        student = score_completions(model, inputs, return_logits=True, **sharing, **router)
 
         mask = predicted_mask(rollout["completion_mask"])
         tokens = rollout["input_ids"][:, 1:][mask].unsqueeze(-1)

@@ -40,6 +40,9 @@ class MiniLLMConfig(SFTConfig):
             Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the student.
+        prompt_sharing (`str`, *optional*, defaults to `"auto"`):
+            Whether a prompt is read once for all its completions, and padding never: `"auto"` where it pays, `"on"`, or
+            `"off"`; see [`~scoring.score_completions`]. It changes the time, not the loss.
 
     > [!NOTE]
     > `learning_rate` defaults to `1e-6`, as in [`~trl.DPOConfig`]. Fields of [`~trl.SFTConfig`] that would train on
@@ -68,6 +71,11 @@ class MiniLLMConfig(SFTConfig):
         None, "Keyword arguments for `from_pretrained` of the teacher, when it is an id or a path."
     )
     disable_dropout: bool = option(True, "Whether to disable dropout in the student.")
+    prompt_sharing: str = option(
+        "auto",
+        "Whether a prompt is read once for all its completions: 'auto' (where it pays), 'on' or 'off'.",
+        choices=["auto", "on", "off"],
+    )
 
     def __post_init__(self):
         check_completion_fields(self)

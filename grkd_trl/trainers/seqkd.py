@@ -48,6 +48,9 @@ class SeqKDConfig(SFTConfig):
             Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the student.
+        prompt_sharing (`str`, *optional*, defaults to `"auto"`):
+            Whether a prompt is read once for all its completions, and padding never: `"auto"` where it pays, `"on"`, or
+            `"off"`; see [`~scoring.score_completions`]. It changes the time, not the loss.
 
     > [!NOTE]
     > `learning_rate` defaults to `1e-6`, as in [`~trl.DPOConfig`]. Fields of [`~trl.SFTConfig`] that would train on
@@ -70,6 +73,11 @@ class SeqKDConfig(SFTConfig):
         None, "Keyword arguments for `from_pretrained` of the teacher, when it is an id or a path."
     )
     disable_dropout: bool = option(True, "Whether to disable dropout in the student.")
+    prompt_sharing: str = option(
+        "auto",
+        "Whether a prompt is read once for all its completions: 'auto' (where it pays), 'on' or 'off'.",
+        choices=["auto", "on", "off"],
+    )
 
     def __post_init__(self):
         check_completion_fields(self)
@@ -204,7 +212,7 @@ class SeqKDTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         group_mask, completion_mask = inputs["group_mask"], inputs["completion_mask"]
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        student = score_completions(model, inputs, **router)
+        student = score_completions(model, inputs, prompt_sharing=self.args.prompt_sharing, **router)
 
         # The teacher's text as the label: one value a token
         mask = predicted_mask(completion_mask)

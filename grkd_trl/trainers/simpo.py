@@ -46,6 +46,9 @@ class SimPOConfig(SFTConfig):
             Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the student.
+        prompt_sharing (`str`, *optional*, defaults to `"auto"`):
+            Whether a prompt is read once for all its completions, and padding never: `"auto"` where it pays, `"on"`, or
+            `"off"`; see [`~scoring.score_completions`]. It changes the time, not the loss.
 
     > [!NOTE]
     > `learning_rate` defaults to `1e-6`, as in [`~trl.DPOConfig`]. Fields of [`~trl.SFTConfig`] that would train on
@@ -66,6 +69,11 @@ class SimPOConfig(SFTConfig):
         None, "Keyword arguments for `from_pretrained` of the teacher, when it is an id or a path."
     )
     disable_dropout: bool = option(True, "Whether to disable dropout in the student.")
+    prompt_sharing: str = option(
+        "auto",
+        "Whether a prompt is read once for all its completions: 'auto' (where it pays), 'on' or 'off'.",
+        choices=["auto", "on", "off"],
+    )
 
     def __post_init__(self):
         check_completion_fields(self)
@@ -200,7 +208,7 @@ class SimPOTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, group_mask, teacher_scores = self.args, inputs["group_mask"], inputs["teacher_scores"]
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        student = score_completions(model, inputs, **router)
+        student = score_completions(model, inputs, prompt_sharing=args.prompt_sharing, **router)
         scores = sequence_scores(student.per_token_logps, inputs["completion_mask"], score="mean")
         student_scores = to_groups(scores, group_mask)
 

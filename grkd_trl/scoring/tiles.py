@@ -1,0 +1,177 @@
+"""The head of a model on some tokens at a time, so that the logits of a batch never exist at once.
+
+Values of single tokens are computed tile by tile, and once more in backward, where a tile's logits are needed again.
+TRL's fused head does so for log-probabilities; soft labels and ranked tokens need the logits of two models side by side,
+so here any function of logits is put in its place.
+"""
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
+
+
+# Logits of a tile. A batch with no more is one tile, and then nothing is computed twice.
+LOGITS_PER_TILE = 2**25
+
+_unsuited = WeakKeyDictionary()  # models that do with their logits what is not known here
+
+
+def core_model(model: torch.nn.Module) -> torch.nn.Module:
+    """
+    A causal language model without what wraps it.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model, as it is or wrapped by accelerate (DDP, DeepSpeed, FSDP) or PEFT.
+
+    Returns:
+        `torch.nn.Module`: The model itself.
+    """
+    model = extract_model_from_parallel(model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _to_logits(config: PretrainedConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What architectures do with what their head puts out: scale, then cap softly."""
+    names = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse Glimmer, Falcon-H1
+    scales = [scale for scale in (getattr(config, name, None) for name in names) if scale is not None]
+    if getattr(config, "logits_scaling", None) is not None:  # HyperCLOVA X multiplies by it, Granite divides
+        scales.append(config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def to_logits(outputs: torch.Tensor) -> torch.Tensor:
+        for scale in scales:
+            outputs = outputs * scale
+        return outputs if cap is None else torch.tanh(outputs / cap) * cap
+
+    return to_logits
+
+
+class TiledLogits:
+    """
+    Logits of M tokens that are computed when they are asked for: `logits[rows]` and `logits[rows, columns]` are those
+    of a tensor. Made inside a model's forward, whose precision and gradient mode it keeps.
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model, as it is or wrapped.
+        hidden_states (`torch.Tensor` of shape `(M, H)`):
+            What the model hands its head.
+    """
+
+    def __init__(self, model: torch.nn.Module, hidden_states: torch.Tensor):
+        core = core_model(model)
+        device_type = hidden_states.device.type
+        self.hidden_states = hidden_states
+        self.shape = (len(hidden_states), core.config.get_text_config().vocab_size)
+        self._head, self._to_logits = core.get_output_embeddings(), _to_logits(core.config.get_text_config())
+        self._autocast = {"enabled": torch.is_autocast_enabled(device_type), "device_type": device_type}
+        self._autocast["dtype"] = torch.get_autocast_dtype(device_type)
+        self._with_gradient = torch.is_grad_enabled()
+
+    def of(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(m, H)`):
+                Some of the hidden states.
+
+        Returns:
+            `torch.Tensor` of shape `(m, V)`: Their logits.
+        """
+        with torch.set_grad_enabled(self._with_gradient and torch.is_grad_enabled()), torch.autocast(**self._autocast):
+            return self._to_logits(self._head(hidden_states))
+
+    def __getitem__(self, key) -> torch.Tensor:
+        rows, *columns = key if isinstance(key, tuple) else (key,)
+        logits = self.of(self.hidden_states[rows])
+        return logits[(slice(None), *columns)] if columns else logits
+
+
+def needs_tiles(model: torch.nn.Module, num_tokens: int) -> bool:
+    """
+    Whether logits of so many tokens are too many at once, and the head can be called by itself: not where its weight
+    is sharded (FSDP, ZeRO-3), nor where an adapter of it is switched off for a while.
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model, as it is or wrapped.
+        num_tokens (`int`):
+            Number of tokens.
+
+    Returns:
+        `bool`: `True` to compute them in tiles.
+    """
+    core = core_model(model)
+    head = core.get_output_embeddings()
+    sharded = any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in head.parameters())
+    switched_off = isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper) and head.disable_adapters
+    too_many = num_tokens * core.config.get_text_config().vocab_size > LOGITS_PER_TILE
+    return too_many and core not in _unsuited and not sharded and not switched_off
+
+
+def are_its_own(model: torch.nn.Module, logits: TiledLogits, first: torch.Tensor) -> bool:
+    """
+    Whether tiles are what the model's own forward makes of its hidden states. If not, the model is marked.
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model.
+        logits ([`TiledLogits`]):
+            Logits of its forward.
+        first (`torch.Tensor` of shape `(1, V)`):
+            The first of them, by that forward.
+
+    Returns:
+        `bool`: `False` if it does more with them than is known here.
+
+    Raises:
+        `ValueError`: If it does, and there are other processes, which another forward here alone would hang.
+    """
+    with torch.no_grad():
+        own = logits[:1].to(first.dtype)
+    if not torch.allclose(own, first, rtol=0.01, atol=0.01 * first.abs().max().item()):
+        _unsuited[core_model(model)] = True
+        if PartialState().num_processes > 1:
+            raise ValueError(
+                f"`{type(core_model(model)).__name__}` changes its logits in a way that is not known here, so they are "
+                f"computed at once. Lower the batch size until it has at most {LOGITS_PER_TILE:,} of them."
+            )
+    return core_model(model) not in _unsuited
+
+
+def over_tiles(
+    function: Callable[[torch.Tensor, slice], dict[str, torch.Tensor]], logits: torch.Tensor | TiledLogits
+) -> dict[str, torch.Tensor]:
+    """
+    Values of single tokens from their logits.
+
+    Args:
+        function (`Callable`):
+            Takes logits `(m, V)` and the slice of the M tokens that they are of; returns tensors of shape `(m,)`.
+        logits (`torch.Tensor` of shape `(M, V)` or [`TiledLogits`]):
+            Logits. Those of a tensor are one tile.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The function's values for all M tokens, each `(M,)`.
+    """
+    num_tokens, vocab_size = logits.shape
+    if isinstance(logits, torch.Tensor):
+        return function(logits, slice(0, num_tokens))
+    num_rows = max(LOGITS_PER_TILE // vocab_size, 1)
+    tiles = []
+    for number, hidden_states in enumerate(logits.hidden_states.split(num_rows)):
+        rows = slice(number * num_rows, number * num_rows + len(hidden_states))
+        tile = checkpoint(
+            lambda states, rows: function(logits.of(states), rows), hidden_states, rows, use_reentrant=False
+        )
+        tiles.append(tile)
+    return {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
