@@ -17,7 +17,7 @@ from interrupted import config, make_prompts, make_teacher
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model, tiny_tokenizer
 
 from grkd_trl import GRKDConfig, GRKDTrainer
-from grkd_trl.groups import GroupsConfig, generate_groups, preview
+from grkd_trl.groups import GroupsConfig, generate_groups, preview, unit_seed
 from grkd_trl.groups.select import drop_repeats, select_diverse
 from grkd_trl.teacher import CallableScorer, LocalTeacher
 
@@ -209,6 +209,13 @@ class TestSelection:
 
     def test_few_are_all_kept(self):
         assert select_diverse(["a", "b"], 3) == [0, 1]
+
+
+def test_every_unit_writer_and_seed_draws_otherwise():
+    seeds = {
+        unit_seed(seed, unit, writer) for seed in (0, 1) for unit in range(9) for writer in ("student", "teacher")
+    }
+    assert len(seeds) == 36 and all(0 <= seed < 2**32 for seed in seeds)
 
 
 class TestGoingOn:

@@ -229,11 +229,14 @@ class TestSchedule:
         assert trainer.state.global_step == len(seen) == 2 * 2 * 24 // 4
 
     def test_resumed_is_uninterrupted(self, tmp_path):
-        whole = make_trainer(tmp_path / "whole", max_steps=8, save_strategy="steps", save_steps=2, reuse_groups=2)
+        """Epochs of four steps; the second checkpoint lies within an epoch that is not the first."""
+        schedule = {"max_steps": 8, "reuse_groups": 2, "dataset": make_prompts(8)}
+        whole = make_trainer(tmp_path / "whole", save_strategy="steps", save_steps=2, **schedule)
         expected = record_groups(whole)
         whole.train()
-        for step in (4, 6):  # the second lies in the second epoch
-            resumed = make_trainer(tmp_path / "resumed", max_steps=8, reuse_groups=2, dataset=make_prompts(24))
+        assert [len({str(step) for step in expected[i : i + 4]}) for i in (0, 4)] == [2, 2]
+        for step in (4, 6):
+            resumed = make_trainer(tmp_path / "resumed", **schedule)
             seen = record_groups(resumed)
             resumed.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{step}"))
             assert seen == expected[step:]
