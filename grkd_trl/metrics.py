@@ -1,9 +1,36 @@
 """What is logged: means that do not depend on how a batch was split, and rank statistics."""
 
+import sys
+
 import torch
 from accelerate import Accelerator
 
 from .losses import ranked_pairs
+
+
+def peak_memory(accelerator: Accelerator) -> dict[str, float]:
+    """
+    The most memory that a process has held so far: allocated on its GPU, or resident where it runs on the CPU. Every
+    process must call this.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Joins the processes.
+
+    Returns:
+        `dict[str, float]`: `memory/peak_gib`, GiB of the process with the most; empty where it is not known.
+    """
+    if accelerator.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(accelerator.device)
+    elif accelerator.device.type == "cpu" and sys.platform != "win32":
+        import resource  # not on Windows
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    else:
+        return {}
+    peaks = accelerator.gather(torch.tensor([peak / 2**30], device=accelerator.device))
+    return {"memory/peak_gib": peaks.max().item()}
 
 
 class RunningMeans:

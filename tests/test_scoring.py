@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from grkd_trl.metrics import RunningMeans, add_length_metrics, add_rank_metrics
+from grkd_trl.metrics import RunningMeans, add_length_metrics, add_rank_metrics, peak_memory
 from grkd_trl.scoring import predicted_mask, score_completions, sequence_scores, to_groups
 
 
@@ -492,3 +492,9 @@ class TestRankMetrics:
                 "completions/clipped_ratio": 1 / 5,
             }
         )
+
+
+def test_peak_memory_sees_an_allocation(accelerator):
+    before = peak_memory(accelerator)["memory/peak_gib"]
+    torch.ones(2**28 + int(before * 2**28)).sum()  # 1 GiB above the peak, of float32
+    assert peak_memory(accelerator)["memory/peak_gib"] > before + 0.5

@@ -163,6 +163,7 @@ class TestTrainer:
         "function, taken",
         [
             ("get_batch_samples", "self epoch_iterator num_batches device"),
+            ("_get_train_sampler", "self train_dataset"),
             ("evaluation_loop", "self dataloader description prediction_loss_only ignore_keys metric_key_prefix"),
             ("prediction_step", "self model inputs prediction_loss_only ignore_keys"),
             ("log", "self logs start_time"),

@@ -245,7 +245,7 @@ def tokenize_group(
 
     Returns:
         `dict[str, Any]`: `prompt_ids` (`list[int]`), `completion_ids` (`list[list[int]]`), `clipped` (`list[bool]`),
-        `length` (`int`), the tokens of the group padded to its longest row, for samplers that weigh rows, and, where
+        `length` and `num_completions` (`int`), tokens of the longest row and number of rows, for samplers, and, where
         there are any, `teacher_scores` (`list[float]`).
 
     Raises:
@@ -270,8 +270,8 @@ def tokenize_group(
             f"`teacher_top_ids` of row {index} belong to other tokens than its completions have now: they were cached "
             "with another tokenizer or other completions. Cache them again (`grkd_trl.teacher.cache_soft_labels`)."
         )
-    length = len(completion_ids) * (len(prompt_ids) + max(map(len, completion_ids)))
-    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "length": length, **group}
+    size = {"length": len(prompt_ids) + max(map(len, completion_ids)), "num_completions": len(completion_ids)}
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, **size, **group}
 
 
 def prepare_groups(

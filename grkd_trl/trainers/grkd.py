@@ -171,6 +171,7 @@ class GRKDTrainer(SFTTrainer):
             self.data_collator = self.online.collate
 
     _set_signature_columns_if_needed = training.set_signature_columns
+    _get_train_sampler = training.balanced_sampler
     prediction_step = training.prediction_step
     evaluation_loop = training.evaluation_loop
     log = training.log

@@ -186,6 +186,7 @@ class SimPOTrainer(SFTTrainer):
         return pair_groups(dataset, pairs=args.pairs, num_proc=args.dataset_num_proc, name=dataset_name)
 
     _set_signature_columns_if_needed = training.set_signature_columns
+    _get_train_sampler = training.balanced_sampler
     get_batch_samples = training.count_batch_samples
     prediction_step = training.prediction_step
     evaluation_loop = training.evaluation_loop

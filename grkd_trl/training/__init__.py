@@ -9,6 +9,7 @@ from .methods import (
     prepare_dataset,
     set_signature_columns,
 )
+from .sampler import BalancedSampler, balanced_sampler
 from .setup import (
     check_teacher,
     resolve_args,
@@ -26,8 +27,10 @@ from .step import (
 
 
 __all__ = [
+    "BalancedSampler",
     "add_group_metrics",
     "add_router_loss",
+    "balanced_sampler",
     "check_teacher",
     "count_batch_samples",
     "create_model_card",

@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..configs import add_objective
 from ..groups import count_items, prepare_groups
+from ..metrics import peak_memory
 from .step import without_repeats
 
 
@@ -108,9 +109,9 @@ def evaluation_loop(
 
 
 def log(self: SFTTrainer, logs: dict[str, float], start_time: float | None = None) -> None:
-    """For `log`: the means of training since the last log join it."""
-    if self.model.training:
-        logs.update(self.running_means["train"].read(self.accelerator))
+    """For `log`: the means of training since the last log join it, and the peak of memory."""
+    if self.model.training and (means := self.running_means["train"].read(self.accelerator)):
+        logs.update(means | peak_memory(self.accelerator))
     SFTTrainer.log(self, logs, start_time)
 
 
