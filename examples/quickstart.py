@@ -4,8 +4,8 @@ From nothing to a better student, without hub, GPU or account, in a few minutes 
     python examples/quickstart.py
 
 SCAN (https://huggingface.co/papers/1711.00350) asks for the actions of a command: "jump twice" is "I_JUMP I_JUMP". A
-teacher learns it from all training commands, a smaller student from 800. For other commands the teacher writes one
-completion and the student three, the teacher scores them, and the student is trained on these groups with GRKD. For
+teacher learns it from 4000 commands, a student from 800 of them. For other commands the teacher writes one completion
+and the student three, the teacher scores them, and the student is trained on these groups with GRKD. For
 comparison, a copy of it is fine-tuned on the teacher's completions of the same commands, for as many steps.
 
 With your own groups, a .jsonl file of rows like {"prompt": "...", "completions": ["...", "..."]}, and your own models:
@@ -26,6 +26,8 @@ from pathlib import Path
 import torch
 from datasets import Dataset, load_dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -47,7 +49,7 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecat
 
 PROMPT = "IN: {} OUT: "
 MAX_NEW_TOKENS = 49  # SCAN's longest actions, and EOS
-STUDENT_ROWS = 800
+TEACHER_ROWS, STUDENT_ROWS = 4000, 800
 GROUPS_PER_STEP = 16
 LEARNING_RATE = 1e-3
 
@@ -63,8 +65,8 @@ class Size:
     num_curve: int
 
 
-FULL = Size(teacher_steps=1000, student_steps=500, steps=200, num_test=1000, num_curve=250)
-FAST = Size(teacher_steps=150, student_steps=100, steps=20, num_test=200, num_curve=50)
+FULL = Size(teacher_steps=1500, student_steps=500, steps=200, num_test=1000, num_curve=250)
+FAST = Size(teacher_steps=200, student_steps=150, steps=20, num_test=200, num_curve=50)
 
 
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -85,7 +87,6 @@ def new_llama(tokenizer: PreTrainedTokenizerFast, *, num_layers: int, width: int
             intermediate_size=3 * width,
             num_hidden_layers=num_layers,
             num_attention_heads=4,
-            initializer_range=width**-0.5,
             max_position_embeddings=128,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -94,9 +95,7 @@ def new_llama(tokenizer: PreTrainedTokenizerFast, *, num_layers: int, width: int
     )
 
 
-def training(
-    output_dir: Path, *, max_steps: int, learning_rate: float, batch_size: int, seed: int = 0, in_order: bool = False
-) -> dict:
+def training(output_dir: Path, *, max_steps: int, learning_rate: float, batch_size: int, seed: int = 0) -> dict:
     """What all runs share of their configuration. In bfloat16, models this small would not learn well."""
     return {
         "output_dir": str(output_dir),
@@ -105,7 +104,6 @@ def training(
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,  # as a share of the steps
         "per_device_train_batch_size": batch_size,
-        "train_sampling_strategy": "sequential" if in_order else "random",
         "bf16": False,
         "gradient_checkpointing": False,
         "logging_steps": max(max_steps // 20, 1),
@@ -123,15 +121,32 @@ def fine_tune(model: PreTrainedModel, tokenizer, rows: list[tuple[str, str]], *,
 
 
 def pretrain(
-    model: PreTrainedModel, tokenizer, rows: list[tuple[str, str]], *, batch_size: int, max_steps: int, **kwargs
+    model: PreTrainedModel, tokenizer, rows: list[tuple[str, str]], *, max_steps: int, batch_size: int, lr: float
 ) -> None:
-    """Train from scratch, in batches of similar length, which halves the padding; the batches are shuffled."""
-    rng, order = random.Random(0), []
-    while len(order) < max_steps * batch_size:
-        pool = sorted(rng.sample(rows, min(len(rows), 50 * batch_size)), key=lambda row: len(row[1]))
-        batches = [pool[start : start + batch_size] for start in range(0, len(pool) - batch_size + 1, batch_size)]
-        order += [row for batch in rng.sample(batches, len(batches)) for row in batch]
-    fine_tune(model, tokenizer, order, batch_size=batch_size, max_steps=max_steps, in_order=True, **kwargs)
+    """Train from scratch on pairs of prompt and completion: a plain loop, in batches of similar length."""
+    texts = [
+        (tokenizer(prompt).input_ids, tokenizer(completion + tokenizer.eos_token).input_ids)
+        for prompt, completion in rows
+    ]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max_steps, pct_start=0.1)
+    rng, batches = random.Random(0), []
+    bar = tqdm(range(max_steps))
+    for _ in bar:
+        if not batches:
+            pool = sorted(rng.sample(texts, min(len(texts), 50 * batch_size)), key=lambda text: len(text[1]))
+            batches = [pool[start : start + batch_size] for start in range(0, len(pool) - batch_size + 1, batch_size)]
+            rng.shuffle(batches)
+        batch = batches.pop()
+        input_ids = [torch.tensor(prompt + completion) for prompt, completion in batch]
+        labels = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in batch]
+        loss = model(input_ids=pad_sequence(input_ids, True), labels=pad_sequence(labels, True, -100)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
 def write_groups(teacher: PreTrainedModel, student: PreTrainedModel, tokenizer, prompts: list[str]) -> Dataset:
@@ -212,17 +227,15 @@ def scan(out: Path, size: Size, seed: int) -> None:
     held_out, curve_pairs = held_out[: size.num_test], held_out[size.num_test :]
     rows = [(PROMPT.format(command), actions) for command, actions in train]
     tokenizer = word_tokenizer([PROMPT.format(""), *(text for pair in scan_pairs() for text in pair)])
-    teacher = new_llama(tokenizer, num_layers=3, width=96)
+    teacher = new_llama(tokenizer, num_layers=2, width=64)
     student = new_llama(tokenizer, num_layers=2, width=64)
-    print(f"\n1/6 Training a teacher of {teacher.num_parameters():,} parameters on {len(rows)} commands")
-    run = {"max_steps": size.teacher_steps, "batch_size": 32, "learning_rate": 4e-3}
-    pretrain(teacher, tokenizer, rows, output_dir=out, **run)
+    print(f"\n1/6 Training a teacher of {teacher.num_parameters():,} parameters on {TEACHER_ROWS} commands")
+    pretrain(teacher, tokenizer, rows[:TEACHER_ROWS], max_steps=size.teacher_steps, batch_size=32, lr=3e-3)
     print(f"\n2/6 Training a student of {student.num_parameters():,} parameters on {STUDENT_ROWS} of them")
-    run = {"max_steps": size.student_steps, "batch_size": 64, "learning_rate": 3e-3}
-    pretrain(student, tokenizer, rows[:STUDENT_ROWS], output_dir=out, **run)
+    pretrain(student, tokenizer, rows[:STUDENT_ROWS], max_steps=size.student_steps, batch_size=64, lr=3e-3)
     right = {"teacher": test(teacher, tokenizer, held_out), "student before": test(student, tokenizer, held_out)}
 
-    prompts = [prompt for prompt, _ in rows[STUDENT_ROWS:][: size.steps * GROUPS_PER_STEP]]
+    prompts = [prompt for prompt, _ in rows[TEACHER_ROWS:][: size.steps * GROUPS_PER_STEP]]
     print(f"\n3/6 Writing and scoring groups of 4 completions for {len(prompts)} other commands")
     groups = write_groups(teacher, student, tokenizer, prompts)
     groups.to_json(out / "groups.jsonl")

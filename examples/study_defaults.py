@@ -88,14 +88,16 @@ class Task:
         return load_dataset("json", data_files=str(path), split="train")
 
 
-def trained(folder: Path, tokenizer, rows, *, num_layers: int, width: int, **kwargs) -> PreTrainedModel:
+def trained(
+    folder: Path, tokenizer, rows: list[tuple[str, str]], *, num_layers: int, width: int, **kwargs
+) -> PreTrainedModel:
     """A model trained from scratch, or loaded from where it was saved."""
     if not (folder / "config.json").exists():
         set_seed(0)
         model = new_llama(tokenizer, num_layers=num_layers, width=width)
-        pretrain(model, tokenizer, rows, output_dir=folder, **kwargs)
-        model.save_pretrained(folder)
+        pretrain(model, tokenizer, rows, **kwargs)
         tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -103,11 +105,11 @@ def scan_task(folder: Path) -> Task:
     train, held_out = scan_split(NUM_TEST + 250)  # as in the quickstart
     rows = [(PROMPT.format(command), actions) for command, actions in train]
     tokenizer = word_tokenizer([PROMPT.format(""), *(text for pair in scan_pairs() for text in pair)])
-    large, small = {"num_layers": 3, "width": 96, "batch_size": 32}, {"num_layers": 2, "width": 64, "batch_size": 64}
-    teacher = trained(folder / "scan-teacher", tokenizer, rows, max_steps=1000, learning_rate=4e-3, **large)
-    student = trained(folder / "scan-student", tokenizer, rows[:800], max_steps=500, learning_rate=3e-3, **small)
+    shape = {"num_layers": 2, "width": 64, "lr": 3e-3}
+    teacher = trained(folder / "scan-teacher", tokenizer, rows[:4000], **shape, batch_size=32, max_steps=1500)
+    student = trained(folder / "scan-student", tokenizer, rows[:800], **shape, batch_size=64, max_steps=500)
     tokenizer = AutoTokenizer.from_pretrained(folder / "scan-teacher")
-    prompts = [prompt for prompt, _ in rows[800:]]
+    prompts = [prompt for prompt, _ in rows[4000:]]
 
     def right(model: PreTrainedModel) -> list[bool]:
         return test(model, tokenizer, held_out[:NUM_TEST], progress=False)
@@ -122,9 +124,9 @@ def mawps_task(folder: Path, files: list[str]) -> Task:
     ask = lambda problem: f"{problem.question} = "  # noqa: E731
     rows = [(ask(problem), problem.equation) for problem in train]
     tokenizer = word_tokenizer(text for row in rows for text in row)  # other words of held-out questions are <unk>
-    large, small = {"num_layers": 3, "width": 96, "batch_size": 32}, {"num_layers": 2, "width": 48, "batch_size": 32}
-    teacher = trained(folder / "mawps-teacher", tokenizer, rows, max_steps=300, learning_rate=2e-3, **large)
-    student = trained(folder / "mawps-student", tokenizer, rows[:300], max_steps=150, learning_rate=2e-3, **small)
+    shared = {"lr": 2e-3, "batch_size": 32}
+    teacher = trained(folder / "mawps-teacher", tokenizer, rows, num_layers=3, width=96, max_steps=300, **shared)
+    student = trained(folder / "mawps-student", tokenizer, rows[:300], num_layers=2, width=48, max_steps=150, **shared)
 
     def right(model: PreTrainedModel) -> list[bool]:
         return solved(model, tokenizer, [ask(problem) for problem in held_out], held_out)

@@ -58,7 +58,7 @@ def assert_trained(before, after):
 def quickstart():
     module = example("quickstart")
     module.FAST = module.Size(teacher_steps=2, student_steps=2, steps=2, num_test=8, num_curve=4)
-    module.STUDENT_ROWS = 64
+    module.TEACHER_ROWS, module.STUDENT_ROWS = 100, 64
     module.scan_split = lambda num_test, seed: (scan_pairs()[num_test:200], scan_pairs()[:num_test])
     return module
 
