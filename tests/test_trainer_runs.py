@@ -180,6 +180,7 @@ METRICS = [
     "completions/best_length",
     "completions/worst_length",
     "completions/clipped_ratio",
+    "completions/padding_ratio",
 ]
 
 
@@ -230,8 +231,9 @@ class TestLog:
             {"prompt": "a ", "completions": ["b c d", "e", "f g"], "teacher_scores": [-3.0, -1.0, -2.0]},
             {"prompt": "a b ", "completions": ["c", "d e f g h"], "teacher_scores": [-3.0, -1.0]},
         ]
-        trainer, _ = train(tmp_path, rows, soft_label="none")
+        trainer, _ = train(tmp_path, rows, soft_label="none", per_device_train_batch_size=2)
         assert logged(trainer, "completions/best_length") == [(2 + 6) / 2]  # with EOS
+        assert logged(trainer, "completions/padding_ratio") == [1 - (5 + 3 + 4 + 4 + 8) / 40]
         assert logged(trainer, "completions/worst_length") == [(4 + 2) / 2]
 
 

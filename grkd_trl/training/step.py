@@ -157,3 +157,4 @@ def add_group_metrics(
     lengths = to_groups(predicted_mask(inputs["completion_mask"]).sum(-1), group_mask)
     add_rank_metrics(means, student_scores, teacher_scores, min_gap=min_gap, mask=group_mask)
     add_length_metrics(means, lengths, inputs["clipped"], teacher_scores, mask=group_mask)
+    means.add("completions/padding_ratio", inputs["attention_mask"] == 0)
