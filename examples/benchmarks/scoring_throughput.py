@@ -68,8 +68,9 @@ def main(args):
     if args.memory:
         teacher = make_teacher(args, 256_000, device)
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else peak_memory(device)
-        teacher.score(prompts[:1], completions[:1])
-        tokens = 4 * (args.prompt_length + args.completion_length + 1)
+        teacher.tokens_per_batch = 10**9
+        teacher.score(prompts, completions)
+        tokens = 4 * args.num_groups * (args.prompt_length + args.completion_length + 1)
         full = 4 * tokens * 256_000
         grown = peak_memory(device) - before
         print(

@@ -30,8 +30,8 @@ def main(args):
     for index, row in enumerate(dataset):
         batch = collator([tokenize_group(row, index, processing_class=tokenizer)])
         with torch.no_grad():
-            target = score_completions(teacher, batch, return_logits=True).logits.float()
-            logits = score_completions(student, batch, return_logits=True).logits.float()
+            target = score_completions(teacher, batch, return_logits=True).logits[:].float()
+            logits = score_completions(student, batch, return_logits=True).logits[:].float()
         vocab_size = min(target.shape[-1], logits.shape[-1])
         target, logits = target[:, :vocab_size], logits[:, :vocab_size].requires_grad_()
         logps = target.log_softmax(-1)
