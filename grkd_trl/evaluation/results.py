@@ -35,7 +35,7 @@ def append_result(path: str | Path, row: dict[str, Any]) -> None:
     |---|---|
     | `task`, `method`, `seed` | name the run, e.g. `"scan"`, `"grkd"`, 0 |
     | `settings` | all that the run was told: hyper-parameters, budget, models |
-    | `metrics` | name to number, the first one decides; `{}` where the run failed |
+    | `metrics` | name to number; the first one decides, and higher is better; `{}` where the run failed |
     | `per_item` | the first metric for each test item, in an order that all runs of the task share; its mean is the \
 metric. A list, or the path of a JSON list relative to the results file, or `None` where there are no items |
     | `seconds` | wall time of training |
