@@ -1,0 +1,113 @@
+"""What the benchmarks share: models and groups of given sizes, interleaved timing, and a JSON with the machine."""
+
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+# (prompt, chosen, rejected) of 256 rows of UltraFeedback, in tokens of four characters.
+ULTRAFEEDBACK = json.loads(Path(__file__).with_name("ultrafeedback_lengths.json").read_text())
+
+
+def make_model(vocab_size, hidden_size, num_layers, seed=0):
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=max(hidden_size // 32, 2),
+        pad_token_id=0,
+        eos_token_id=1,
+        max_position_embeddings=8192,
+    )
+    return LlamaForCausalLM(config).to(DEVICE, DTYPE)
+
+
+def make_tokenizer(vocab_size):
+    """A word is a token."""
+    vocab = {"<pad>": 0, "<eos>": 1} | {f"w{index}": index for index in range(2, vocab_size)}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<eos>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+
+
+def make_shapes(kind, num_prompts, group_size, seed=0):
+    """Lengths `(prompt, [completion, ...])`: "ultrafeedback", or "512/64" for prompts of 512 and completions of 64."""
+    if kind == "ultrafeedback":
+        rows = random.Random(seed).sample(ULTRAFEEDBACK, num_prompts)
+        return [(prompt, [both[i % 2] for i in range(group_size)]) for prompt, *both in rows]
+    prompt, completion = map(int, kind.split("/"))
+    return [(prompt, [completion] * group_size)] * num_prompts
+
+
+def make_groups(shapes, vocab_size, seed=0):
+    draw = random.Random(seed)
+    text = lambda num: " ".join(f"w{draw.randrange(2, vocab_size)}" for _ in range(num))  # noqa: E731
+    return [
+        {
+            "prompt": text(prompt) + " ",
+            "completions": [text(length) + " " for length in lengths],
+            "teacher_scores": [-float(index) for index in range(len(lengths))],
+        }
+        for prompt, lengths in shapes
+    ]
+
+
+def interleaved(functions, rounds):
+    """Seconds of each function, round by round, after one to warm up; the process's own where there is no GPU."""
+    clock = time.perf_counter if DEVICE == "cuda" else time.process_time
+    seconds = {name: [] for name in functions}
+    for round_ in range(rounds + 1):
+        for name, function in functions.items():
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            start = clock()
+            function()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            if round_ > 0:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def ratio(seconds, slow, fast):
+    """Of the medians, and the quartiles of the ratios of single rounds."""
+    quartiles = statistics.quantiles([a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)], n=4)
+    medians = statistics.median(seconds[slow]) / statistics.median(seconds[fast])
+    return {"ratio": round(medians, 3), "quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)]}
+
+
+def machine():
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": device,
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": [round(load, 1) for load in os.getloadavg()],
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "grkd_trl")},
+    }
+
+
+def report(name, rows, settings, output_dir):
+    """Print a line of JSON a row as it comes, and keep them in a file."""
+    result = {"benchmark": name, "settings": settings, "machine": machine(), "rows": []}
+    for row in rows:
+        print(json.dumps({"benchmark": name} | row), flush=True)
+        result["rows"].append(row)
+        if output_dir is not None:
+            path = Path(output_dir) / f"{name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=1) + "\n")
