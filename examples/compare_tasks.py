@@ -55,7 +55,7 @@ def _trained(folder: Path, tokenizer, rows, *, num_layers: int, width: int, **kw
     if not folder.exists():
         set_seed(0)
         model = new_llama(tokenizer, num_layers=num_layers, width=width)
-        pretrain(model, tokenizer, rows, output_dir=folder.with_suffix(".out"), **kwargs)
+        pretrain(model, tokenizer, rows, **kwargs)
         part = folder.with_suffix(".part")
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
@@ -89,10 +89,8 @@ def scan(settings: dict[str, Any], seed: int) -> Task:
     tokenizer = word_tokenizer([PROMPT.format(""), *(text for pair in scan_pairs() for text in pair)])
     steps = settings["pretraining_steps"]
     large, small = {"num_layers": 3, "width": 96, "batch_size": 32}, {"num_layers": 2, "width": 64, "batch_size": 64}
-    teacher = _trained(folder / "scan/teacher", tokenizer, rows, max_steps=steps, learning_rate=4e-3, **large)
-    student = _trained(
-        folder / "scan/student", tokenizer, rows[:800], max_steps=steps // 2, learning_rate=3e-3, **small
-    )
+    teacher = _trained(folder / "scan/teacher", tokenizer, rows, max_steps=steps, lr=4e-3, **large)
+    student = _trained(folder / "scan/student", tokenizer, rows[:800], max_steps=steps // 2, lr=3e-3, **small)
     prompts = [prompt for prompt, _ in rows[800:]]
     groups = _groups(folder / f"scan/groups-{seed}.jsonl", student, teacher, prompts, settings["num_prompts"], seed)
 
@@ -122,12 +120,8 @@ def math_word(settings: dict[str, Any], seed: int) -> Task:
     tokenizer = word_tokenizer(text for row in rows for text in row)  # other words of held-out questions are <unk>
     steps = settings["pretraining_steps"]
     large, small = {"num_layers": 3, "width": 96, "batch_size": 32}, {"num_layers": 2, "width": 48, "batch_size": 32}
-    teacher = _trained(
-        folder / "math_word/teacher", tokenizer, rows, max_steps=steps // 3, learning_rate=2e-3, **large
-    )
-    student = _trained(
-        folder / "math_word/student", tokenizer, rows[:300], max_steps=steps // 6, learning_rate=2e-3, **small
-    )
+    teacher = _trained(folder / "math_word/teacher", tokenizer, rows, max_steps=steps // 3, lr=2e-3, **large)
+    student = _trained(folder / "math_word/student", tokenizer, rows[:300], max_steps=steps // 6, lr=2e-3, **small)
     prompts = [prompt for prompt, _ in rows]
     groups = _groups(
         folder / f"math_word/groups-{seed}.jsonl", student, teacher, prompts, settings["num_prompts"], seed
