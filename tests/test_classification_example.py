@@ -171,3 +171,14 @@ def test_the_study_goes_on_where_it_stopped(study, tmp_path, monkeypatch, capsys
     report = (tmp_path / "out/report.md").read_text()
     mean = 100 * np.mean([row["metrics"]["accuracy"] for row in rows if row["method"] == "dist"])
     assert f"| dist | {mean:.1f} [" in report and "| grkd |  |" in report
+
+
+def test_the_report_is_that_of_the_results(study, tmp_path):
+    published = EXAMPLES / "results/classification"
+    for name in ("results.jsonl", "tuning.jsonl"):
+        (tmp_path / name).write_bytes((published / name).read_bytes())
+    study.write_report(tmp_path)
+    assert (tmp_path / "report.md").read_text() == (published / "report.md").read_text()
+    tuning = [json.loads(line) for line in (published / "tuning.jsonl").read_text().splitlines()]
+    for method, trials in study.TRIALS.items():
+        assert [row["settings"] for row in tuning if row["method"].split()[0] == method] == trials
