@@ -59,37 +59,45 @@ def run(name, models, folder, max_steps):
     fields |= {"teacher_sharding": "replicated"} if "replicated" in flags else {}
     if "scored" in flags:
         fields["soft_label"] = "group"
-    args = getattr(grkd_trl, f"{method}Config")(
-        str(folder),
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        gradient_checkpointing="checkpointing" in flags,
-        per_device_train_batch_size=GLOBAL_BATCH // world,
-        per_device_eval_batch_size=2,
-        max_steps=max_steps,
-        learning_rate=1e-3,
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-        **fields,
-    )
-    if args.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # accelerate 1.15 runs DDP, in silence, where the processes are on CPU; this makes it do what it does on GPUs.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     logs = Logs()
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-    trainer = getattr(grkd_trl, f"{method}Trainer")(
-        model=str(models / "student"),
-        teacher_model=str(models / ("student" if "base" in flags else "teacher")),
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(rows[:7]),
-        processing_class=AutoTokenizer.from_pretrained(models / "student"),
-        callbacks=[logs],
-        peft_config=lora if "lora" in flags else None,
-    )
+
+    def make_trainer():
+        args = getattr(grkd_trl, f"{method}Config")(
+            str(folder),
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            gradient_checkpointing="checkpointing" in flags,
+            per_device_train_batch_size=GLOBAL_BATCH // world,
+            per_device_eval_batch_size=2,
+            max_steps=max_steps,
+            learning_rate=1e-3,
+            logging_steps=1,
+            save_strategy="steps" if "resumed" in flags else "no",
+            save_steps=max_steps // 2,
+            disable_tqdm=True,
+            **fields,
+        )
+        if args.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            # accelerate 1.15 runs DDP, in silence, where the processes are on CPU; this makes it do what it does on GPUs.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return getattr(grkd_trl, f"{method}Trainer")(
+            model=str(models / "student"),
+            teacher_model=str(models / ("student" if "base" in flags else "teacher")),
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(rows[:7]),
+            processing_class=AutoTokenizer.from_pretrained(models / "student"),
+            callbacks=[logs],
+            peft_config=lora if "lora" in flags else None,
+        )
+
+    trainer = make_trainer()
     trainer.train()
+    if "resumed" in flags:  # as if it had been cut off in the middle
+        trainer, logs.logs = make_trainer(), []
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{max_steps // 2}"))
     trainer.evaluate()
     trainer.save_model(str(folder / "student"))
     teacher = getattr(trainer, "teacher_model", None)

@@ -19,6 +19,7 @@ LAUNCHES = ["ddp", "zero2", "zero3", "fsdp2"]
 # What is trained in every launch: a method, and what differs from its defaults.
 RUNS = ["GRKD", "GRKD+lora", "GRKD+lora+base", "GRKD+scored+uneven", "GRKD+sharded", "GRKD+replicated"]
 RUNS += ["SimPO+uneven", "PRO", "KD", "SeqKD", "DPO"]
+RESUMED = ["GRKD", "GRKD+lora"]
 OWN_TEACHER = ["GRKD", "GRKD+lora", "GRKD+sharded", "GRKD+replicated", "KD"]
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason='needs deepspeed: pip install -e ".[deepspeed]"'
@@ -34,6 +35,7 @@ def results(tmp_path_factory):
         tiny_model("llama", len(tokenizer), seed=seed, initializer_range=0.2).save_pretrained(root / "models" / name)
         tokenizer.save_pretrained(root / "models" / name)
     worker = [str(HERE / "distributed_worker.py"), "--models", str(root / "models"), "--runs", *RUNS]
+    worker += [f"{run}+resumed" for run in RESUMED]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
     done = {}
@@ -95,6 +97,21 @@ class TestEqualsOneProcess:
         logs = facts(results(launch), run)["logs"][:20]
         assert min(log["grad_norm"] for log in logs) > 1e-4
         assert "alpha" not in logs[0] or logs[-1]["alpha"] > logs[0]["alpha"]
+
+
+@pytest.mark.parametrize("run", RESUMED)
+class TestResumes:
+    def test_weights_are_those_of_the_uninterrupted_run(self, results, launch, run):
+        resumed, whole = (weights(results(launch), name) for name in (f"{run}+resumed", run))
+        assert resumed.keys() == whole.keys()
+        assert max((resumed[name].float() - whole[name].float()).abs().max().item() for name in whole) < 1e-6
+
+    def test_schedule_goes_on(self, results, launch, run):
+        resumed, whole = (facts(results(launch), name)["logs"] for name in (f"{run}+resumed", run))
+        assert len(resumed) == 12  # ten steps, the summary, the evaluation
+        for log, expected in zip(resumed[:10], whole[10:20], strict=True):
+            for name in ("alpha", "learning_rate", "loss", "epoch"):
+                assert log[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
 class TestStudent:
