@@ -123,6 +123,7 @@ class TestGroupsWithoutAPair:
 
 
 SPLITS = [(4, 1), (2, 2), (1, 4)]
+OF_THE_SPLIT = ["completions/padding_ratio", "memory/peak_gib"]  # what is no property of the groups
 
 
 class TestBatchSplit:
@@ -142,7 +143,7 @@ class TestBatchSplit:
         (first, first_gradients), *others = runs
         for trainer, gradients in others:
             for name in first.state.log_history[0]:
-                if name not in ("epoch", "step", "learning_rate"):
+                if name not in ("epoch", "step", "learning_rate", *OF_THE_SPLIT):
                     assert logged(trainer, name) == pytest.approx(logged(first, name), rel=1e-6, abs=1e-6), name
             for ours, theirs in zip(gradients, first_gradients, strict=True):
                 assert max(relative_error(ours[name], theirs[name]) for name in theirs) < 1e-6
