@@ -8,14 +8,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from trl import extract_prompt
 
 from .groups import bring_scores
-from .teacher import generate_completions, load_teacher, score_groups, tokenizer_of
+from .teacher import generate_completions, load_teacher, loading_whole, score_groups, tokenizer_of
 
 
 def _load(args, model, teacher_model, processing_class) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Teacher, on its device, and its tokenizer, for which the student's stands in where it has none."""
     if teacher_model is model and not isinstance(model, str):
         raise ValueError("`model` and `teacher_model` cannot be the same object: the teacher is frozen.")
-    teacher = load_teacher(teacher_model, args.teacher_model_init_kwargs)
+    with loading_whole(args):
+        teacher = load_teacher(teacher_model, args.teacher_model_init_kwargs)
     if not hasattr(teacher, "hf_device_map"):
         teacher.to(args.device)
     try:

@@ -9,8 +9,15 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.integrations import unset_hf_deepspeed_config
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainingArguments,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.utils import logging
 from trl.trainer import disable_dropout_in_model
 
@@ -92,25 +99,26 @@ def _is_zero3(accelerator: Accelerator) -> bool:
 
 
 @contextmanager
-def loading_whole(accelerator: Accelerator) -> Iterator[None]:
+def loading_whole(args: TrainingArguments) -> Iterator[None]:
     """
-    Load models whole on every process: under ZeRO-3 `from_pretrained` shards what it loads.
+    Load models whole on every process: under ZeRO-3 `from_pretrained` shards what it loads, and what is sharded cannot be
+    run before a DeepSpeed engine holds it.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]):
-            The student's accelerator.
+        args ([`~transformers.TrainingArguments`]):
+            Configuration of the run.
 
     Yields:
         `None`: Within, models are loaded whole.
     """
-    if not _is_zero3(accelerator):
+    if not is_deepspeed_zero3_enabled():
         yield
         return
     unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        accelerator.state.deepspeed_plugin.set_deepspeed_weakref()
+        args.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def _shard_layers(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:

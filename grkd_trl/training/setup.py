@@ -118,7 +118,7 @@ def set_up_teacher(trainer: SFTTrainer, teacher_model: str | PreTrainedModel | N
         trainer.teacher_model, trainer.vocab_size = student, student.config.get_text_config().vocab_size
         return
     accelerator = trainer.accelerator
-    with loading_whole(accelerator) if args.teacher_sharding == "replicated" else nullcontext():
+    with loading_whole(args) if args.teacher_sharding == "replicated" else nullcontext():
         teacher = load_teacher(teacher_model, args.teacher_model_init_kwargs)
     trainer.vocab_size = shared_vocabulary(student, teacher, trainer._tokenizer)
     trainer.teacher_model = prepare_teacher(teacher, accelerator, sharding=args.teacher_sharding)
