@@ -1,6 +1,7 @@
 """What is logged: means that do not depend on how a batch was split, and rank statistics."""
 
-import sys
+import re
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -20,13 +21,13 @@ def peak_memory(accelerator: Accelerator) -> dict[str, float]:
     Returns:
         `dict[str, float]`: `memory/peak_gib`, GiB of the process with the most; empty where it is not known.
     """
+    status = Path("/proc/self/status")
     if accelerator.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(accelerator.device)
-    elif accelerator.device.type == "cpu" and sys.platform != "win32":
-        import resource  # not on Windows
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    elif accelerator.device.type == "cpu" and status.exists():
+        # Not `ru_maxrss`, which on Linux is that of the parent where the parent was larger.
+        (kib,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+        peak = int(kib) * 1024
     else:
         return {}
     peaks = accelerator.gather(torch.tensor([peak / 2**30], device=accelerator.device))

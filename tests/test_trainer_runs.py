@@ -198,7 +198,7 @@ class TestLog:
 
     def test_has_no_other_names(self, trainer):
         own = {name for name in trainer.state.log_history[0] if name not in ("epoch", "step", "learning_rate")}
-        assert own == {*METRICS, "loss", "grad_norm"}
+        assert own == {*METRICS, "loss", "grad_norm", "memory/peak_gib"}
 
     def test_averages_over_the_window(self, trainer):
         """The weights stand still: windows are means over their groups and completions, loops over the rows tell."""
