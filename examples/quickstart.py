@@ -4,7 +4,7 @@ From nothing to a better student, without hub, GPU or account, in a few minutes 
     python examples/quickstart.py
 
 SCAN (https://huggingface.co/papers/1711.00350) asks for the actions of a command: "jump twice" is "I_JUMP I_JUMP". A
-teacher learns it from 4000 commands, a student from 800 of them. For other commands the teacher writes one completion
+teacher learns it from 16000 commands, a smaller student from 800 of them. For others the teacher writes one completion
 and the student three, the teacher scores them, and the student is trained on these groups with GRKD. For
 comparison, a copy of it is fine-tuned on the teacher's completions of the same commands, for as many steps.
 
@@ -49,7 +49,7 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecat
 
 PROMPT = "IN: {} OUT: "
 MAX_NEW_TOKENS = 49  # SCAN's longest actions, and EOS
-TEACHER_ROWS, STUDENT_ROWS = 4000, 800
+TEACHER_ROWS, STUDENT_ROWS = 16000, 800
 GROUPS_PER_STEP = 16
 LEARNING_RATE = 1e-3
 
@@ -227,15 +227,15 @@ def scan(out: Path, size: Size, seed: int) -> None:
     held_out, curve_pairs = held_out[: size.num_test], held_out[size.num_test :]
     rows = [(PROMPT.format(command), actions) for command, actions in train]
     tokenizer = word_tokenizer([PROMPT.format(""), *(text for pair in scan_pairs() for text in pair)])
-    teacher = new_llama(tokenizer, num_layers=2, width=64)
+    teacher = new_llama(tokenizer, num_layers=3, width=128)
     student = new_llama(tokenizer, num_layers=2, width=64)
     print(f"\n1/6 Training a teacher of {teacher.num_parameters():,} parameters on {TEACHER_ROWS} commands")
-    pretrain(teacher, tokenizer, rows[:TEACHER_ROWS], max_steps=size.teacher_steps, batch_size=32, lr=3e-3)
+    pretrain(teacher, tokenizer, rows[:TEACHER_ROWS], max_steps=size.teacher_steps, batch_size=64, lr=2e-3)
     print(f"\n2/6 Training a student of {student.num_parameters():,} parameters on {STUDENT_ROWS} of them")
     pretrain(student, tokenizer, rows[:STUDENT_ROWS], max_steps=size.student_steps, batch_size=64, lr=3e-3)
     right = {"teacher": test(teacher, tokenizer, held_out), "student before": test(student, tokenizer, held_out)}
 
-    prompts = [prompt for prompt, _ in rows[TEACHER_ROWS:][: size.steps * GROUPS_PER_STEP]]
+    prompts = [prompt for prompt, _ in rows[STUDENT_ROWS:][: size.steps * GROUPS_PER_STEP]]
     print(f"\n3/6 Writing and scoring groups of 4 completions for {len(prompts)} other commands")
     groups = write_groups(teacher, student, tokenizer, prompts)
     groups.to_json(out / "groups.jsonl")
