@@ -118,6 +118,7 @@ def main():
                 args=GRKDConfig(
                     output_dir=folder,
                     soft_label="none",
+                    prompt_sharing="off",  # the plain loop reads every row
                     bf16=False,
                     use_cpu=not torch.cuda.is_available(),
                     gradient_checkpointing=False,
