@@ -4,16 +4,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import tiny_model
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from grkd_trl.groups import DataCollatorForGroups
+from grkd_trl.scoring import packed_rows, score_completions
 from grkd_trl.scoring import rows as scoring_rows
-from grkd_trl.scoring import score_completions
-from grkd_trl.scoring.packed_rows import PackedRows, read_rows
+from grkd_trl.scoring.packed_rows import PackedRows, causal_pairs, read_rows
 
 
 VOCAB = 41
@@ -86,6 +88,11 @@ class TestExactness:
         assert_same(make_model(name), make_batch())
         # Prompts once; completions without the token that predicts nothing; no padding.
         assert lengths_read == [9 + 6 + 0 + 3 + 3 + 4 + 1 + 12 + 2 + 7 + 5 + 0]
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_in_several_calls(self, name, monkeypatch):
+        monkeypatch.setattr(packed_rows, "_QUERIES", 3)
+        assert_same(make_model(name), make_batch())
 
     @pytest.mark.parametrize("name", ["gemma2", "mistral"])
     def test_windows_are_at_work(self, name):
@@ -202,15 +209,56 @@ def _ddp_process(rank, store, folder):
     dist.destroy_process_group()
 
 
+class Work(TorchFunctionMode):
+    """What a forward computes: tokens through the layers, and query-key pairs of a layer's attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = self.pairs = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            query, key, *_ = args
+            assert query.shape[2] <= key.shape[2]
+            pairs = causal_pairs(key.shape[2]) if kwargs["is_causal"] else query.shape[2] * key.shape[2]
+            self.pairs += len(query) * pairs
+        elif function is F.embedding:
+            self.tokens += args[0].numel()
+        return function(*args, **(kwargs or {}))
+
+
 class TestChoice:
-    def test_auto_packs_where_it_saves_tokens(self, lengths_read):
-        model = make_model()
-        for shapes, packs in [([(20, [3, 3])], True), ([(2, [40, 40])], False), ([(2, [40, 4])], True)]:
+    @pytest.mark.parametrize("hidden_size", [32, 256])
+    def test_auto_takes_what_is_less_work(self, hidden_size, lengths_read, monkeypatch):
+        """As counted in the forwards themselves, tokens weighed by 6 H pairs."""
+        monkeypatch.setattr(packed_rows, "_QUERIES", 16)
+        model = make_model(hidden_size=hidden_size, num_hidden_layers=1, attn_implementation="sdpa")
+        lengths = [(20, 3), (2, 40), (8, 64), (64, 64), (1, 150), (30, 30)]
+        shapes = [[(prompt, [length] * size)] for prompt, length in lengths for size in (1, 2, 4)]
+        shapes += [[(2, [40, 4])], [(2, [40, 30])] * 2, [(5, [40]), (40, [5])], RAGGED]
+        chosen = []
+        for shape in shapes:
+            batch, works = make_batch(shape), {}
+            for sharing in ("on", "off"):
+                with Work() as counted, torch.no_grad():
+                    score_completions(model, batch, prompt_sharing=sharing)
+                works[sharing] = counted.tokens * 6 * hidden_size + counted.pairs
             lengths_read.clear()
-            score_completions(model, make_batch(shapes))
-            assert bool(lengths_read) == packs, shapes
-            score_completions(model, make_batch(shapes), prompt_sharing="off")
-            assert len(lengths_read) == packs
+            score_completions(model, batch)
+            chosen.append(bool(lengths_read))
+            assert chosen[-1] == (works["on"] <= 0.95 * works["off"]), (shape, works)
+        assert 3 < sum(chosen) < len(chosen) - 3
+
+    def test_long_tails_do_not_attend_to_what_is_masked(self):
+        batch = make_batch([(10, [2000, 2000])])
+        with Work() as counted, torch.no_grad():
+            score_completions(make_model(num_hidden_layers=1), batch, prompt_sharing="on")
+        seen = 10 * 11 / 2 + 2 * (1999 * 10 + 1999 * 2000 / 2)
+        assert counted.pairs < 1.15 * seen
+
+    def test_off_packs_nothing(self, lengths_read):
+        score_completions(make_model(), make_batch([(20, [3, 3])]), prompt_sharing="off")
+        assert not lengths_read
 
     def test_other_words_are_refused(self):
         with pytest.raises(ValueError, match="`prompt_sharing` must be 'auto', 'on' or 'off', got 'yes'"):

@@ -74,9 +74,45 @@ def read_rows(
     ]
 
 
+# Queries of a tail that attend in one call: the keys behind them, which no query of the call sees, are left out.
+_QUERIES = 256
+
+
+# Queries that attend in one call, without the keys that none of them sees.
+_QUERIES = 256
+
+
+def query_slices(length: int) -> list[slice]:
+    """
+    Cut a sequence for causal attention: queries `rows` see no key past `rows.stop`.
+
+    Args:
+        length (`int`):
+            Tokens of the sequence.
+
+    Returns:
+        `list[slice]`: Queries of each call.
+    """
+    return [slice(first, min(first + _QUERIES, length)) for first in range(0, length, _QUERIES)]
+
+
+def causal_pairs(length: int) -> int:
+    """
+    Query-key pairs that causal attention over a sequence computes, those that are masked included.
+
+    Args:
+        length (`int`):
+            Tokens of the sequence.
+
+    Returns:
+        `int`: Area of the steps that cover the triangle.
+    """
+    return sum((rows.stop - rows.start) * rows.stop for rows in query_slices(length))
+
+
 class Block:
     """
-    Groups that attend in one call: P prompts padded to length S, and R tails padded to length C.
+    Groups that attend together: P prompts padded to length S, and R tails padded to length C.
 
     Args:
         groups (`list[list[Row]]`):
@@ -96,9 +132,9 @@ class Block:
 
     @property
     def num_pairs(self) -> int:
-        """Query-key pairs, padding included: what attention costs."""
+        """Query-key pairs that attention computes, those of padding and those that are masked included."""
         (num_prompts, prompt), (num_rows, tail) = self.prompt_shape, self.tail_shape
-        return num_prompts * prompt**2 + num_rows * tail * (prompt + tail)
+        return num_prompts * causal_pairs(prompt) + num_rows * (tail * prompt + causal_pairs(tail))
 
     def to_rows(self, prompts: torch.Tensor) -> torch.Tensor:
         """
@@ -143,7 +179,7 @@ class Block:
         return self._masks[window]
 
 
-# What one more call of attention costs, and how much padding it may save. Measured on two CPU cores.
+# What one more call of attention costs, in pairs, and how much padding it may save. Measured on two CPU cores.
 _PAIRS_OF_A_CALL, _PADDING = 2**14, 1.1
 
 
@@ -177,6 +213,7 @@ class PackedRows:
         predicts (`torch.Tensor` of shape `(M,)`): Token of the sequence that predicts each completion token of the
             batch, row after row.
         blocks (`list[Block]`): What attends together.
+        num_pairs (`int`): Query-key pairs that their attention computes.
         windows (`list`): Sliding window of each layer that attended so far, in turn.
     """
 
@@ -203,6 +240,7 @@ class PackedRows:
         self.position_ids = torch.cat(positions).unsqueeze(0).to(device)
         self.predicts = torch.cat(predicts).to(device)
         self.blocks = _in_blocks(groups, device)
+        self.num_pairs = sum(block.num_pairs for block in self.blocks)
         self.windows = []
 
         def padded(first: int, length: int, to: int) -> torch.Tensor:

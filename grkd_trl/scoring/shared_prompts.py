@@ -16,7 +16,7 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from .packed_rows import PackedRows
+from .packed_rows import PackedRows, query_slices
 from .tiles import core_model
 
 
@@ -40,11 +40,19 @@ def _attention_of(implementation: str) -> Callable:
         if packed_rows is None:
             return own(module, query, key, value, attention_mask, **kwargs)
 
-        def attend(query, key, value, seen):
-            if seen is not None and implementation == "eager":
-                seen = torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, torch.finfo(query.dtype).min)
-            states = (states.transpose(1, 2) for states in (query, key, value))
-            return own(module, *states, seen, **kwargs)[0]
+        def attend(query, key, value, mask):
+            query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+            if mask is None:
+                return own(module, query, key, value, None, **kwargs)[0]
+            outputs, before = [], key.shape[2] - query.shape[2]
+            for rows in query_slices(query.shape[2]):
+                keys = slice(0, before + rows.stop)
+                seen = mask[:, :, rows, keys]
+                if implementation == "eager":
+                    seen = torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, torch.finfo(query.dtype).min)
+                states = query[:, :, rows], key[:, :, keys], value[:, :, keys]
+                outputs.append(own(module, *states, seen, **kwargs)[0])
+            return torch.cat(outputs, dim=1)
 
         window = kwargs.get("sliding_window")
         packed_rows.windows.append(window)
@@ -58,7 +66,7 @@ def _attention_of(implementation: str) -> Callable:
             of_tails = queries[1]
             if block.tail_shape[1] > 0:
                 keys, values = (torch.cat([block.to_rows(pair[0]), pair[1]], dim=1) for pair in (keys, values))
-                of_tails = attend(queries[1], keys, values, tail_mask)
+                of_tails = attend(of_tails, keys, values, tail_mask)
             outputs.append((of_prompts, of_tails))
         return packed_rows.join(outputs).unsqueeze(0), None
 
@@ -68,6 +76,18 @@ def _attention_of(implementation: str) -> Callable:
 for _implementation in _IMPLEMENTATIONS:
     AttentionInterface.register(_implementation + _SUFFIX, _attention_of(_implementation))
     AttentionMaskInterface.register(_implementation + _SUFFIX, AttentionMaskInterface()[_implementation])
+
+
+def implementation_of(model: torch.nn.Module) -> str:
+    """
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model, as it is or wrapped.
+
+    Returns:
+        `str`: Its own attention, be it wrapped for packed rows or not.
+    """
+    return core_model(model).config.get_text_config()._attn_implementation.removesuffix(_SUFFIX)
 
 
 def why_not_shared(model: torch.nn.Module) -> str | None:
@@ -87,7 +107,7 @@ def why_not_shared(model: torch.nn.Module) -> str | None:
     if not isinstance(core, PreTrainedModel) or not core._can_set_attn_implementation():
         return "it does not use the attention interface of transformers"
     config = core.config.get_text_config()
-    implementation = config._attn_implementation.removesuffix(_SUFFIX)
+    implementation = implementation_of(model)
     if implementation not in _IMPLEMENTATIONS:
         return f"its attention is {implementation!r}, and only 'sdpa' and 'eager' take a mask for each row"
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
