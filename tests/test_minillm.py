@@ -8,9 +8,11 @@ import reference
 import torch
 from datasets import Dataset
 from runs import TOKENIZER, VOCAB, Recorder, logged, make_rows, make_student, make_teacher, make_trainer, weights
+from test_scoring import LargestTensor
 
 import grkd_trl
 from grkd_trl import training
+from grkd_trl.scoring import tiles
 from grkd_trl.teacher import sample_from_mixture
 
 
@@ -199,7 +201,10 @@ class TestWholeStep:
         ],
         ids=lambda fields: " ".join(fields) or "defaults",
     )
-    def test_loss_and_every_gradient(self, tmp_path, fields):
+    @pytest.mark.parametrize("rows_per_tile", [None, 3])
+    def test_loss_and_every_gradient(self, tmp_path, monkeypatch, fields, rows_per_tile):
+        if rows_per_tile is not None:
+            monkeypatch.setattr(tiles, "LOGITS_PER_TILE", rows_per_tile * VOCAB)
         split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
         trainer, (gradients,), [(rows, texts)] = run(tmp_path, **split, **fields)
         assert len(rows) == 4 and len(texts) == (4 if "text_dataset" in fields else 0)
@@ -212,6 +217,17 @@ class TestWholeStep:
             assert error < 1e-6, name
         clipped = logged(trainer, "importance/clipped_ratio")[0]
         assert (clipped > 0) == (trainer.args.teacher_share > 0)
+
+    def test_logits_never_exist_at_once(self, tmp_path, monkeypatch):
+        vocab = 5003
+        monkeypatch.setattr(tiles, "LOGITS_PER_TILE", 2 * vocab)
+        models = {"model": make_student(vocab_size=vocab), "teacher_model": make_teacher(vocab_size=vocab)}
+        trainer = make_trainer(tmp_path, make_rows(12), method="MiniLLM", per_device_train_batch_size=12, **models)
+        (batch,), counts = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+        assert batch["completion_mask"].sum() > trainer.model.config.hidden_size
+        with LargestTensor() as largest:
+            trainer.compute_loss(trainer.model, batch, num_items_in_batch=counts).backward()
+        assert largest.numel == trainer.model.lm_head.weight.numel()  # above 2 rows of logits, below all
 
     def test_splitting_the_batch_changes_nothing(self, tmp_path):
         """The samples of a batch, as one micro-batch or as four."""

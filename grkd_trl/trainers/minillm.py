@@ -264,16 +264,25 @@ class MiniLLMTrainer(SFTTrainer):
         rollout = {name: inputs[name][:num_prompts] for name in ("input_ids", "attention_mask", "completion_mask")}
         with training.teaching(self, model) as teacher_model:
             teacher = score_completions(teacher_model, rollout, return_logits=True, **sharing)
-        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        student = score_completions(model, inputs, return_logits=True, **sharing, **router)
-
         mask = predicted_mask(rollout["completion_mask"])
         tokens = rollout["input_ids"][:, 1:][mask].unsqueeze(-1)
-        student_logits = student.logits[: len(tokens), : self.vocab_size]
-        teacher_logits = teacher.logits[:, : self.vocab_size].to(student_logits.device)
-        logps, teacher_logps = (
-            logits.to(student.per_token_logps.dtype).log_softmax(-1).gather(-1, tokens).squeeze(-1)
-            for logits in (student_logits, teacher_logits)
+
+        # Of each sampled token its log-probability under both, and the single-step part: the reverse KL at its prefix
+        def token_losses(logits, rows):
+            num_sampled = max(min(rows.stop, len(tokens)) - rows.start, 0)  # tokens of text follow, and have none
+            rows = slice(rows.start, rows.start + num_sampled)
+            student_logits = logits[:num_sampled, : self.vocab_size]
+            teacher_logits = teacher.logits[rows, : self.vocab_size].to(logits.device)
+            losses = {"single_step": reverse_kl(student_logits, teacher_logits)}
+            for name, own in (("logps", student_logits), ("teacher_logps", teacher_logits)):
+                wide = own.to(torch.promote_types(own.dtype, torch.float32))
+                losses[name] = wide.log_softmax(-1).gather(-1, tokens[rows].to(own.device)).squeeze(-1)
+            return losses
+
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        student = score_completions(model, inputs, token_losses=token_losses, **sharing, **router)
+        logps, teacher_logps, single_step = (
+            student.token_losses[name] for name in ("logps", "teacher_logps", "single_step")
         )
 
         # Long-term part: the return of each token, by its importance weight
@@ -285,8 +294,7 @@ class MiniLLMTrainer(SFTTrainer):
         sampling_logps = mixture_logps(logps.detach(), teacher_logps, teacher_share=share)
         long_term = clipped_policy_loss(logps, sampling_logps, returns[mask], clip_range=args.clip_range)
 
-        # Single-step part: the reverse KL at each prefix; and the likelihood of plain text. One value a token each
-        single_step = reverse_kl(student_logits, teacher_logits)
+        # The likelihood of plain text, one value a token
         text = -student.per_token_logps[num_prompts:][predicted_mask(inputs["completion_mask"][num_prompts:])]
 
         # Sums over the micro-batch, divided by the tokens of the whole optimizer step
