@@ -6,7 +6,8 @@ from datasets import Dataset
 from scipy.stats import chisquare
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model, tiny_tokenizer
 
-from grkd_trl.teacher import generate_completions, load_teacher, score_groups
+from grkd_trl.scoring import rows as scoring_rows
+from grkd_trl.teacher import generate_completions, load_teacher, local, score_groups
 
 
 def make_model(architecture, vocab_size, **kwargs):
@@ -111,19 +112,30 @@ class TestScoreGroups:
         scores = list(scored(model, tokenizer, groups, tokens_per_batch=100))
         assert_close(scored(model, tokenizer, groups.select(order), tokens_per_batch=100), [scores[i] for i in order])
 
-    def test_batches_hold_so_many_tokens(self, model, tokenizer, words, monkeypatch):
-        groups, shapes = make_groups(words), []
+    @pytest.mark.parametrize("shares", [True, False])
+    def test_batches_hold_so_many_tokens(self, model, tokenizer, words, monkeypatch, shares):
+        groups, sizes = make_groups(words), []
         forward = model.forward
         monkeypatch.setattr(
-            model, "forward", lambda **kwargs: shapes.append(kwargs["input_ids"].shape) or forward(**kwargs)
+            model, "forward", lambda **kwargs: sizes.append(kwargs["input_ids"].numel()) or forward(**kwargs)
         )
+        if not shares:
+            for module in (local, scoring_rows):
+                monkeypatch.setattr(module, "why_not_shared", lambda model: "it is not to")
         scored(model, tokenizer, groups, tokens_per_batch=100)
-        assert all(shape.numel() <= 100 for shape in shapes)
-        assert 100 < sum(shape.numel() for shape in shapes)
-        assert len(shapes) < len(groups)
-        shapes.clear()
+        assert all(size <= 100 for size in sizes)
+        assert 100 < sum(sizes)
+        assert len(sizes) < len(groups)
+        sizes.clear()
         scored(model, tokenizer, groups, tokens_per_batch=1)  # a group is never split
-        assert len(shapes) == len(groups)
+        assert len(sizes) == len(groups)
+
+    def test_a_prompt_that_is_shared_counts_once(self, model, monkeypatch):
+        groups = [{"prompt_ids": [3] * 50, "completion_ids": [[4] * 5] * 4}] * 4
+        batches = lambda: [len(rows) for rows in local.token_batches(model, groups, 150, progress=False)]  # noqa: E731
+        assert batches() == [2, 2]
+        monkeypatch.setattr(local, "why_not_shared", lambda model: "it is not to")
+        assert batches() == [1, 1, 1, 1]
 
     def test_eos_counts_unless_clipped(self, model, tokenizer, words):
         rows = [{"prompt": f"{words[0]} ", "completions": [words[1]] * 2, "clipped": [False, True]}]

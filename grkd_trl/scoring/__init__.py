@@ -1,6 +1,7 @@
 """From a model and a batch to log-probabilities and scores: the one place that shifts and masks."""
 
 from .rows import CompletionScores, predicted_mask, score_completions, sequence_scores, to_groups
+from .shared_prompts import why_not_shared
 
 
-__all__ = ["CompletionScores", "predicted_mask", "score_completions", "sequence_scores", "to_groups"]
+__all__ = ["CompletionScores", "predicted_mask", "score_completions", "sequence_scores", "to_groups", "why_not_shared"]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl import get_config_model_id
 from ..groups import DataCollatorForGroups, read_group
-from ..scoring import score_completions, sequence_scores, to_groups
+from ..scoring import score_completions, sequence_scores, to_groups, why_not_shared
 from .protocol import Completions, TeacherScores
 from .retokenize import encode_prompt, read_groups, template_columns, tokenizer_hash
 from .writing import evaluating, pad_token_id, write_completions
@@ -31,7 +31,8 @@ class LocalTeacher:
         score (`str`, *optional*, defaults to `"mean"`):
             `"mean"` (nats per token) or `"sum"` (nats) of the log-probabilities.
         tokens_per_batch (`int`, *optional*, defaults to `16384`):
-            Tokens in a batch that is scored, padding included. A larger group is a batch of its own.
+            Tokens in a batch that is scored, a prompt counted once where the model can share it, else every row and its
+            padding. A larger group is a batch of its own.
         prompts_per_batch (`int`, *optional*, defaults to `64`):
             Prompts in a batch that is written.
         progress (`bool`, *optional*, defaults to `False`):
@@ -164,7 +165,7 @@ class LocalTeacher:
                 places.append([(row, position) for position, fit in enumerate(fits) if fit])
         scores = [[math.nan] * len(counts) for counts in num_tokens]
         with evaluating(self.model):
-            for rows in token_batches(groups, self.tokens_per_batch, progress=self.progress):
+            for rows in token_batches(self.model, groups, self.tokens_per_batch, progress=self.progress):
                 batch = self._collate([groups[row] for row in rows])
                 logps = score_completions(self.model, batch).per_token_logps
                 values = to_groups(
@@ -180,31 +181,39 @@ class LocalTeacher:
         return {name: tensor.to(self.model.device) for name, tensor in collator(groups).items()}
 
 
-def token_batches(groups: list[dict[str, Any]], tokens_per_batch: int, *, progress: bool) -> Iterator[list[int]]:
+def token_batches(
+    model: PreTrainedModel, groups: list[dict[str, Any]], tokens_per_batch: int, *, progress: bool
+) -> Iterator[list[int]]:
     """
     Rows in batches of similar length.
 
     Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model that is to read them.
         groups (`list[dict]`):
             Tokenized groups.
         tokens_per_batch (`int`):
-            Tokens in a batch, padding included. A larger group is a batch of its own.
+            Tokens in a batch: of a group its prompt, once, and its completions, or, where the model cannot share prompts,
+            all its rows as padded in the batch. A larger group is a batch of its own.
         progress (`bool`):
             Whether to show a progress bar.
 
     Yields:
         `list[int]`: Rows of `groups`.
     """
+    packed = why_not_shared(model) is None
     lengths = [len(group["prompt_ids"]) + max(map(len, group["completion_ids"])) for group in groups]
-    rows, num_sequences = [], 0
+    rows, num_sequences, num_packed = [], 0, 0
     order = sorted(range(len(groups)), key=lengths.__getitem__)  # the row in hand is the batch's longest
     for row in tqdm(order, desc="Scoring groups", disable=not progress):
         size = len(groups[row]["completion_ids"])
-        if rows and (num_sequences + size) * lengths[row] > tokens_per_batch:
+        own = len(groups[row]["prompt_ids"]) + sum(map(len, groups[row]["completion_ids"]))
+        num_tokens = num_packed + own if packed else (num_sequences + size) * lengths[row]
+        if rows and num_tokens > tokens_per_batch:
             yield rows
-            rows, num_sequences = [], 0
+            rows, num_sequences, num_packed = [], 0, 0
         rows.append(row)
-        num_sequences += size
+        num_sequences, num_packed = num_sequences + size, num_packed + own
     if rows:
         yield rows
 
@@ -231,7 +240,7 @@ def score_groups(
         score (`str`, *optional*, defaults to `"mean"`):
             `"mean"` (nats per token) or `"sum"` (nats) of the log-probabilities.
         tokens_per_batch (`int`, *optional*, defaults to `16384`):
-            Tokens in a batch, padding included. A larger group is a batch of its own.
+            As in [`LocalTeacher`].
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 

@@ -40,7 +40,7 @@ def cache_soft_labels(
         score (`str`, *optional*, defaults to `"mean"`):
             How to score groups that have no `teacher_scores`: `"mean"` or `"sum"` of the log-probabilities.
         tokens_per_batch (`int`, *optional*, defaults to `16384`):
-            Tokens in a batch, padding included. A larger group is a batch of its own.
+            As in [`LocalTeacher`].
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -65,7 +65,7 @@ def cache_soft_labels(
         return {"ids": ids, "logps": logps}
 
     with evaluating(model):
-        for rows in token_batches(groups, tokens_per_batch, progress=progress):
+        for rows in token_batches(model, groups, tokens_per_batch, progress=progress):
             batch = {name: tensor.to(model.device) for name, tensor in collator([groups[row] for row in rows]).items()}
             given = score_completions(model, batch, token_losses=top)
             ids, logps = given.token_losses["ids"], given.token_losses["logps"]
