@@ -1,7 +1,5 @@
 """Groups made while training: the current student and the teacher write, the teacher scores."""
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -10,60 +8,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.utils.data import Sampler
 from transformers.utils import logging
 from transformers.utils.import_utils import is_rich_available
 from trl import SFTTrainer
 
 from . import _trl, training
 from ._trl import print_prompt_completions_sample, unwrap_model_for_generation
-from .groups import DataCollatorForGroups, tokenize_completions, write_unit
+from .groups import DataCollatorForGroups, content_seed, tokenize_completions, write_unit
 from .teacher import CallableScorer, Completions, LocalTeacher
 from .teacher.retokenize import encode_prompt, template_columns
 
 
 logger = logging.get_logger(__name__)
-
-
-class RepeatedPrompts(Sampler):
-    """
-    Prompts in chunks, each chunk several times in a row, in an order that the epoch decides, so that a resumed run
-    sees what an uninterrupted one would (TRL's `RepeatSampler` draws the epochs one after the other).
-
-    Args:
-        num_prompts (`int`):
-            Prompts of the dataset. Those that fill no chunk are left out of the epoch.
-        chunk_size (`int`):
-            Prompts that groups are made for at once, on all processes.
-        repeat_count (`int`):
-            Times that a chunk is given.
-        seed (`int`):
-            Seed of the order.
-    """
-
-    def __init__(self, num_prompts: int, chunk_size: int, repeat_count: int, seed: int):
-        self.num_prompts, self.chunk_size, self.repeat_count, self.seed = num_prompts, chunk_size, repeat_count, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """
-        Say which epoch comes.
-
-        Args:
-            epoch (`int`):
-                Number of the epoch.
-        """
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(self.num_prompts, generator=generator).tolist()
-        for start in range(0, self.num_prompts - self.chunk_size + 1, self.chunk_size):
-            for _ in range(self.repeat_count):
-                yield from order[start : start + self.chunk_size]
-
-    def __len__(self) -> int:
-        return self.num_prompts // self.chunk_size * self.chunk_size * self.repeat_count
 
 
 class OnlineGroups:
@@ -127,7 +83,7 @@ class OnlineGroups:
         """
         return self.collator(rows) if "completion_ids" in rows[0] else rows
 
-    def sampler(self, dataset: Any) -> RepeatedPrompts:
+    def sampler(self, dataset: Any) -> training.RepeatedPrompts:
         """
         Order of the prompts. Each batch holds all prompts that groups are made for at once, and comes once for each
         micro-batch that is trained on them.
@@ -137,7 +93,7 @@ class OnlineGroups:
                 Prompts.
 
         Returns:
-            [`RepeatedPrompts`]: Sampler.
+            [`~training.RepeatedPrompts`]: Sampler.
 
         Raises:
             `ValueError`: If there are too few prompts.
@@ -149,7 +105,13 @@ class OnlineGroups:
                 "gradient accumulation x `generate_every` x processes). Lower one of these, or give more prompts."
             )
         repeat_count = args.gradient_accumulation_steps * args.generate_every * args.reuse_groups
-        return RepeatedPrompts(len(dataset), size, repeat_count, args.seed)
+        places = [place for process in range(args.world_size) for place in self._places(process)]
+        return training.RepeatedPrompts(len(dataset), size, repeat_count, args.seed, places)
+
+    def _places(self, process: int) -> list[int]:
+        args = self.trainer.args
+        num_batches = args.gradient_accumulation_steps * args.generate_every
+        return training.places_of_process(process, args.world_size, args.per_device_train_batch_size, num_batches)
 
     @property
     def batch_size(self) -> int:
@@ -176,9 +138,8 @@ class OnlineGroups:
             means.add("time/training", torch.tensor(time.perf_counter() - self._training_since))
         chunks = [chunk for _, chunk in zip(range(num_batches), epoch_iterator, strict=False)]
         if not self._buffer or step % (args.generate_every * args.reuse_groups) == 0:
-            number = step // (args.generate_every * args.reuse_groups)
-            unit = number * trainer.accelerator.num_processes + trainer.accelerator.process_index
-            self._buffer = self._make(chunks[0], unit, "train")
+            places = self._places(trainer.accelerator.process_index)
+            self._buffer = self._make(chunks[0], step // (args.generate_every * args.reuse_groups), places, "train")
         size = args.per_device_train_batch_size
         first = step % args.generate_every * num_batches
         groups = [self._buffer[i * size : (i + 1) * size] for i in range(first, first + len(chunks))]
@@ -187,7 +148,7 @@ class OnlineGroups:
 
     def evaluate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
-        Groups of a batch of evaluation. The prompts decide the seed, so every evaluation draws alike.
+        Groups of a batch of evaluation. A prompt decides its draws, so every evaluation draws alike.
 
         Args:
             rows (`list[dict]`):
@@ -197,19 +158,19 @@ class OnlineGroups:
             `dict[str, torch.Tensor]`: Batch of groups, on the device.
         """
         self._training_since = None  # what comes until the next step is no training
-        digest = hashlib.sha256(json.dumps([row["prompt"] for row in rows]).encode()).digest()
-        return self._to_device(self.collator(self._make(rows, int.from_bytes(digest[:6], "big"), "eval")))
+        places = [content_seed(row["prompt"]) for row in rows]
+        return self._to_device(self.collator(self._make(rows, 0, places, "eval")))
 
     def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.trainer.accelerator.device) for name, tensor in batch.items()}
 
-    def _make(self, rows: list[dict[str, Any]], unit: int, split: str) -> list[dict[str, Any]]:
+    def _make(self, rows: list[dict[str, Any]], unit: int, places: list[int], split: str) -> list[dict[str, Any]]:
         """Write, score and tokenize the groups of some prompts."""
         trainer, args, means = self.trainer, self.trainer.args, self.trainer.running_means[split]
         prompts = [row["prompt"] for row in rows]
         columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         start = time.perf_counter()
-        texts, clipped = self._write(prompts, columns, unit)
+        texts, clipped = self._write(prompts, columns, unit, places)
         # A cut completion without any text, of special tokens alone, has no token to train on but its end.
         clipped = [
             [cut and bool(text) for text, cut in zip(*pair, strict=True)] for pair in zip(texts, clipped, strict=True)
@@ -222,8 +183,12 @@ class OnlineGroups:
         if self.scorer is not None:
             scores = self.scorer.score(prompts, texts, columns=columns | {"clipped": clipped}).scores
         elif not args.needs_teacher_logits:  # else the training step's own forward of the teacher scores them
+            scores, size = [], args.per_device_train_batch_size
             with self._teacher() as teacher:
-                scores = teacher.score(prompts, texts, columns=columns | {"clipped": clipped}).scores
+                for first in range(0, len(prompts), size):
+                    part = slice(first, first + size)
+                    of_part = {name: values[part] for name, values in (columns | {"clipped": clipped}).items()}
+                    scores += teacher.score(prompts[part], texts[part], columns=of_part).scores
         if scores is not None:
             means.add("time/scoring", torch.tensor(time.perf_counter() - start))
 
@@ -247,7 +212,7 @@ class OnlineGroups:
             self._print(prompts, texts, scores)
         return groups
 
-    def _write(self, prompts: list[Any], columns: dict[str, list], unit: int) -> tuple[list, list]:
+    def _write(self, prompts: list[Any], columns: dict[str, list], unit: int, places: list[int]) -> tuple[list, list]:
         args = self.trainer.args
         if self.completion_fn is not None:
             written = self.completion_fn(prompts=prompts, num_completions=args.num_completions, **columns)
@@ -280,6 +245,7 @@ class OnlineGroups:
                     temperature=args.temperature,
                     top_p=args.top_p,
                     columns=columns,
+                    places=places,
                 )
             for row in range(len(prompts)):
                 texts[row] += written[0][row]
@@ -312,7 +278,10 @@ class OnlineGroups:
             with unwrap_model_for_generation(
                 model, trainer.accelerator, gradient_checkpointing_kwargs=checkpointing
             ) as teacher:
-                yield LocalTeacher(teacher, trainer.processing_class, score=trainer.args.score)
+                # A forward for each micro-batch, as in the training step: processes that share it need as many.
+                yield LocalTeacher(
+                    teacher, trainer.processing_class, score=trainer.args.score, tokens_per_batch=math.inf
+                )
 
     def _print(self, prompts: list[Any], texts: list[list[str]], scores: list[list[float]] | None) -> None:
         shown = range(min(4, len(prompts)))

@@ -19,6 +19,16 @@ import grkd_trl
 
 
 GLOBAL_BATCH = 4
+# What a flag in a run's name sets.
+FIELDS = {
+    "sharded": {"teacher_sharding": "sharded"},
+    "replicated": {"teacher_sharding": "replicated"},
+    "scored": {"soft_label": "group"},
+    "student": {"completion_source": "student", "num_completions": 3, "max_completion_length": 6, "generate_every": 2},
+    "mixed": {"completion_source": "mixed", "num_completions": 3, "max_completion_length": 6},
+    "checkpointing": {"gradient_checkpointing": True},
+    "short": {"max_completion_length": 6},
+}
 
 
 def make_rows(num):
@@ -53,12 +63,13 @@ def run(name, models, folder, max_steps):
     method, *flags = name.split("+")
     world = int(os.environ.get("WORLD_SIZE", 1))
     rows = make_rows(GLOBAL_BATCH * max_steps // 2 + ("uneven" in flags))  # two epochs
-    if "scored" not in flags:
-        rows = [{"prompt": row["prompt"], "completions": row["completions"]} for row in rows]
-    fields = {"teacher_sharding": "sharded"} if "sharded" in flags else {}
-    fields |= {"teacher_sharding": "replicated"} if "replicated" in flags else {}
-    if "scored" in flags:
-        fields["soft_label"] = "group"
+    dataset = Dataset.from_list(rows)
+    if "student" in flags or "mixed" in flags:
+        dataset = dataset.select_columns("prompt")
+    elif "scored" not in flags:
+        dataset = dataset.remove_columns("teacher_scores")
+    fields = {key: value for flag in flags for key, value in FIELDS.get(flag, {}).items()}
+    texts = {"text_dataset": Dataset.from_dict({"text": [row["prompt"] for row in rows]})} if "text" in flags else {}
     logs = Logs()
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
 
@@ -68,7 +79,6 @@ def run(name, models, folder, max_steps):
             bf16=False,
             use_cpu=True,
             report_to="none",
-            gradient_checkpointing="checkpointing" in flags,
             per_device_train_batch_size=GLOBAL_BATCH // world,
             per_device_eval_batch_size=2,
             max_steps=max_steps,
@@ -77,7 +87,7 @@ def run(name, models, folder, max_steps):
             save_strategy="steps" if "resumed" in flags else "no",
             save_steps=max_steps // 2,
             disable_tqdm=True,
-            **fields,
+            **{"gradient_checkpointing": False} | fields,
         )
         if args.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
             # accelerate 1.15 runs DDP, in silence, where the processes are on CPU; this makes it do what it does on GPUs.
@@ -86,11 +96,12 @@ def run(name, models, folder, max_steps):
             model=str(models / "student"),
             teacher_model=str(models / ("student" if "base" in flags else "teacher")),
             args=args,
-            train_dataset=Dataset.from_list(rows),
-            eval_dataset=Dataset.from_list(rows[:7]),
+            train_dataset=dataset,
+            eval_dataset=dataset.select(range(7)),
             processing_class=AutoTokenizer.from_pretrained(models / "student"),
             callbacks=[logs],
             peft_config=lora if "lora" in flags else None,
+            **texts,
         )
 
     trainer = make_trainer()

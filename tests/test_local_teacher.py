@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from scipy.stats import chisquare
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model, tiny_tokenizer
 
 from grkd_trl.teacher import CallableScorer, LocalTeacher, scorer
@@ -98,6 +99,33 @@ class TestLocalTeacher:
         assert teacher.generate(PROMPTS, 3, seed=5, max_new_tokens=6) == (texts, clipped)
         assert teacher.generate(PROMPTS, 3, seed=6, max_new_tokens=6) != (texts, clipped)
         assert [len(group) for group in texts] == [len(group) for group in clipped] == [3] * 3
+
+    @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_p": 0.8}])
+    def test_what_stands_beside_a_prompt_changes_nothing(self, sampling):
+        teacher, asked = make_teacher(), {"max_new_tokens": 6, **sampling}
+        together = teacher.generate(PROMPTS, 3, seed=5, **asked)
+        assert together == teacher.generate(PROMPTS, 3, seed=[5, 6, 7], **asked)
+        for row, prompt in enumerate(PROMPTS):
+            alone = teacher.generate([prompt], 3, seed=5 + row, **asked)
+            assert (together.texts[row], together.clipped[row]) == (alone.texts[0], alone.clipped[0])
+
+    @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8)])
+    def test_draws_follow_the_model(self, temperature, top_p):
+        teacher = make_teacher()
+        (texts,), _ = teacher.generate(["a b "], 4000, seed=3, max_new_tokens=1, temperature=temperature, top_p=top_p)
+        ids = torch.tensor([teacher.processing_class("a b ")["input_ids"]])
+        with torch.no_grad():
+            probs, order = (
+                (teacher.model.eval()(input_ids=ids).logits[0, -1] / temperature).softmax(-1).sort(descending=True)
+            )
+        probs = probs * (probs.cumsum(-1) - probs < top_p)
+        names = [teacher.processing_class.decode([token], skip_special_tokens=True) for token in order]
+        expected = {kind: sum(p.item() for p, n in zip(probs, names, strict=True) if n == kind) for kind in set(names)}
+        kinds = sorted(kind for kind, share in expected.items() if share > 0)
+        counts = [texts.count(kind) for kind in kinds]
+        assert sum(counts) == 4000
+        total = sum(expected.values())
+        assert chisquare(counts, [4000 * expected[kind] / total for kind in kinds]).pvalue > 1e-3
 
     def test_a_prompt_without_room_gets_no_completion(self):
         texts, clipped = make_teacher(max_position_embeddings=8).generate(PROMPTS, 2, seed=0, max_new_tokens=4)

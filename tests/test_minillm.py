@@ -13,6 +13,7 @@ from test_scoring import LargestTensor
 import grkd_trl
 from grkd_trl import training
 from grkd_trl.scoring import tiles
+from grkd_trl.teacher import mixture as mixture_module
 from grkd_trl.teacher import sample_from_mixture
 
 
@@ -32,6 +33,7 @@ def mixture(student, teacher, ids, share=SHARE):
 def sample(student, teacher, prompts, **kwargs):
     width = max(map(len, prompts))
     options = {"teacher_share": SHARE, "max_new_tokens": 6, "eos_token_ids": [EOS], "vocab_size": VOCAB}
+    options["numbers"] = torch.rand(len(prompts), kwargs.get("max_new_tokens", 6), dtype=torch.float64)
     return sample_from_mixture(
         student,
         lambda: torch.no_grad() if teacher is None else _given(teacher),
@@ -66,8 +68,8 @@ class TestSampling:
         """What is drawn from, step by step against keys and values, is what whole forwards of each row alone give."""
         # In float64 the attention of Gemma-2 masks by a number that is infinite in the float32 of its softmax
         student, teacher = make_student(architecture, dtype=torch.float32), make_teacher().eval()
-        drawn, draw = [], torch.multinomial
-        monkeypatch.setattr(torch, "multinomial", lambda p, n: drawn.append(p) or draw(p, n))
+        drawn, draw = [], mixture_module.draw_tokens
+        monkeypatch.setattr(mixture_module, "draw_tokens", lambda p, numbers: drawn.append(p) or draw(p, numbers))
         torch.manual_seed(0)
         written = sample(student.train(), teacher, self.PROMPTS, teacher_share=share)
         assert student.training

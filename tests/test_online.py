@@ -12,8 +12,8 @@ from tiny import tiny_model, tiny_tokenizer
 
 from grkd_trl import GRKDConfig, GRKDTrainer
 from grkd_trl.groups import GroupsConfig, generate_groups
-from grkd_trl.online import RepeatedPrompts
 from grkd_trl.teacher import Completions, LocalTeacher
+from grkd_trl.training import RepeatedPrompts, places_of_process
 
 
 def make_model(seed, **kwargs):
@@ -252,6 +252,18 @@ class TestSchedule:
         assert list(sampler) != first
         sampler.set_epoch(0)
         assert list(sampler) == first
+
+    @pytest.mark.parametrize("processes, size, accumulation", [(1, 4, 1), (1, 2, 2), (2, 2, 1), (2, 1, 2), (4, 1, 1)])
+    def test_a_step_has_the_same_prompts_on_any_number_of_processes(self, processes, size, accumulation):
+        """Two steps of four prompts, at their places."""
+        shares = [places_of_process(process, processes, size, 2 * accumulation) for process in range(processes)]
+        given = list(RepeatedPrompts(8, 8, 1, seed=0, places=[place for share in shares for place in share]))
+        whole = list(RepeatedPrompts(8, 8, 1, seed=0))
+        of_step, of_process = accumulation * size, 2 * accumulation * size
+        for step in range(2):
+            rows = range(step * of_step, (step + 1) * of_step)
+            taken = {given[process * of_process + row] for process in range(processes) for row in rows}
+            assert taken == set(whole[step * 4 : step * 4 + 4])
 
 
 class TestFunctions:

@@ -6,7 +6,7 @@ the scores are optional, and so is `"clipped": [...]`, `True` for a completion t
 
 from .card import preview
 from .collator import DataCollatorForGroups, count_items, first_groups
-from .generate import GroupsConfig, generate_groups, unit_seed, write_unit
+from .generate import GroupsConfig, content_seed, generate_groups, unit_seed, write_unit
 from .pairs import pair_groups, pairs_of, require_scores
 from .rows import (
     bring_scores,
@@ -24,6 +24,7 @@ __all__ = [
     "GroupsConfig",
     "bring_scores",
     "bring_soft_labels",
+    "content_seed",
     "count_items",
     "first_groups",
     "generate_groups",

@@ -110,20 +110,34 @@ class GroupsConfig:
 
 def unit_seed(seed: int, unit: int, writer: str) -> int:
     """
-    Seed of one writer's draws in one unit of work.
+    Seed of one writer's draws in one unit of work; what is drawn for the prompt at place i adds i to it.
 
     Args:
         seed (`int`):
             Seed of all.
         unit (`int`):
-            Unit: a number of prompts offline, a step of one process online.
+            Unit: a number of prompts offline, those that groups are made for at once online.
         writer (`str`):
-            `"student"` or `"teacher"`.
+            `"student"`, `"teacher"`, or another who draws.
 
     Returns:
         `int`: A seed below 2 ** 32.
     """
     return int.from_bytes(hashlib.sha256(f"{seed} {unit} {writer}".encode()).digest()[:4], "big")
+
+
+def content_seed(prompt: Any) -> int:
+    """
+    Seed from a prompt itself, for draws that are to be the same whenever it comes.
+
+    Args:
+        prompt (`str`, `list[dict]` or `list[int]`):
+            Prompt, as text, messages or token ids.
+
+    Returns:
+        `int`: A seed below 2 ** 48.
+    """
+    return int.from_bytes(hashlib.sha256(json.dumps(prompt).encode()).digest()[:6], "big")
 
 
 def write_unit(
@@ -136,6 +150,7 @@ def write_unit(
     temperature: float,
     top_p: float,
     columns: dict[str, list] | None = None,
+    places: list[int] | None = None,
 ) -> tuple[list[list[str]], list[list[bool]], list[list[str]]]:
     """
     Write the completions of one unit of work, without dropping any.
@@ -157,16 +172,19 @@ def write_unit(
             Share of the probability to sample from.
         columns (`dict[str, list]`, *optional*):
             Further columns, a value a prompt, for the chat template.
+        places (`list[int]`, *optional*):
+            Place of each prompt in the unit, where these are not all of it in order.
 
     Returns:
         `tuple`: Texts, whether each was cut, and who wrote it, each `(P, number written)`.
     """
     texts, clipped, written_by = ([[] for _ in prompts] for _ in range(3))
+    places = list(range(len(prompts))) if places is None else places
     for name, (writer, num_completions) in writers.items():
         written = writer.generate(
             prompts,
             num_completions,
-            seed=unit_seed(seed, unit, name),
+            seed=[unit_seed(seed, unit, name) + place for place in places],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,

@@ -242,7 +242,7 @@ class CalibratedTeacher:
         prompts: Sequence[str] | Sequence[list[dict[str, str]]],
         num_completions: int,
         *,
-        seed: int,
+        seed: int | Sequence[int],
         max_new_tokens: int = 256,
         temperature: float = 1.0,
         top_p: float = 1.0,

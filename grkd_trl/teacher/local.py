@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .._trl import get_config_model_id
 from ..groups import DataCollatorForGroups, read_group
 from ..scoring import score_completions, sequence_scores, to_groups, why_not_shared
-from .protocol import Completions, TeacherScores
+from .protocol import Completions, TeacherScores, prompt_seeds
 from .retokenize import encode_prompt, read_groups, template_columns, tokenizer_hash
 from .writing import evaluating, pad_token_id, write_completions
 
@@ -78,22 +78,23 @@ class LocalTeacher:
         prompts: Sequence[str] | Sequence[list[dict[str, str]]],
         num_completions: int,
         *,
-        seed: int,
+        seed: int | Sequence[int],
         max_new_tokens: int = 256,
         temperature: float = 1.0,
         top_p: float = 1.0,
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Completions:
         """
-        Write completions. The seed decides the draws, and torch's global generator is left as it was.
+        Write completions. A prompt's seed decides its draws, whatever stands beside it, and torch's global generator is
+        left as it was.
 
         Args:
             prompts (`Sequence[str]` or `Sequence[list[dict]]`):
                 P prompts, as text or messages.
             num_completions (`int`):
                 Completions for each prompt.
-            seed (`int`):
-                Seed of the draws.
+            seed (`int` or `Sequence[int]`):
+                Seed of the draws: one for each prompt, or one, which prompt i adds i to.
             max_new_tokens (`int`, *optional*, defaults to `256`):
                 Longest completion, in tokens.
             temperature (`float`, *optional*, defaults to `1.0`):
@@ -113,20 +114,19 @@ class LocalTeacher:
         ]
         rows = [row for row, ids in enumerate(prompt_ids) if len(ids) + max_new_tokens <= self.context_length]
         texts, clipped = [[] for _ in prompts], [[] for _ in prompts]
-        devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            written = write_completions(
-                self.model,
-                self.processing_class,
-                [prompt_ids[row] for row in rows],
-                num_completions=num_completions,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                batch_size=self.prompts_per_batch,
-                progress=self.progress,
-            )
+        seeds = prompt_seeds(seed, len(prompts))
+        written = write_completions(
+            self.model,
+            self.processing_class,
+            [prompt_ids[row] for row in rows],
+            num_completions=num_completions,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            batch_size=self.prompts_per_batch,
+            seeds=[seeds[row] for row in rows],
+            progress=self.progress,
+        )
         for row, text, cut in zip(rows, *written, strict=True):
             texts[row], clipped[row] = text, cut
         return Completions(texts, clipped)

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from ..losses import mixture_logps
-from .writing import evaluating
+from .writing import draw_tokens, evaluating
 
 
 class _Reader:
@@ -40,12 +40,12 @@ def sample_from_mixture(
     max_new_tokens: int,
     eos_token_ids: list[int],
     vocab_size: int,
+    numbers: torch.Tensor,
     accelerator: Accelerator | None = None,
 ) -> list[list[int]]:
     """
     Sample a completion for each prompt, every token from `teacher_share` of the teacher's next-token distribution and
-    the rest of the student's: teacher-mixed sampling of [MiniLLM](https://huggingface.co/papers/2306.08543). Draws come
-    from torch's global generator.
+    the rest of the student's: teacher-mixed sampling of [MiniLLM](https://huggingface.co/papers/2306.08543).
 
     Args:
         student (`torch.nn.Module`):
@@ -64,6 +64,8 @@ def sample_from_mixture(
             Tokens that end a completion.
         vocab_size (`int`):
             Number of leading token ids that both models know; no other is written.
+        numbers (`torch.Tensor` of shape `(N, max_new_tokens)`):
+            Random numbers from 0 to 1, which decide the draws of each row.
         accelerator ([`~accelerate.Accelerator`], *optional*):
             On several processes, keeps them at the same step, as sharded models need.
 
@@ -75,7 +77,7 @@ def sample_from_mixture(
     num_prompt = num_new = input_ids.shape[1]
     readers = {"student": _Reader(student)}
     with evaluating(student):
-        for _ in range(max_new_tokens):
+        for step in range(max_new_tokens):
             logits = readers["student"].next_logits(input_ids, attention_mask, num_new)[:, :vocab_size]
             logps = logits.float().log_softmax(-1)
             if teacher_share > 0:
@@ -84,7 +86,7 @@ def sample_from_mixture(
                     logits = reader.next_logits(input_ids, attention_mask, num_new)[:, :vocab_size]
                 teacher_logps = logits.float().log_softmax(-1).to(logps.device)
                 logps = mixture_logps(logps, teacher_logps, teacher_share=teacher_share)
-            tokens = torch.multinomial(logps.exp(), 1)
+            tokens = draw_tokens(logps.exp(), numbers[:, step]).unsqueeze(-1)
             input_ids = torch.cat([input_ids, tokens], dim=-1)
             attention_mask = torch.cat([attention_mask, torch.ones_like(tokens)], dim=-1)
             going = going & ~torch.isin(tokens[:, 0], ends)

@@ -38,6 +38,22 @@ class TeacherScores(NamedTuple):
     surprises: list[list[bool]]
 
 
+def prompt_seeds(seed: int | Sequence[int], num_prompts: int) -> list[int]:
+    """
+    A seed for each prompt, so that its draws depend neither on the prompts beside it nor on the process.
+
+    Args:
+        seed (`int` or `Sequence[int]`):
+            One for each prompt, or one for all, which prompt i adds i to.
+        num_prompts (`int`):
+            Number of prompts (P).
+
+    Returns:
+        `list[int]`: P seeds.
+    """
+    return [seed + row for row in range(num_prompts)] if isinstance(seed, int) else list(seed)
+
+
 class Teacher(Protocol):
     """Anything with these methods: [`LocalTeacher`], [`ServerTeacher`], [`CallableScorer`], or your own."""
 
@@ -54,7 +70,7 @@ class Teacher(Protocol):
         prompts: Sequence[str] | Sequence[list[dict[str, str]]],
         num_completions: int,
         *,
-        seed: int,
+        seed: int | Sequence[int],
         max_new_tokens: int,
         temperature: float,
         top_p: float,
@@ -68,8 +84,8 @@ class Teacher(Protocol):
                 P prompts, as text or messages.
             num_completions (`int`):
                 Completions for each prompt.
-            seed (`int`):
-                Seed of the draws.
+            seed (`int` or `Sequence[int]`):
+                Seed of the draws, see [`prompt_seeds`].
             max_new_tokens (`int`):
                 Longest completion, in tokens.
             temperature (`float`):

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .protocol import Completions, TeacherScores
+from .protocol import Completions, TeacherScores, prompt_seeds
 from .retokenize import encode_prompt, read_groups, template_columns, tokenizer_hash
 
 
@@ -114,7 +114,7 @@ class ServerTeacher:
         prompts: Sequence[str] | Sequence[list[dict[str, str]]],
         num_completions: int,
         *,
-        seed: int,
+        seed: int | Sequence[int],
         max_new_tokens: int = 256,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -128,8 +128,8 @@ class ServerTeacher:
                 P prompts, as text or messages.
             num_completions (`int`):
                 Completions for each prompt.
-            seed (`int`):
-                Seed of the draws.
+            seed (`int` or `Sequence[int]`):
+                Seed of the draws: one for each prompt, or one, which prompt i adds i to.
             max_new_tokens (`int`, *optional*, defaults to `256`):
                 Longest completion, in tokens.
             temperature (`float`, *optional*, defaults to `1.0`):
@@ -149,6 +149,8 @@ class ServerTeacher:
         # Servers take what is not said from the model's generation config, as `generate` does.
         neutral = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0} if self.server != "openai" else {}
 
+        seeds = prompt_seeds(seed, len(prompts))
+
         def write(row: int) -> list[tuple[str, bool]]:
             prompt = prompts[row]
             template = template_columns(columns, row)
@@ -156,7 +158,7 @@ class ServerTeacher:
                 return []
             body = {
                 "n": num_completions,
-                "seed": (seed + row) % 2**31,
+                "seed": seeds[row] % 2**31,
                 "max_tokens": max_new_tokens,
                 "temperature": temperature,
                 "top_p": top_p,

@@ -4,8 +4,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from .._trl import pad
 from .retokenize import encode_prompt
@@ -29,7 +37,8 @@ def pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """
-    Put a model in evaluation mode, and afterwards back in the mode it was in.
+    Put a model in evaluation mode, and afterwards each of its modules back in the mode it was in: in evaluation a wrapper
+    may be in training mode and the model in it not.
 
     Args:
         model (`torch.nn.Module`):
@@ -38,12 +47,63 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     Yields:
         `None`.
     """
-    was_training = model.training
+    in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in in_training:
+            module.training = True
+
+
+def row_numbers(seed: int, num_rows: int, num_tokens: int) -> torch.Tensor:
+    """
+    Random numbers that decide the draws of some rows, wherever they are made.
+
+    Args:
+        seed (`int`):
+            Seed.
+        num_rows (`int`):
+            Number of rows (N).
+        num_tokens (`int`):
+            Most tokens of a row (T).
+
+    Returns:
+        `torch.Tensor` of shape `(N, T)`: Numbers from 0 to 1, of 53 random bits, on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(num_rows, num_tokens, generator=generator, dtype=torch.float64)
+
+
+def draw_tokens(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """
+    Draw a token for each row by a number of its own, where the sum of the probabilities passes it. Drawing for one row
+    takes nothing from another, as draws from one generator would.
+
+    Args:
+        probs (`torch.Tensor` of shape `(N, V)`):
+            Probabilities of the V tokens.
+        numbers (`torch.Tensor` of shape `(N,)`):
+            Numbers from 0 to 1, below 1.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: Tokens.
+    """
+    dtype = torch.float32 if probs.device.type == "mps" else torch.float64
+    sums = probs.cumsum(-1, dtype=dtype)
+    numbers = numbers.to(probs.device, dtype).unsqueeze(-1)
+    return torch.searchsorted(sums, numbers * sums[:, -1:], right=True).squeeze(-1)
+
+
+class _DrawByRow(LogitsProcessor):
+    """Leaves of each row's next tokens the drawn one alone, for a search that takes the most likely token."""
+
+    def __init__(self, numbers: torch.Tensor, num_prompt: int):
+        self.numbers, self.num_prompt = numbers, num_prompt
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        tokens = draw_tokens(scores.softmax(-1), self.numbers[:, input_ids.shape[1] - self.num_prompt])
+        return torch.full_like(scores, -torch.inf).scatter(-1, tokens.unsqueeze(-1), 0.0)
 
 
 def generate_completions(
@@ -115,6 +175,7 @@ def write_completions(
     top_p: float,
     batch_size: int,
     num_beams: int = 1,
+    seeds: list[int] | None = None,
     progress: bool = False,
 ) -> tuple[list[list[str]], list[list[bool]]]:
     """
@@ -125,6 +186,8 @@ def write_completions(
             As there.
         prompt_ids (`list[list[int]]`):
             Ids of P prompts.
+        seeds (`list[int]`, *optional*):
+            Seed of each prompt's draws, in place of torch's global generator.
 
     Returns:
         `tuple[list[list[str]], list[list[bool]]]`: As there.
@@ -133,7 +196,7 @@ def write_completions(
     neutral = {"num_beams": num_beams, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None}
     cutoffs = {"min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
     sampling = {"do_sample": False} | neutral
-    if temperature > 0:
+    if temperature > 0 and seeds is None:
         sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} | cutoffs
     order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
     texts, clipped = [[]] * len(prompt_ids), [[]] * len(prompt_ids)
@@ -142,18 +205,28 @@ def write_completions(
     ends = {processing_class.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
     padding = pad_token_id(processing_class)
+    sharded = isinstance(model, FSDPModule)  # `generate` knows of ZeRO-3 by itself, and not of accelerate's FSDP2
+    rows_per_prompt = 1 if seeds is None else num_completions  # several sequences of a row are for its own sampling
 
     def write_batch(rows: list[int]) -> None:
-        ids = [torch.tensor(prompt_ids[row], device=model.device) for row in rows]
+        ids = [torch.tensor(prompt_ids[row], device=model.device) for row in rows for _ in range(rows_per_prompt)]
         input_ids = pad(ids, padding_value=padding, padding_side="left")
+        processors = LogitsProcessorList()
+        if temperature > 0 and seeds is not None:
+            numbers = torch.cat([row_numbers(seeds[row], num_completions, max_new_tokens) for row in rows])
+            processors += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
+            processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+            processors.append(_DrawByRow(numbers, input_ids.shape[1]))
         output = model.generate(
             input_ids=input_ids,
             attention_mask=pad([torch.ones_like(row) for row in ids], padding_side="left"),
             max_new_tokens=max_new_tokens,
-            num_return_sequences=num_completions,
+            num_return_sequences=num_completions // rows_per_prompt,
             eos_token_id=sorted(ends),
             pad_token_id=padding,
             use_cache=True,
+            logits_processor=processors,
+            synced_gpus=True if sharded else None,
             **sampling,
         )[:, input_ids.shape[1] :]
         decoded = processing_class.batch_decode(output, skip_special_tokens=True)

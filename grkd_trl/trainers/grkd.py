@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 
 from .. import training
-from ..groups import bring_scores, bring_soft_labels
+from ..groups import bring_scores, bring_soft_labels, count_items
 from ..losses import (
     alpha_at,
     group_relative_loss,
@@ -194,9 +194,10 @@ class GRKDTrainer(SFTTrainer):
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        if self.online is not None:
-            epoch_iterator = self.online.batches(epoch_iterator, num_batches)
-        return training.count_batch_samples(self, epoch_iterator, num_batches, device)
+        if self.online is None:
+            return training.count_batch_samples(self, epoch_iterator, num_batches, device)
+        batches = list(self.online.batches(epoch_iterator, num_batches))
+        return batches, self.accelerator.reduce(count_items(batches).to(device), reduction="sum")
 
     def _prepare_inputs(self, inputs):
         if isinstance(inputs, list):  # prompts of an evaluation

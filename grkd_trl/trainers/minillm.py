@@ -20,10 +20,11 @@ from trl import SFTTrainer
 
 from .. import training
 from .._trl import global_then_local_main_first, pad
-from ..groups import tokenize_prompt
+from ..groups import content_seed, first_groups, tokenize_prompt, unit_seed
 from ..losses import clipped_policy_loss, minillm_returns, mixture_logps, reverse_kl
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
 from ..teacher import sample_from_mixture, shared_vocabulary
+from ..teacher.writing import row_numbers
 from .minillm_config import MiniLLMConfig
 
 
@@ -182,12 +183,13 @@ class MiniLLMTrainer(SFTTrainer):
             )
         return dataset.shuffle(seed=self.args.seed)["ids"][:]
 
-    def _sample(self, model, inputs, *, teacher_share, texts=()):
-        """A batch of prompts as one of [`DataCollatorForGroups`]: a sampled completion each, then rows of text."""
+    def _sample(self, inputs, seeds, *, teacher_share, kept=None, texts=()):
+        """A batch of prompts as one of [`DataCollatorForGroups`]: of the first a sampled completion each, then text."""
+        model, length = self.model_wrapped, self.args.max_completion_length
         config_ends = self.model.generation_config.eos_token_id  # chat models end a turn with a token of their own
         config_ends = config_ends if isinstance(config_ends, list) else [config_ends]
         ends = sorted({self._tokenizer.eos_token_id, *config_ends} - {None})
-        inputs = self._prepare_inputs(inputs)
+        inputs = super()._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
             completions = sample_from_mixture(
                 model,
@@ -195,9 +197,10 @@ class MiniLLMTrainer(SFTTrainer):
                 inputs["prompt_ids"],
                 inputs["prompt_mask"],
                 teacher_share=teacher_share,
-                max_new_tokens=self.args.max_completion_length,
+                max_new_tokens=length,
                 eos_token_ids=ends,
                 vocab_size=self.vocab_size,
+                numbers=torch.cat([row_numbers(seed, 1, length) for seed in seeds]),
                 accelerator=self.accelerator,
             )
         prompts = [
@@ -207,28 +210,41 @@ class MiniLLMTrainer(SFTTrainer):
             {"prompt_ids": prompt, "completion_ids": [completion], "clipped": [completion[-1] not in ends]}
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
+        kept = len(rows) if kept is None else kept
         texts = [{"prompt_ids": text[:1], "completion_ids": [text[1:]]} for text in texts]
-        batch = self._collate_completions(rows + texts)
-        batch |= {name: batch[name][: len(rows)] for name in ("group_mask", "clipped")}
-        return self._prepare_inputs(batch)
+        batch = self._collate_completions(rows[: max(kept, 1)] + texts)
+        batch |= {name: batch[name][:kept] for name in ("group_mask", "clipped")}
+        return super()._prepare_inputs(batch if kept > 0 else first_groups(batch, 0))
+
+    def _prepare_inputs(self, inputs):
+        if "prompt_ids" not in inputs:
+            return super()._prepare_inputs(inputs)
+        # Evaluation: the student writes alone, and a prompt decides its draws
+        ids = [
+            row[mask.bool()].tolist() for row, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)
+        ]
+        return self._sample(inputs, [content_seed(prompt) for prompt in ids], teacher_share=0.0)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
-        counts = []
+        counts, size, world = [], self.args.train_batch_size, self.accelerator.num_processes
+        seed = unit_seed(self.args.seed, self.state.global_step, "mixture")
         for index, inputs in enumerate(batches):
-            # The number of the micro-batch decides draws and text, so that a resumed run goes on where it stopped
-            number = self.state.global_step * self.args.gradient_accumulation_steps + index
-            number = number * self.accelerator.num_processes + self.accelerator.process_index
-            num_prompts, texts = len(inputs["group_mask"]), ()
+            # The step and a prompt's place in it decide its draws and the text beside it: neither a resumed run nor
+            # another number of processes changes them
+            first = (index * world + self.accelerator.process_index) * size
+            num_prompts = kept = len(inputs["group_mask"])
+            if index == len(batches) - 1:
+                kept = training.num_without_repeats(self, num_prompts)
+            texts = ()
             if self._text_ids is not None:
-                first = number * self.args.train_batch_size
-                texts = [self._text_ids[(first + row) % len(self._text_ids)] for row in range(num_prompts)]
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                torch.manual_seed((self.args.seed << 32) + number)
-                share = self.args.teacher_share
-                batches[index] = self._sample(self.model_wrapped, inputs, teacher_share=share, texts=texts)
+                read = self.state.global_step * self.args.gradient_accumulation_steps * world * size + first
+                texts = [self._text_ids[(read + row) % len(self._text_ids)] for row in range(kept)]
+            seeds = [seed + first + row for row in range(num_prompts)]
+            share = self.args.teacher_share
+            batches[index] = self._sample(inputs, seeds, teacher_share=share, kept=kept, texts=texts)
             mask = predicted_mask(batches[index]["completion_mask"])
-            counts.append(torch.stack([mask[:num_prompts].sum(), mask[num_prompts:].sum()]))
+            counts.append(torch.stack([mask[: max(kept, 1)].sum(), mask[max(kept, 1) :].sum()]))
         num_rows = sum(len(batch["group_mask"]) for batch in batches)
         totals = torch.stack(counts).sum(0).to(device) if counts else torch.zeros(2, dtype=torch.long, device=device)
         totals = torch.cat([totals.new_tensor([num_rows]), totals])
@@ -258,10 +274,9 @@ class MiniLLMTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, sharing = self.args, {"prompt_sharing": self.args.prompt_sharing}
-        if "completion_mask" not in inputs:  # evaluation: the student writes alone
-            inputs = self._sample(model, inputs, teacher_share=0.0)
-        num_prompts = len(inputs["group_mask"])  # rows of text follow
-        rollout = {name: inputs[name][:num_prompts] for name in ("input_ids", "attention_mask", "completion_mask")}
+        num_prompts = len(inputs["group_mask"])
+        num_rows = max(num_prompts, 1)  # one without a token where no prompt is left; rows of text follow
+        rollout = {name: inputs[name][:num_rows] for name in ("input_ids", "attention_mask", "completion_mask")}
         with training.teaching(self, model) as teacher_model:
             teacher = score_completions(teacher_model, rollout, return_logits=True, **sharing)
         mask = predicted_mask(rollout["completion_mask"])
@@ -295,7 +310,7 @@ class MiniLLMTrainer(SFTTrainer):
         long_term = clipped_policy_loss(logps, sampling_logps, returns[mask], clip_range=args.clip_range)
 
         # The likelihood of plain text, one value a token
-        text = -student.per_token_logps[num_prompts:][predicted_mask(inputs["completion_mask"][num_prompts:])]
+        text = -student.per_token_logps[num_rows:][predicted_mask(inputs["completion_mask"][num_rows:])]
 
         # Sums over the micro-batch, divided by the tokens of the whole optimizer step
         _, num_tokens, *num_text = training.step_counts(self, inputs, num_items_in_batch)
@@ -312,7 +327,7 @@ class MiniLLMTrainer(SFTTrainer):
         means.add("importance/mean", weights)
         means.add("importance/clipped_ratio", ((weights - 1).abs() > args.clip_range).float())
         per_token = {
-            "student_scores": student.per_token_logps[:num_prompts],
+            "student_scores": student.per_token_logps[:num_rows],
             "teacher_scores": teacher.per_token_logps,
         }
         outputs = {

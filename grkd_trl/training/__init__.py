@@ -9,7 +9,7 @@ from .methods import (
     prepare_dataset,
     set_signature_columns,
 )
-from .sampler import BalancedSampler, balanced_sampler
+from .sampler import BalancedSampler, RepeatedPrompts, balanced_sampler, places_of_process
 from .setup import (
     check_teacher,
     resolve_args,
@@ -19,6 +19,7 @@ from .setup import (
 from .step import (
     add_group_metrics,
     add_router_loss,
+    num_without_repeats,
     step_counts,
     step_means,
     teaching,
@@ -28,6 +29,7 @@ from .step import (
 
 __all__ = [
     "BalancedSampler",
+    "RepeatedPrompts",
     "add_group_metrics",
     "add_router_loss",
     "balanced_sampler",
@@ -36,6 +38,8 @@ __all__ = [
     "create_model_card",
     "evaluation_loop",
     "log",
+    "num_without_repeats",
+    "places_of_process",
     "prediction_step",
     "prepare_dataset",
     "resolve_args",

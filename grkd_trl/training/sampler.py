@@ -1,8 +1,9 @@
-"""The order of groups that keeps every process as busy as the others."""
+"""The order of groups and of prompts: the same steps on any number of processes, each as busy as the others."""
 
 import math
 from collections.abc import Iterator, Sequence
 
+import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from torch.utils.data import RandomSampler, Sampler
@@ -97,3 +98,72 @@ def balanced_sampler(self: SFTTrainer, train_dataset: Dataset | None = None) -> 
         num_processes=self.args.world_size,
         accumulation_steps=self.args.gradient_accumulation_steps,
     )
+
+
+def places_of_process(process: int, num_processes: int, batch_size: int, num_batches: int) -> list[int]:
+    """
+    Places, in the order of the steps, of the rows of one process: each micro-batch of all processes is shared out in
+    order.
+
+    Args:
+        process (`int`):
+            Index of the process.
+        num_processes (`int`):
+            Number of processes.
+        batch_size (`int`):
+            Rows of a micro-batch.
+        num_batches (`int`):
+            Micro-batches of each process.
+
+    Returns:
+        `list[int]`: Places.
+    """
+    firsts = range(process * batch_size, num_batches * num_processes * batch_size, num_processes * batch_size)
+    return [place for first in firsts for place in range(first, first + batch_size)]
+
+
+class RepeatedPrompts(Sampler[int]):
+    """
+    Prompts in chunks, each chunk several times in a row, in an order that the epoch decides, so that a resumed run
+    sees what an uninterrupted one would (TRL's `RepeatSampler` draws the epochs one after the other). Within a chunk
+    the prompts of a process stand together, and each optimizer step has the prompts that it has on one process.
+
+    Args:
+        num_prompts (`int`):
+            Prompts of the dataset. Those that fill no chunk are left out of the epoch.
+        chunk_size (`int`):
+            Prompts that groups are made for at once, on all processes.
+        repeat_count (`int`):
+            Times that a chunk is given.
+        seed (`int`):
+            Seed of the order.
+        places (`list[int]`, *optional*):
+            Places in the chunk in the order they are given in.
+    """
+
+    def __init__(
+        self, num_prompts: int, chunk_size: int, repeat_count: int, seed: int, places: list[int] | None = None
+    ):
+        self.num_prompts, self.chunk_size, self.repeat_count, self.seed = num_prompts, chunk_size, repeat_count, seed
+        self.places = list(range(chunk_size)) if places is None else places
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """
+        Say which epoch comes.
+
+        Args:
+            epoch (`int`):
+                Number of the epoch.
+        """
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.num_prompts, generator=generator).tolist()
+        for start in range(0, self.num_prompts - self.chunk_size + 1, self.chunk_size):
+            for _ in range(self.repeat_count):
+                yield from (order[start + place] for place in self.places)
+
+    def __len__(self) -> int:
+        return self.num_prompts // self.chunk_size * self.chunk_size * self.repeat_count

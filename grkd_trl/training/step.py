@@ -5,11 +5,13 @@ from contextlib import contextmanager
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from transformers import Trainer
 from trl import SFTTrainer
 
 from ..groups import count_items, first_groups
 from ..metrics import RunningMeans, add_length_metrics, add_rank_metrics
 from ..scoring import predicted_mask, to_groups
+from ..teacher.writing import evaluating
 
 
 @contextmanager
@@ -31,13 +33,8 @@ def teaching(trainer: SFTTrainer, model: torch.nn.Module) -> Iterator[torch.nn.M
         with torch.no_grad():
             yield trainer.teacher_model
         return
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), trainer.accelerator.unwrap_model(model).disable_adapter():
-            yield model
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad(), trainer.accelerator.unwrap_model(model).disable_adapter():
+        yield model
 
 
 def step_means(trainer: SFTTrainer) -> RunningMeans:
@@ -92,14 +89,30 @@ def without_repeats(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> dict
     Returns:
         `dict[str, torch.Tensor]`: The batch without repeats, see [`~groups.first_groups`].
     """
+    num_groups = num_without_repeats(trainer, len(batch["group_mask"]))
+    return batch if num_groups == len(batch["group_mask"]) else first_groups(batch, num_groups)
+
+
+def num_without_repeats(trainer: Trainer, size: int) -> int:
+    """
+    How many rows of a batch are no repeats; these stand first.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer.
+        size (`int`):
+            Rows of the batch read last.
+
+    Returns:
+        `int`: 0 to `size`.
+    """
     loader = trainer.accelerator.gradient_state.active_dataloader
     if loader is None or not loader.end_of_dataloader or loader.remainder <= 0:
-        return batch
+        return size
     sampler = loader.batch_sampler
     if not isinstance(sampler, BatchSamplerShard) or sampler.num_processes == 1:
-        return batch
-    size = len(batch["group_mask"])
-    return first_groups(batch, min(max(loader.remainder - sampler.process_index * size, 0), size))
+        return size
+    return min(max(loader.remainder - sampler.process_index * size, 0), size)
 
 
 def add_router_loss(
