@@ -21,10 +21,9 @@ you like and start the same command again. The report is in `--output_dir`.
 
 import argparse
 import itertools
-import sys
 from pathlib import Path
 
-from compare_run import METHODS
+from compare_run import METHODS, run
 from compare_tasks import TASKS
 
 from grkd_trl.evaluation import compare
@@ -96,7 +95,7 @@ def main() -> None:
             TASKS[args.task](shared, seed)  # models and groups, once, before the runs that share them
     spent = {name: getattr(args, name) for name in ("max_steps", "max_tokens", "max_seconds") if getattr(args, name)}
     results = compare(
-        [sys.executable, str(Path(__file__).with_name("compare_run.py"))],
+        run,
         args.output_dir,
         task=args.task,
         methods=args.methods,

@@ -56,7 +56,7 @@ METHODS = {
 # Settings of the comparison; all others are the method's own.
 SHARED = ("work_dir", "data", "num_test", "num_prompts", "pretraining_steps", "student_lora", "batch_size")
 SHARED += ("learning_rate", "curve_points", "max_steps", "max_tokens", "max_seconds", "max_new_tokens")
-SHARED += ("student", "teacher", "groups_file", "eval_file")
+SHARED += ("student", "teacher", "groups_file", "eval_file", "num_completions", "written_by")
 CURVE_ITEMS, SAMPLES = 200, 50
 
 
@@ -65,7 +65,7 @@ class Budget(TrainerCallback):
 
     def __init__(self, settings: dict, points: int, test):
         self.settings, self.points, self.test = settings, points, test
-        self.tokens, self.seconds, self.curve, self.parent = 0, 0.0, [], os.getppid()
+        self.tokens, self.seconds, self.cpu_seconds, self.curve, self.parent = 0, 0.0, 0.0, [], os.getppid()
 
     def count(self, module, inputs):
         self.tokens += inputs[0].numel() if self.running else 0
@@ -84,17 +84,18 @@ class Budget(TrainerCallback):
         model.get_input_embeddings().register_forward_pre_hook(self.count)
         if self.points:
             self.point(model, state)
-        self.running, self.since = True, time.perf_counter()
+        self.running, self.since, self.cpu_since = True, time.perf_counter(), time.process_time()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.seconds += time.perf_counter() - self.since
+        self.cpu_seconds += time.process_time() - self.cpu_since
         if os.getppid() != self.parent:
             os._exit(1)  # the comparison was killed
         spent = self.spent(state)
         if self.points and spent < 1 and spent * self.points >= len(self.curve):
             self.point(model, state)
         control.should_training_stop |= spent >= 1
-        self.running, self.since = True, time.perf_counter()
+        self.running, self.since, self.cpu_since = True, time.perf_counter(), time.process_time()
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self.running = False
@@ -132,10 +133,14 @@ def make_trainer(method: str, task: Task, tokenizer, settings: dict, seed: int, 
     return trainer_class(**models, args=args, train_dataset=dataset, processing_class=tokenizer)
 
 
-def main(request_path: str, result_path: str) -> None:
+def run(request_path: str, result_path: str) -> None:
+    """
+    One run, from a request of `grkd_trl.evaluation.compare`. The first word of its method names the trainer; what follows
+    tells runs of the same trainer apart.
+    """
     request = json.loads(Path(request_path).read_text())
     settings, seed = request["settings"], request["seed"]
-    method = request["method"].split(" trial ")[0]
+    method = request["method"].split()[0]
     logging.set_verbosity_error()
     disable_progress_bars()
     task = TASKS[request["task"]](settings, seed)
@@ -159,7 +164,7 @@ def main(request_path: str, result_path: str) -> None:
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     samples = []
-    metrics = {task.metric: sum(values) / len(values)}
+    metrics = {task.metric: sum(values) / len(values), "cpu_seconds": round(budget.cpu_seconds, 3)}
     if texts:
         metrics["mean_characters"] = sum(map(len, texts)) / len(texts)
         prompts, texts = [task.prompt(item) for item in items[:SAMPLES]], texts[:SAMPLES]
@@ -186,4 +191,4 @@ def main(request_path: str, result_path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(*sys.argv[1:])

@@ -63,17 +63,26 @@ def _trained(folder: Path, tokenizer, rows, *, num_layers: int, width: int, **kw
     return str(folder)
 
 
-def _groups(path: Path, student: str, teacher: str, prompts: list[str], num_prompts: int, seed: int) -> Path:
-    """Groups of a seed, one completion by the teacher and three by the student, written once."""
+# How many of a group's completions the teacher writes.
+WRITTEN_BY = {"mixed": lambda size: 1, "teacher": lambda size: size, "student": lambda size: 0}
+
+
+def _groups(task: str, student: str, teacher: str, prompts: list[str], settings: dict[str, Any], seed: int) -> Path:
+    """Groups of a seed, by default of one completion by the teacher and three by the student, written once."""
+    size, who = settings.get("num_completions", 4), settings.get("written_by", "mixed")
+    path = Path(settings["work_dir"]) / task / f"groups-{who}-{size}-{seed}.jsonl"
     if not path.exists():
-        order = random.Random(seed)
+        order, num_prompts = random.Random(seed), settings["num_prompts"]
         chosen = []
         while len(chosen) < num_prompts:  # a small task is gone through several times, with new completions
             chosen += order.sample(prompts, min(len(prompts), num_prompts - len(chosen)))
         set_seed(seed)
+        by_teacher = WRITTEN_BY[who](size)
         models = [AutoModelForCausalLM.from_pretrained(name) for name in (teacher, student)]
-        groups = write_groups(*models, AutoTokenizer.from_pretrained(teacher), chosen)
-        groups = groups.add_column("written_by", [["teacher", *["student"] * 3]] * len(groups))
+        counts = (by_teacher, size - by_teacher)
+        groups = write_groups(*models, AutoTokenizer.from_pretrained(teacher), chosen, counts)
+        writers = ["teacher"] * counts[0] + ["student"] * counts[1]
+        groups = groups.add_column("written_by", [writers] * len(groups))
         path.parent.mkdir(parents=True, exist_ok=True)
         groups.to_json(path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
@@ -92,7 +101,7 @@ def scan(settings: dict[str, Any], seed: int) -> Task:
     teacher = _trained(folder / "scan/teacher", tokenizer, rows, max_steps=steps, lr=4e-3, **large)
     student = _trained(folder / "scan/student", tokenizer, rows[:800], max_steps=steps // 2, lr=3e-3, **small)
     prompts = [prompt for prompt, _ in rows[800:]]
-    groups = _groups(folder / f"scan/groups-{seed}.jsonl", student, teacher, prompts, settings["num_prompts"], seed)
+    groups = _groups("scan", student, teacher, prompts, settings, seed)
 
     def test(model, tokenizer, items: list[tuple[str, str]]) -> tuple[list[float], list[str]]:
         texts = _write(model, tokenizer, [prompt for prompt, _ in items], MAX_NEW_TOKENS)
@@ -123,9 +132,7 @@ def math_word(settings: dict[str, Any], seed: int) -> Task:
     teacher = _trained(folder / "math_word/teacher", tokenizer, rows, max_steps=steps // 3, lr=2e-3, **large)
     student = _trained(folder / "math_word/student", tokenizer, rows[:300], max_steps=steps // 6, lr=2e-3, **small)
     prompts = [prompt for prompt, _ in rows]
-    groups = _groups(
-        folder / f"math_word/groups-{seed}.jsonl", student, teacher, prompts, settings["num_prompts"], seed
-    )
+    groups = _groups("math_word", student, teacher, prompts, settings, seed)
 
     def test(model, tokenizer, items: list[MathWordProblem]) -> tuple[list[float], list[str]]:
         texts = _write(model, tokenizer, [_ask(problem) for problem in items], 16)

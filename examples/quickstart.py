@@ -149,10 +149,14 @@ def pretrain(
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def write_groups(teacher: PreTrainedModel, student: PreTrainedModel, tokenizer, prompts: list[str]) -> Dataset:
+def write_groups(
+    teacher: PreTrainedModel, student: PreTrainedModel, tokenizer, prompts: list[str], counts: tuple[int, int] = (1, 3)
+) -> Dataset:
     """Groups of four, one completion by the teacher and three by the student, with the teacher's scores."""
     groups = {"prompt": prompts, "completions": [[] for _ in prompts], "clipped": [[] for _ in prompts]}
-    for writer, num_completions in ((teacher, 1), (student, 3)):
+    for writer, num_completions in zip((teacher, student), counts, strict=True):
+        if not num_completions:
+            continue
         texts, clipped = generate_completions(
             writer, tokenizer, prompts, num_completions=num_completions, max_new_tokens=MAX_NEW_TOKENS, batch_size=128
         )

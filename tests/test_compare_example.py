@@ -51,7 +51,7 @@ def run(example, folder, task, method, settings, *, seed=0, split="test"):
     request = {"task": task, "method": method, "seed": seed, "split": split, "settings": settings}
     (folder / "request.json").write_text(json.dumps(request))
     (folder / "result.json").unlink(missing_ok=True)
-    example["run"].main(str(folder / "request.json"), str(folder / "result.json"))
+    example["run"].run(str(folder / "request.json"), str(folder / "result.json"))
     row = {name: request[name] for name in ("task", "method", "seed", "settings")} | {"status": "done"}
     return check_result(row | json.loads((folder / "result.json").read_text()))
 

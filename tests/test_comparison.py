@@ -1,12 +1,16 @@
 """How runs are started, resumed and tuned. What they train is another matter: here a small script stands in a process
 of its own, as a training run would."""
 
+import importlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,7 @@ from grkd_trl.evaluation.results import read_results
 
 RUN = """
 import json, os, random, sys, time
-request = json.load(open(sys.argv[-2]))
+request = json.load(open(asked))
 settings = request["settings"]
 print("running", request["method"], flush=True)
 time.sleep(settings.get("pause", 0))
@@ -33,14 +37,26 @@ items = [int(draw.random() < settings.get("skill", 0.5)) for _ in range(50)]
 result = {"metrics": {"accuracy": sum(items) / 50}, "per_item": items, "seconds": draw.random(), "tokens": 7}
 result |= {"peak_memory_bytes": 1, "versions": {}} | broken.get("more", {})
 if not (broken.get("silent") or settings.get("silent")):
-    json.dump(result, open(sys.argv[-1], "w"))
+    json.dump(result, open(answered, "w"))
 """
 
 
 @pytest.fixture
 def start(tmp_path):
-    (tmp_path / "run.py").write_text(RUN)
+    (tmp_path / "run.py").write_text("import sys\nasked, answered = sys.argv[-2:]" + RUN)
     return [sys.executable, str(tmp_path / "run.py")]
+
+
+@pytest.fixture
+def function(tmp_path, monkeypatch):
+    """The same as a function of a module, in a folder that only this process looks in."""
+    (tmp_path / "a_run.py").write_text(
+        "import os\nserver = os.getpid()\ndef run(asked, answered):" + textwrap.indent(RUN, "    ")
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield importlib.import_module("a_run").run
+    del sys.modules["a_run"]
+    forkserver._forkserver._stop()  # the next test has another folder
 
 
 def arguments(tmp_path, **changed):
@@ -122,6 +138,34 @@ class TestRuns:
         assert len(path.read_text().splitlines()) == 9, "one row a run"
         whole = compare(start, tmp_path / "whole", **given)
         assert read_results(path) == read_results(whole)
+
+
+class TestFunctions:
+    def test_equals_the_command(self, start, function, tmp_path):
+        rows = [
+            read_results(compare(given, tmp_path / name, **arguments(tmp_path)))
+            for name, given in {"command": start, "function": function}.items()
+        ]
+        for row in itertools.chain(*rows):
+            row.pop("seconds")
+        assert rows[0] == rows[1]
+        assert (tmp_path / "function/logs/scan_grkd_1.log").read_text() == "running grkd\n"
+
+    def test_imports_once_and_runs_apart(self, function, tmp_path):
+        """Each run sees the module as one process imported it, and is a process of its own."""
+        module = tmp_path / "a_run.py"
+        module.write_text(module.read_text().replace('"running"', '"running", server, os.getpid()'))
+        compare(function, tmp_path / "out", **arguments(tmp_path, num_workers=2))
+        said = [path.read_text().split() for path in (tmp_path / "out/logs").iterdir()]
+        assert len(said) == 4 and len({server for _, server, _, _ in said}) == 1
+        assert len({process for _, _, process, _ in said} | {said[0][1], str(os.getpid())}) == 6
+        assert "PYTHONPATH" not in os.environ or str(tmp_path) not in os.environ["PYTHONPATH"]
+
+    def test_a_failed_run(self, function, tmp_path):
+        (tmp_path / "journal.broken").write_text(json.dumps({"fails": True}))
+        rows = read_results(compare(function, tmp_path / "out", **arguments(tmp_path)))
+        assert [row["status"] for row in rows] == ["done", "failed", "done", "done"]
+        assert rows[1]["error"].startswith("ended with status 1\n") and "out of memory" in rows[1]["error"]
 
 
 class TestTuning:

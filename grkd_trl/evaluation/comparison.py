@@ -1,13 +1,16 @@
 """Compare methods under equal budgets: every run in a process of its own, resumed where it was stopped."""
 
 import json
+import multiprocessing
 import os
 import random
 import subprocess
+import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ _ERROR_CHARACTERS = 2000
 
 
 def compare(
-    start: Sequence[str],
+    start: Sequence[str] | Callable[[str, str], None],
     output_dir: str | Path,
     *,
     task: str,
@@ -34,20 +37,22 @@ def compare(
     num_workers: int = 1,
 ) -> Path:
     """
-    Run every method with every seed and write a row of `results.jsonl` for each. What trains and tests is a command:
-    this function starts it with two paths behind, of a request and of the result that it is to write.
+    Run every method with every seed and write a row of `results.jsonl` for each. What trains and tests is a command or
+    a function of a module: it gets two paths, of a request and of the result that it is to write, and each run is a
+    process of its own. A function's processes are forked from one that has imported its module (not on Windows), so that
+    only the first run waits for the imports.
 
     A request is `{"task", "method", "seed", "split", "settings"}`, where `split` is `"test"`, or `"validation"` while
     tuning. A result holds `metrics`, `per_item`, `seconds`, `tokens`, `peak_memory_bytes`, `versions`, and perhaps
-    `curve` and `samples`, as in [`~grkd_trl.evaluation.results.append_result`]. A command that ends with another status
+    `curve` and `samples`, as in [`~grkd_trl.evaluation.results.append_result`]. A process that ends with another status
     than 0, or without a result, makes a failed row with the end of what it printed.
 
     Runs that are in the file are not repeated, so a comparison that was stopped, even killed, goes on when it is started
     again; failed runs are tried again. Runs know nothing of each other: neither their order nor a stop changes a result.
 
     Args:
-        start (`Sequence[str]`):
-            Command, as a list.
+        start (`Sequence[str]` or `Callable[[str, str], None]`):
+            Command, as a list, or a function of a module that can be imported and holds no GPU when it is.
         output_dir (`str` or `Path`):
             Folder for `results.jsonl`, `tuning.jsonl` and `logs`. Several tasks may share it.
         task (`str`):
@@ -98,7 +103,7 @@ def compare(
 
 
 def _tuned(
-    start: Sequence[str],
+    start: Sequence[str] | Callable[[str, str], None],
     folder: Path,
     task: str,
     given: dict[str, dict[str, Any]],
@@ -144,7 +149,13 @@ def _tuned(
     return best
 
 
-def _run_all(start: Sequence[str], requests: list[dict[str, Any]], path: Path, logs: Path, num_workers: int) -> None:
+def _run_all(
+    start: Sequence[str] | Callable[[str, str], None],
+    requests: list[dict[str, Any]],
+    path: Path,
+    logs: Path,
+    num_workers: int,
+) -> None:
     known = {}
     if path.exists():
         known = {(row["task"], row["method"], row["seed"]): row for row in read_results(path)}
@@ -161,6 +172,8 @@ def _run_all(start: Sequence[str], requests: list[dict[str, Any]], path: Path, l
         if not row or row["status"] != "done":
             open_requests.append(request)
     logs.mkdir(parents=True, exist_ok=True)
+    if callable(start) and open_requests:
+        _warm_up(start)
     lock = threading.Lock()
 
     def run(request: dict[str, Any]) -> None:
@@ -177,20 +190,51 @@ def _run_all(start: Sequence[str], requests: list[dict[str, Any]], path: Path, l
         pool.shutdown(cancel_futures=True)  # after an interrupt no other run starts
 
 
-def _run(start: Sequence[str], request: dict[str, Any], logs: Path) -> dict[str, Any]:
+def _run(start: Sequence[str] | Callable[[str, str], None], request: dict[str, Any], logs: Path) -> dict[str, Any]:
     name = "_".join(str(request[part]) for part in ("task", "method", "seed")).replace(" ", "_").replace(os.sep, "_")
     row = {name: request[name] for name in ("task", "method", "seed", "settings")}
     with tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch) / "request.json", Path(scratch) / "result.json"
         asked.write_text(json.dumps(request), encoding="utf-8")
         log = logs / f"{name}.log"
-        with log.open("wb") as file:
-            process = subprocess.run([*start, str(asked), str(answered)], stdout=file, stderr=subprocess.STDOUT)
+        status = _process(start, str(asked), str(answered), log)
         try:
-            if process.returncode:
-                raise RuntimeError(f"ended with status {process.returncode}")
+            if status:
+                raise RuntimeError(f"ended with status {status}")
             return check_result(row | {"status": "done"} | json.loads(answered.read_text(encoding="utf-8")))
         except (RuntimeError, OSError, ValueError) as error:
             said = log.read_text(encoding="utf-8", errors="replace").strip()[-_ERROR_CHARACTERS:]
             failed = {"metrics": {}, "per_item": None, "seconds": 0, "tokens": None, "peak_memory_bytes": None}
             return row | failed | {"versions": {}, "status": "failed", "error": f"{error}\n{said}".strip()}
+
+
+def _process(start: Sequence[str] | Callable[[str, str], None], asked: str, answered: str, log: Path) -> int:
+    if not callable(start):
+        with log.open("wb") as file:
+            return subprocess.run([*start, asked, answered], stdout=file, stderr=subprocess.STDOUT).returncode
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_logged, args=(start, asked, answered, str(log))
+    )
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _warm_up(start: Callable[[str, str], None]) -> None:
+    """Start the process that imports the module once, and that runs are forked from."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([start.__module__])
+    known = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # which Python 3.11's server does not get otherwise
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if known is not None:
+            os.environ["PYTHONPATH"] = known
+
+
+def _logged(start: Callable[[str, str], None], asked: str, answered: str, log: str) -> None:
+    with open(log, "wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    start(asked, answered)
