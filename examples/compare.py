@@ -43,12 +43,14 @@ OWN = {
     "sft": [{"weight_decay": decay} for decay in (0.0, 0.01, 0.03, 0.1)],
 }  # fmt: skip
 FACTORS = (0.3, 1.0, 3.0)  # of --learning_rate
+LOW_FACTORS = (0.03, 0.1, 0.3)  # for those that a margin alone holds: at higher rates they lose what the student knows
 
 
 def search_space(learning_rate: float) -> dict[str, list[dict]]:
     return {
         method: [
-            own | {"learning_rate": learning_rate * factor} for factor, own in itertools.product(FACTORS, settings)
+            own | {"learning_rate": learning_rate * factor}
+            for factor, own in itertools.product(LOW_FACTORS if method in ("dpo", "simpo") else FACTORS, settings)
         ]
         for method, settings in OWN.items()
     }

@@ -1,5 +1,6 @@
 """The tasks of `compare.py`: models to start from, groups to learn from, items to test on."""
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -56,10 +57,11 @@ def _trained(folder: Path, tokenizer, rows, *, num_layers: int, width: int, **kw
         set_seed(0)
         model = new_llama(tokenizer, num_layers=num_layers, width=width)
         pretrain(model, tokenizer, rows, **kwargs)
-        part = folder.with_suffix(".part")
+        part = folder.with_suffix(f".{os.getpid()}.part")
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        part.rename(folder)  # whole or not at all
+        if not folder.exists():
+            part.rename(folder)  # whole or not at all
     return str(folder)
 
 
@@ -84,8 +86,9 @@ def _groups(task: str, student: str, teacher: str, prompts: list[str], settings:
         writers = ["teacher"] * counts[0] + ["student"] * counts[1]
         groups = groups.add_column("written_by", [writers] * len(groups))
         path.parent.mkdir(parents=True, exist_ok=True)
-        groups.to_json(path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        groups.to_json(part)
+        part.rename(path)
     return path
 
 
@@ -97,9 +100,9 @@ def scan(settings: dict[str, Any], seed: int) -> Task:
     items = [(PROMPT.format(command), actions) for command, actions in held_out]
     tokenizer = word_tokenizer([PROMPT.format(""), *(text for pair in scan_pairs() for text in pair)])
     steps = settings["pretraining_steps"]
-    large, small = {"num_layers": 3, "width": 96, "batch_size": 32}, {"num_layers": 2, "width": 64, "batch_size": 64}
-    teacher = _trained(folder / "scan/teacher", tokenizer, rows, max_steps=steps, lr=4e-3, **large)
-    student = _trained(folder / "scan/student", tokenizer, rows[:800], max_steps=steps // 2, lr=3e-3, **small)
+    large, small = {"num_layers": 3, "width": 128, "lr": 2e-3}, {"num_layers": 2, "width": 64, "lr": 3e-3}
+    teacher = _trained(folder / "scan/teacher", tokenizer, rows, max_steps=steps, batch_size=64, **large)
+    student = _trained(folder / "scan/student", tokenizer, rows[:800], max_steps=steps // 3, batch_size=64, **small)
     prompts = [prompt for prompt, _ in rows[800:]]
     groups = _groups("scan", student, teacher, prompts, settings, seed)
 

@@ -21,6 +21,7 @@ class Options(NamedTuple):
     soft_label_temperature: float = 1.0
     relative_top_k: int = 8
     min_gap: float = 0.0
+    sft_weight: float = 0.0
     max_length: int | None = None
     truncation_mode: str = "keep_start"
 
@@ -78,7 +79,7 @@ def loss_of(student, teacher, groups, options):
         groups (`list[dict]`): `prompt_ids`, `completion_ids` and, optionally, `teacher_scores`.
         options (`Options`): See there.
     """
-    relative, soft = [], []
+    relative, soft, sft = [], [], []
     for group in groups:
         student_scores, teacher_scores = [], []
         for completion_ids in group["completion_ids"]:
@@ -100,11 +101,16 @@ def loss_of(student, teacher, groups, options):
         teacher_scores = group.get("teacher_scores", teacher_scores)
         if options.relative_level == "completions":
             relative.append(pairwise(student_scores, teacher_scores, options))
+        sft.append(-options.sft_weight * student_scores[teacher_scores.index(max(teacher_scores))])
         if options.soft_label == "group":
             soft.append(cross_entropy(student_scores, teacher_scores, options))
     if options.soft_label == "none":
-        return sum(relative) / len(relative)
-    return (1 - options.alpha) * sum(soft) / len(soft) + options.alpha * sum(relative) / len(relative)
+        return sum(relative) / len(relative) + sum(sft) / len(sft)
+    return (
+        sum(sft) / len(sft)
+        + (1 - options.alpha) * sum(soft) / len(soft)
+        + options.alpha * sum(relative) / len(relative)
+    )
 
 
 def loss_and_gradients(student, teacher, groups, options):

@@ -68,6 +68,8 @@ class TestWholeStep:
             {"score": "sum"},
             {"score": "sum", "soft_label": "group", "soft_label_temperature": 20.0, "ranking_temperature": 10.0},
             {"ranking_temperature": 0.1},
+            {"sft_weight": 0.7},
+            {"sft_weight": 2.0, "score": "sum", "soft_label": "none"},
             {"soft_label_temperature": 3.0},
             {"soft_label": "group", "soft_label_temperature": 0.2},
             {"min_gap": 0.6},

@@ -225,9 +225,10 @@ class GRKDTrainer(SFTTrainer):
                 What `compute_loss` logs.
 
         Returns:
-            `float`: Equation 4 at this point of the run.
+            `float`: Equation 4 at this point of the run, and `sft_weight` times the loss of the best completions.
         """
-        return self.alpha * means["loss/relative"] + (1 - self.alpha) * means.get("loss/soft", 0.0)
+        loss = self.alpha * means["loss/relative"] + (1 - self.alpha) * means.get("loss/soft", 0.0)
+        return loss + self.args.sft_weight * means.get("loss/sft", 0.0)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, alpha = self.args, self.alpha
@@ -277,6 +278,11 @@ class GRKDTrainer(SFTTrainer):
         relative_count = num_groups if args.relative_level == "completions" else num_tokens
         soft_count = num_tokens if args.soft_label == "token" else num_groups
         loss = alpha * relative.sum() / relative_count + (1 - alpha) * soft.sum() / soft_count
+        if args.sft_weight:  # beyond the paper: the likelihood of the best, which holds what ranking moves
+            best = teacher_scores.masked_fill(~group_mask, -torch.inf).argmax(-1, keepdim=True)
+            sft = -student_scores.gather(-1, best).squeeze(-1)
+            loss = loss + args.sft_weight * sft.sum() / num_groups
+            training.step_means(self).add("loss/sft", sft)
         loss = training.add_router_loss(self, loss, student.aux_loss, num_items_in_batch)
 
         means = training.step_means(self)

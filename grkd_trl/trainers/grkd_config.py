@@ -64,6 +64,9 @@ class GRKDConfig(SFTConfig):
         alpha_schedule (`str`, *optional*, defaults to `"linear"`):
             Way from start to end over the optimizer steps: `"linear"`, `"cosine"`, or `"constant"` (`alpha_end`
             throughout).
+        sft_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the negative log-likelihood of each group's best completion by the teacher's scores (the mean over
+            its tokens, or the sum with `score="sum"`), added to the loss. Beyond the paper, as PRO has it.
 
         > Parameters that control online groups
 
@@ -148,6 +151,7 @@ class GRKDConfig(SFTConfig):
     soft_label_temperature: float = option(1.0, "Temperature that softens both sides of the soft labels.")
     alpha_start: float = option(0.0, "Share of the relative loss at the start of the run.")
     alpha_end: float = option(0.3, "Share of the relative loss at the end of the run.")
+    sft_weight: float = option(0.0, "Weight of the likelihood of the teacher's best completion; not in the paper.")
     alpha_schedule: str = option(
         "linear",
         "Way from `alpha_start` to `alpha_end`: 'linear', 'cosine', or 'constant' (`alpha_end`).",
@@ -183,6 +187,8 @@ class GRKDConfig(SFTConfig):
         for name in ("alpha_start", "alpha_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is a share and must lie in 0..1, got {getattr(self, name)}.")
+        if not self.sft_weight >= 0:
+            raise ValueError(f"`sft_weight` must be 0 or above, got {self.sft_weight}.")
         if not self.min_gap >= 0:
             raise ValueError(f"`min_gap` must be 0 or above, got {self.min_gap}.")
         if self.relative_top_k < 2:
