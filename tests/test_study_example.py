@@ -1,0 +1,45 @@
+"""The study of README with little of everything: both parts, their reports, and that nothing is done twice."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from grkd_trl.evaluation.results import read_results
+
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import study
+
+    return study
+
+
+def test_spaces_are_alike(study):
+    assert len({len(space) for space in study.SPACE.values()}) == 1
+    for space in study.SPACE.values():
+        assert len({str(settings) for settings in space}) == len(space)
+
+
+def test_the_command(study, tmp_path, monkeypatch):
+    names = ("grkd", "grkd groups of 2", "grkd student writes")
+    monkeypatch.setattr(study, "ABLATIONS", {name: study.ABLATIONS[name] for name in names})
+    command = ["--mawps", "unread.csv", "--tasks", "scan", "--methods", "grkd", "grkd +sft", "--seeds", "0"]
+    command += ["--ablation_seeds", "0", "--max_steps", "2", "--tune", "1", "--num_test", "6", "6"]
+    command += ["--pretraining_steps", "12", "--work_dir", str(tmp_path / "work"), "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["study.py", *command])
+    study.main()
+    for part, methods in {"methods": ["grkd", "grkd +sft"], "ablations": names}.items():
+        rows = read_results(tmp_path / part / "results.jsonl")
+        assert [row["method"] for row in rows] == list(methods)
+        assert {row["status"] for row in rows} == {"done"}, [row.get("error") for row in rows]
+        assert all(row["metrics"]["cpu_seconds"] > 0 for row in rows)
+        assert (tmp_path / part / "report.md").exists()
+    assert rows[1]["settings"]["num_completions"] == 2 and rows[2]["settings"]["written_by"] == "student"
+    written = (tmp_path / "methods/results.jsonl").stat().st_mtime_ns
+    study.main()
+    assert (tmp_path / "methods/results.jsonl").stat().st_mtime_ns == written
