@@ -17,6 +17,7 @@ Texts are classified by sums of n-gram embeddings (`hashed_ngrams.py`), images b
 import gzip
 import json
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -97,13 +98,14 @@ class ClassificationArguments:
 # Data
 
 
-def load_rows(name: str, data_dir: str | None, seed: int) -> DatasetDict:
-    """Splits `train`, `validation` (a tenth of the train rows) and `test`, of `input_ids` or `pixel_values` and `labels`."""
+@cache
+def read_rows(name: str, data_dir: str | None) -> dict[str, Dataset]:
+    """The published splits, `train` and `test`, of `input_ids` or `pixel_values` and `labels`."""
     if name == "digits":
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        images = digits.images.repeat(4, axis=1).repeat(4, axis=2).astype(np.float32) / 16
+        images = digits.images.repeat(2, axis=1).repeat(2, axis=2).astype(np.float32) / 16
         rows = {"pixel_values": images[:, None], "labels": digits.target.tolist()}
         splits = Dataset.from_dict(rows).train_test_split(0.3, seed=0)
     elif name == "clinc150":
@@ -126,7 +128,13 @@ def load_rows(name: str, data_dir: str | None, seed: int) -> DatasetDict:
         splits = {part: rows.cast_column("labels", classes) for part, rows in splits.items()}
     if "text" in splits["train"].column_names:
         splits = {part: rows.map(lambda row: {"input_ids": hash_ngrams(row["text"])}) for part, rows in splits.items()}
-    held_out = splits["train"].train_test_split(0.1, seed=seed)
+    return splits
+
+
+def load_rows(name: str, data_dir: str | None, seed: int) -> DatasetDict:
+    """Splits `train`, `validation` (a fifth of the train rows) and `test`."""
+    splits = read_rows(name, data_dir)
+    held_out = splits["train"].train_test_split(0.2, seed=seed)
     return DatasetDict(train=held_out["train"], validation=held_out["test"], test=splits["test"])
 
 
@@ -152,9 +160,13 @@ def add_label_noise(dataset: Dataset, share: float, noise_type: str, seed: int) 
 class Rows(torch.utils.data.Dataset):
     """Rows in memory, fetched a batch at a time."""
 
-    def __init__(self, dataset):
-        self.columns, self.features = dataset.with_format("torch")[:], dataset.features
-        self.column_names = dataset.column_names
+    def __init__(self, columns: dict[str, torch.Tensor], names: list[str]):
+        self.columns, self.names, self.column_names = columns, names, list(columns)
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> "Rows":
+        columns = [name for name in ("input_ids", "pixel_values", "labels") if name in dataset.column_names]
+        return cls(dict(dataset.select_columns(columns).with_format("torch")[:]), dataset.features["labels"].names)
 
     def __len__(self):
         return len(self.columns["labels"])
@@ -169,42 +181,35 @@ class Rows(torch.utils.data.Dataset):
 # Models
 
 
-def make_model(role: str, dataset: Dataset, hidden_size: int = 256) -> PreTrainedModel:
-    """A teacher (of a width, for texts) or a student with fresh weights, for the texts or images of a dataset."""
-    names = dataset.features["labels"].names
-    classes = {"num_labels": len(names), "id2label": dict(enumerate(names))}
-    if "pixel_values" in dataset.column_names:
+def make_model(role: str, rows: Rows, hidden_size: int = 256) -> PreTrainedModel:
+    """A teacher (of a width, for texts) or a student with fresh weights, for texts or images."""
+    classes = {"num_labels": len(rows.names), "id2label": dict(enumerate(rows.names))}
+    if "pixel_values" in rows.columns:
         sizes = [32, 64] if role == "teacher" else [4, 8]
         shape = {"embedding_size": sizes[0], "hidden_sizes": sizes, "depths": [1, 1], "layer_type": "basic"}
         return AutoModelForImageClassification.from_config(ResNetConfig(num_channels=1, **shape, **classes))
     size = {"hidden_size": hidden_size, "dropout": 0.5}
     if role == "student":
         size = {"num_buckets": 2**12, "hidden_size": 32, "max_ngrams": 64}
-    return NgramForSequenceClassification(NgramConfig(**size, **classes)).fit_idf(dataset)
+    return NgramForSequenceClassification(NgramConfig(**size, **classes)).fit_idf(rows["input_ids"])
 
 
-def train_teacher(
-    dataset: Dataset, *, seed: int, epochs: float, output_dir: str, hidden_size: int = 256
-) -> PreTrainedModel:
+def train_teacher(rows: Rows, *, seed: int, epochs: float, output_dir: str, hidden_size: int = 256) -> PreTrainedModel:
     """Train a teacher on the labels as they are."""
     set_seed(seed)
     args = TrainingArguments(
         output_dir,
         num_train_epochs=epochs,
-        learning_rate=5e-3 if "input_ids" in dataset.column_names else 2e-3,
-        per_device_train_batch_size=256 if "input_ids" in dataset.column_names else 32,
+        learning_rate=5e-3 if "input_ids" in rows.columns else 2e-3,
+        per_device_train_batch_size=256 if "input_ids" in rows.columns else 32,
         save_strategy="no",
         report_to="none",
         seed=seed,
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    rows = Rows(
-        dataset.select_columns([name for name in ("input_ids", "pixel_values", "labels") if name in dataset.features])
-    )
-    trainer = Trainer(
-        make_model("teacher", dataset, hidden_size), args, train_dataset=rows, data_collator=lambda batch: batch
-    )
+    model = make_model("teacher", rows, hidden_size)
+    trainer = Trainer(model, args, train_dataset=rows, data_collator=lambda batch: batch)
     trainer.train()
     return trainer.model.eval()
 
@@ -221,7 +226,7 @@ def main(script_args: ClassificationArguments, grkd_args: GRKDForClassificationC
     else:
         output_dir = f"{grkd_args.output_dir}/teacher"
         teacher = train_teacher(
-            rows["train"], seed=grkd_args.seed, epochs=script_args.teacher_epochs, output_dir=output_dir
+            Rows.of(rows["train"]), seed=grkd_args.seed, epochs=script_args.teacher_epochs, output_dir=output_dir
         )
         teacher.save_pretrained(output_dir)
 
@@ -240,7 +245,7 @@ def main(script_args: ClassificationArguments, grkd_args: GRKDForClassificationC
         "compute_metrics": classification_metrics,
     }
     set_seed(grkd_args.seed)
-    student = make_model("student", rows["train"])
+    student = make_model("student", Rows.of(rows["train"]))
     if script_args.method == "grkd":
         trainer = GRKDForClassificationTrainer(student, teacher, grkd_args, **common)
     else:

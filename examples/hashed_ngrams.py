@@ -4,7 +4,6 @@ import re
 import zlib
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -53,12 +52,12 @@ class NgramForSequenceClassification(PreTrainedModel):
         input_ids = input_ids[..., : self.config.max_ngrams]
         return torch.where(input_ids > 0, input_ids % self.config.num_buckets + 1, 0)
 
-    def fit_idf(self, dataset: Dataset) -> "NgramForSequenceClassification":
+    def fit_idf(self, input_ids: torch.Tensor) -> "NgramForSequenceClassification":
         """Count in how many rows each bucket occurs."""
-        buckets = self.buckets(torch.as_tensor(dataset["input_ids"][:])).sort(-1).values
+        buckets = self.buckets(input_ids).sort(-1).values
         repeated = torch.nn.functional.pad(buckets[:, 1:] == buckets[:, :-1], (1, 0))
         counts = buckets[~repeated].bincount(minlength=len(self.idf)).float()
-        self.idf.copy_(((1 + len(dataset)) / (1 + counts)).log() + 1)
+        self.idf.copy_(((1 + len(input_ids)) / (1 + counts)).log() + 1)
         self.idf[0] = 0.0
         return self
 

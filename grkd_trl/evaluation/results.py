@@ -58,7 +58,7 @@ metric. A list, or the path of a JSON list relative to the results file, or `Non
     row = check_result(row)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    line = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
     with path.open("ab+") as file:
         file.seek(0, os.SEEK_END)
         if file.tell():
