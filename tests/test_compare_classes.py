@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_classification_example import write_csv
 
+from grkd_trl.evaluation.report import write_report
 from grkd_trl.evaluation.results import check_result, read_results
 
 
@@ -134,3 +135,23 @@ def test_what_the_command_refuses(classes, tmp_path, monkeypatch, capsys, comman
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES / "compare.py"), run_name="__main__")
     assert message in capsys.readouterr().err
+
+
+def test_the_published_report_is_that_of_the_published_runs(classes, tmp_path):
+    published, space = EXAMPLES / "results/classification", classes.search_space()
+    write_report(published / "results.jsonl", tmp_path)
+    assert (tmp_path / "report.md").read_text() == (published / "report.md").read_text()
+    tuning = read_results(published / "tuning.jsonl")
+    for row in tuning:
+        method, number = row["method"].split(" trial ")
+        assert space[method][int(number)].items() <= row["settings"].items()
+    tried = {(row["task"], row["method"].split(" trial ")[0]) for row in tuning}
+    runs = read_results(published / "results.jsonl")
+    assert tried == {(row["task"], row["method"]) for row in runs if row["method"] != "teacher"}
+    for task, method in tried:
+        trials = [row for row in tuning if (row["task"], row["method"].split(" trial ")[0]) == (task, method)]
+        best = max(trials, key=lambda row: row["metrics"]["accuracy"])
+        assert len(trials) == 6
+        assert all(
+            row["settings"] == best["settings"] for row in runs if (row["task"], row["method"]) == (task, method)
+        )

@@ -162,6 +162,10 @@ class TestRivals:
     def test_rkd_refuses_what_is_not_a_vector_an_example(self, loss):
         with pytest.raises(ValueError, match=r"equally many rows, got shapes \(2, 3\) and \(4, 3\): pass one vector"):
             loss(torch.zeros(2, 3), torch.zeros(4, 3))
+        with pytest.raises(
+            ValueError, match="no embeddings of the teacher.* a column `teacher_embeddings`: make it with"
+        ):
+            loss(torch.zeros(2, 3), None)
 
     @pytest.mark.parametrize("loss", [ranknet_loss, dist_loss, partial(pld_loss, labels=LABELS)])
     def test_errors(self, loss):

@@ -241,6 +241,12 @@ def _pearson(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _embeddings(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if student is None or teacher is None:
+        raise ValueError(
+            f"There are no embeddings of the {'student' if student is None else 'teacher'}. A model has them where its "
+            "last linear layer reads one vector an example, and rows where they have a column `teacher_embeddings`: make "
+            "it with `add_teacher_outputs(..., embeddings=True)`."
+        )
     if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
         raise ValueError(
             "student and teacher embeddings must be matrices of equally many rows, got shapes "

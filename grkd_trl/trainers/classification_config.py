@@ -26,8 +26,7 @@ class GRKDForClassificationConfig(TrainingArguments):
         sampled_classes (`int`, *optional*):
             Number G of classes to rank an example by, drawn anew at each step from the teacher's softened distribution
             without replacement. All classes if not given, as in the paper. Two at a `sampling_temperature` of 0.1 are
-            next to always the teacher's first and second: of the settings tried, the most accurate (see
-            `examples/results/classification`).
+            next to always the teacher's first and second, and cost less (see `examples/results/classification`).
         sampling_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of that distribution.
         ranking_temperature (`float`, *optional*, defaults to `1.0`):
@@ -38,7 +37,8 @@ class GRKDForClassificationConfig(TrainingArguments):
         > Parameters that control the soft labels (equation 3)
 
         soft_label_temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature that softens both sides of the soft labels.
+            Temperature that softens both sides of the soft labels. Below 1 it makes an unsure teacher surer, as one that
+            learned from noisy labels needs it.
 
         > Parameters that control the balance (equation 4)
 
