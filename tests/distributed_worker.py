@@ -16,6 +16,7 @@ from tiny import WORDS
 from transformers import AutoTokenizer, TrainerCallback
 
 import grkd_trl
+from grkd_trl.scoring import tiles
 
 
 GLOBAL_BATCH = 4
@@ -70,6 +71,8 @@ def run(name, models, folder, max_steps):
         dataset = dataset.remove_columns("teacher_scores")
     fields = {key: value for flag in flags for key, value in FIELDS.get(flag, {}).items()}
     texts = {"text_dataset": Dataset.from_dict({"text": [row["prompt"] for row in rows]})} if "text" in flags else {}
+    # "tiled": as at a large vocabulary, so that a batch's logits never exist at once
+    tiles.LOGITS_PER_TILE = 3 * len(AutoTokenizer.from_pretrained(models / "student")) if "tiled" in flags else 2**25
     logs = Logs()
     lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
 

@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 LAUNCHES = ["ddp", "zero2", "zero3", "fsdp2"]
 # What is trained in every launch: a method, and what differs from its defaults.
 RUNS = ["GRKD", "GRKD+lora", "GRKD+lora+base", "GRKD+scored+uneven", "GRKD+sharded", "GRKD+replicated"]
-RUNS += ["SimPO+uneven", "PRO", "KD", "SeqKD", "DPO"]
+RUNS += ["GRKD+tiled", "GRKD+tiled+lora+base", "SimPO+uneven", "PRO", "KD", "SeqKD", "DPO"]
 RUNS += ["MiniLLM+short+text+uneven", "GRKD+student+scored+uneven", "GRKD+mixed+sharded"]
 RESUMED = ["GRKD", "GRKD+lora"]
 OWN_TEACHER = ["GRKD", "GRKD+lora", "GRKD+sharded", "GRKD+replicated", "KD"]

@@ -15,7 +15,7 @@ from .tiles import TiledLogits, are_its_own, core_model, needs_tiles, over_tiles
 logger = logging.get_logger(__name__)
 
 # Share of the work of plain rows up to which packed rows pay for what packing itself costs. Measured on two CPU cores.
-_WORTHWHILE = 0.95
+_WORTHWHILE = 0.9
 
 
 class CompletionScores(NamedTuple):

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
@@ -88,7 +89,9 @@ class TiledLogits:
             `torch.Tensor` of shape `(m, V)`: Their logits.
         """
         with torch.set_grad_enabled(self._with_gradient and torch.is_grad_enabled()), torch.autocast(**self._autocast):
-            return self._to_logits(self._head(hidden_states))
+            # A module of FSDP2 gathers and reduces in every call; its weights are gathered already, see `needs_tiles`.
+            head = self._head.forward if isinstance(self._head, FSDPModule) else self._head
+            return self._to_logits(head(hidden_states))
 
     def __getitem__(self, key) -> torch.Tensor:
         rows, *columns = key if isinstance(key, tuple) else (key,)
@@ -96,10 +99,20 @@ class TiledLogits:
         return logits[(slice(None), *columns)] if columns else logits
 
 
+def _holder(model: torch.nn.Module, head: torch.nn.Module) -> FSDPModule | None:
+    """The module that gathers the weights of the head, under FSDP2."""
+    holders = [m for m in model.modules() if isinstance(m, FSDPModule) and any(part is head for part in m.modules())]
+    return holders[-1] if holders else None  # the innermost
+
+
 def needs_tiles(model: torch.nn.Module, num_tokens: int) -> bool:
     """
-    Whether logits of so many tokens are too many at once, and the head can be called by itself: not where its weight
-    is sharded (FSDP, ZeRO-3), nor where an adapter of it is switched off for a while.
+    Whether logits of so many tokens are too many at once, and the head can be called by itself: not under ZeRO-3 and the
+    first FSDP, where its weight is there during the model's forward alone, nor where an adapter of it is switched off
+    for a while.
+
+    To be asked within the model's forward. Under FSDP2 the weight then stays gathered: the student's until the end of its
+    backward, the teacher's from then on; and if one process needs tiles, all take them.
 
     Args:
         model (`torch.nn.Module`):
@@ -112,10 +125,23 @@ def needs_tiles(model: torch.nn.Module, num_tokens: int) -> bool:
     """
     core = core_model(model)
     head = core.get_output_embeddings()
-    sharded = any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in head.parameters())
-    switched_off = isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper) and head.disable_adapters
+    if core in _unsuited or isinstance(model, FullyShardedDataParallel) or hasattr(next(head.parameters()), "ds_id"):
+        return False
+    if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper) and head.disable_adapters:
+        return False
+    if any(
+        isinstance(part, FSDPModule) for part in list(head.modules())[1:]
+    ):  # adapters that are gathered by themselves
+        return False
     too_many = num_tokens * core.config.get_text_config().vocab_size > LOGITS_PER_TILE
-    return too_many and core not in _unsuited and not sharded and not switched_off
+    holder = _holder(model, head)
+    if holder is not None:
+        anywhere = torch.tensor(too_many, dtype=torch.int32, device=next(head.parameters()).device)
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        too_many = bool(anywhere)
+        if too_many:
+            holder.set_reshard_after_forward(False, recurse=False)
+    return too_many
 
 
 def are_its_own(model: torch.nn.Module, logits: TiledLogits, first: torch.Tensor) -> bool:
