@@ -13,6 +13,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+from grkd_trl.groups import DataCollatorForGroups
+
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -65,12 +67,26 @@ def make_groups(shapes, vocab_size, seed=0):
     ]
 
 
+def batch_of(shapes, vocab_size):
+    tokens = lambda num: torch.randint(2, vocab_size, (num,)).tolist()  # noqa: E731
+    groups = [{"prompt_ids": tokens(p), "completion_ids": [tokens(c) for c in lengths]} for p, lengths in shapes]
+    return {name: tensor.to(DEVICE) for name, tensor in DataCollatorForGroups(pad_token_id=0)(groups).items()}
+
+
+def trainer_fields(folder):
+    """Of every trainer that is measured."""
+    fields = {"output_dir": folder, "bf16": DEVICE == "cuda", "use_cpu": DEVICE == "cpu"}
+    return fields | {"report_to": "none", "gradient_checkpointing": False, "disable_tqdm": True}
+
+
 def interleaved(functions, rounds):
-    """Seconds of each function, round by round, after one to warm up; the process's own where there is no GPU."""
-    clock = time.perf_counter if DEVICE == "cuda" else time.process_time
-    seconds = {name: [] for name in functions}
+    """Seconds of each function, round by round in an order that turns, after one round to warm up."""
+    clock = time.process_time if DEVICE == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    seconds, names = {name: [] for name in functions}, list(functions)
     for round_ in range(rounds + 1):
-        for name, function in functions.items():
+        turn = round_ % len(names)
+        for name in names[turn:] + names[:turn]:
+            function = functions[name]
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
             start = clock()

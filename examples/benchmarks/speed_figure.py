@@ -42,10 +42,10 @@ def main():
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), width_ratios=[3, 4, 2])
     against = rows_of(folder, "against_trl")
     bars(axes[0], against, [name for name in against[0] if name.startswith("times")], "GRKD's step")
-    bars(axes[1], rows_of(folder, "shapes"), ["auto", "on"], "shared prompts against every row, times as fast")
-    memory = rows_of(folder, "memory")
-    for index, name in enumerate(("plain", "ours", "trl_fused")):
-        heights = [max(row.get(f"{name} MiB", 0) - row["gradients MiB"], 0) for row in memory]
+    bars(axes[1], rows_of(folder, "shapes"), ["auto"], "shared prompts against every row, times as fast")
+    memory = [row for row in rows_of(folder, "memory") if row["vocab_size"] == 2**18]
+    for index, name in enumerate(("plain", "ours", "trl")):
+        heights = [row[f"{name} MiB"] for row in memory]
         axes[2].bar([place + (index - 1) * 0.27 for place in range(len(memory))], heights, 0.27, label=name)
     axes[2].set_xticks(range(len(memory)), [row["loss"].replace(" and ", "\nand ") for row in memory], fontsize=7)
     axes[2].set_title("peak of the loss, MiB, V = 256k", fontsize=9)
