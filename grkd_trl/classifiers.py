@@ -13,15 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import DataCollator, PreTrainedModel, Trainer
-from transformers.trainer_pt_utils import nested_detach
 
 from ._trl import create_model_from_path
 from .metrics import RunningMeans
 from .teacher import load_teacher, prepare_teacher
+from .training import number_rows, rows_without_repeats
 
 
 TEACHER_COLUMNS = ["teacher_logits", "teacher_embeddings"]
@@ -46,7 +46,8 @@ def classify(
     model: torch.nn.Module, inputs: dict[str, torch.Tensor], plain: PreTrainedModel | PeftModel | None = None
 ) -> ClassifierOutputs:
     """
-    Logits and embeddings of a batch. Columns that the model does not take, and the labels, are left out.
+    Logits and embeddings of a batch, of its first `num_rows` rows if it says so. Columns that the model does not take,
+    and the labels, are left out.
 
     Args:
         model (`torch.nn.Module`):
@@ -61,7 +62,7 @@ def classify(
     """
     plain = model if plain is None else plain
     base = plain.get_base_model() if isinstance(plain, PeftModel) else plain
-    taken = inspect.signature(base.forward).parameters
+    taken, rows = inspect.signature(base.forward).parameters, slice(inputs.get("num_rows"))
     inputs = {name: value for name, value in inputs.items() if name in taken and name != "labels"}
     embeddings = []
     # An adapter's low-rank matrices may be as wide as the head that they adapt.
@@ -78,7 +79,7 @@ def classify(
     finally:
         if hook:
             hook.remove()
-    return ClassifierOutputs(logits, embeddings[-1] if embeddings and embeddings[-1].ndim == 2 else None)
+    return ClassifierOutputs(logits[rows], embeddings[-1][rows] if embeddings and embeddings[-1].ndim == 2 else None)
 
 
 def teach(trainer: Trainer, inputs: dict[str, torch.Tensor]) -> ClassifierOutputs:
@@ -95,7 +96,8 @@ def teach(trainer: Trainer, inputs: dict[str, torch.Tensor]) -> ClassifierOutput
         [`ClassifierOutputs`]: The teacher's outputs, without gradient.
     """
     if "teacher_logits" in inputs:
-        return ClassifierOutputs(*(inputs.get(name) for name in TEACHER_COLUMNS))
+        rows = slice(inputs.get("num_rows"))
+        return ClassifierOutputs(*(inputs[name][rows] if name in inputs else None for name in TEACHER_COLUMNS))
     with torch.no_grad():
         return classify(trainer.teacher_model, inputs, trainer.plain_teacher)
 
@@ -206,7 +208,20 @@ def set_up_teacher(trainer: Trainer, teacher_model: str | PreTrainedModel | None
         trainer.plain_teacher = load_teacher(teacher_model, args.teacher_model_init_kwargs)
         check_same_classes(student, trainer.plain_teacher)
         trainer.teacher_model = prepare_teacher(trainer.plain_teacher, trainer.accelerator)
+    _number_streams(trainer)
     trainer.running_means = {"train": RunningMeans(), "eval": RunningMeans()}
+
+
+def _number_streams(trainer: Trainer) -> None:
+    train, evaluation = trainer.train_dataset, trainer.eval_dataset
+    trainer.train_dataset = number_rows(train)
+    named = isinstance(evaluation, dict)
+    trainer.eval_dataset = (
+        {name: number_rows(part) for name, part in evaluation.items()} if named else number_rows(evaluation)
+    )
+    if isinstance(train, IterableDataset) or isinstance(evaluation, IterableDataset):
+        # Batches of different length cannot be joined to be shared out: every process reads its own.
+        trainer.accelerator.dataloader_config.dispatch_batches = False
 
 
 def _columns(dataset) -> list[str]:
@@ -322,7 +337,9 @@ def count_rows(
     Returns:
         `torch.Tensor` or `float`: The count.
     """
-    return len(logits) if num_items_in_batch is None else num_items_in_batch / trainer.accelerator.num_processes
+    return (
+        max(len(logits), 1) if num_items_in_batch is None else num_items_in_batch / trainer.accelerator.num_processes
+    )
 
 
 # Methods of a trainer
@@ -332,7 +349,7 @@ def set_signature_columns(self: Trainer) -> None:
     """For `_set_signature_columns_if_needed`: what the student takes, what the teacher takes, and what it said."""
     if self._signature_columns is None:
         Trainer._set_signature_columns_if_needed(self)
-        self._signature_columns += TEACHER_COLUMNS
+        self._signature_columns += [*TEACHER_COLUMNS, "row"]
         if self.plain_teacher is not None:
             self._signature_columns += inspect.signature(self.plain_teacher.forward).parameters
 
@@ -342,8 +359,12 @@ def count_batch_samples(
 ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
     """For `get_batch_samples`: the micro-batches of an optimizer step, and how many examples they hold."""
     batches, _ = Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
-    count = sum(len(next(iter(batch.values()))) for batch in batches)
-    return batches, self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
+    if batches:
+        batches[-1] = rows_without_repeats(self, batches[-1])
+    count = torch.tensor(
+        sum(batch.get("num_rows", len(next(iter(batch.values())))) for batch in batches), device=device
+    )
+    return batches, self.accelerator.reduce(count, reduction="sum")
 
 
 def prediction_step(
@@ -356,10 +377,12 @@ def prediction_step(
     """For `prediction_step`: loss, student's logits `(B, C)` and labels `(B,)`."""
     inputs = self._prepare_inputs(inputs)
     with torch.no_grad(), self.compute_loss_context_manager():
-        loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        loss, outputs = self.compute_loss(model, rows_without_repeats(self, inputs), return_outputs=True)
     if prediction_loss_only:
         return loss, None, None
-    return loss, nested_detach(outputs["logits"]), inputs.get("labels")
+    logits = outputs["logits"].detach()
+    num_repeats = len(next(iter(inputs.values()))) - len(logits)  # `Trainer` joins what is alike on every process
+    return loss, torch.nn.functional.pad(logits, (0, 0, 0, num_repeats)), inputs.get("labels")
 
 
 def log(self: Trainer, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -12,11 +12,14 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
+from test_classification import make_rows as make_classification_rows
 from tiny import WORDS
 from transformers import AutoTokenizer, TrainerCallback
 
 import grkd_trl
 from grkd_trl.scoring import tiles
+from grkd_trl.evaluation import classification_metrics
+from grkd_trl.losses import pld_loss
 
 
 GLOBAL_BATCH = 4
@@ -63,18 +66,34 @@ def local_numel(model):
 def run(name, models, folder, max_steps):
     method, *flags = name.split("+")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    rows = make_rows(GLOBAL_BATCH * max_steps // 2 + ("uneven" in flags))  # two epochs
-    dataset = Dataset.from_list(rows)
+    classes, num_rows = (
+        "ForClassification" in method,
+        GLOBAL_BATCH * max_steps // 2 + ("uneven" in flags),
+    )  # two epochs
+    dataset = make_classification_rows(num_rows) if classes else Dataset.from_list(make_rows(num_rows))
     if "student" in flags or "mixed" in flags:
         dataset = dataset.select_columns("prompt")
-    elif "scored" not in flags:
+    elif "scored" not in flags and not classes:
         dataset = dataset.remove_columns("teacher_scores")
     fields = {key: value for flag in flags for key, value in FIELDS.get(flag, {}).items()}
-    texts = {"text_dataset": Dataset.from_dict({"text": [row["prompt"] for row in rows]})} if "text" in flags else {}
     # "tiled": as at a large vocabulary, so that a batch's logits never exist at once
     tiles.LOGITS_PER_TILE = 3 * len(AutoTokenizer.from_pretrained(models / "student")) if "tiled" in flags else 2**25
+    given = {"text_dataset": Dataset.from_dict({"text": dataset["prompt"]})} if "text" in flags else {}
+    if "lora" in flags:
+        given["peft_config"] = LoraConfig(
+            task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False
+        )
+    if classes:
+        given["compute_metrics"] = classification_metrics
+    elif "scored" in flags:
+        given["compute_metrics"] = lambda predictions: {"rows": len(predictions.predictions)}
+    if method == "DistillationForClassification":
+        given["loss_func"] = lambda student, teacher, labels: pld_loss(student.logits, teacher.logits, labels)
+    evaluated = dataset.select(range(7))
+    if "stream" in flags:
+        dataset, evaluated = dataset.to_iterable_dataset(), evaluated.to_iterable_dataset()
+    student, teacher = (f"{name}_classifier" if classes else name for name in ("student", "teacher"))
     logs = Logs()
-    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
 
     def make_trainer():
         args = getattr(grkd_trl, f"{method}Config")(
@@ -96,15 +115,14 @@ def run(name, models, folder, max_steps):
             # accelerate 1.15 runs DDP, in silence, where the processes are on CPU; this makes it do what it does on GPUs.
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         return getattr(grkd_trl, f"{method}Trainer")(
-            model=str(models / "student"),
-            teacher_model=str(models / ("student" if "base" in flags else "teacher")),
+            model=str(models / student),
+            teacher_model=str(models / (student if "base" in flags else teacher)),
             args=args,
             train_dataset=dataset,
-            eval_dataset=dataset.select(range(7)),
+            eval_dataset=evaluated,
             processing_class=AutoTokenizer.from_pretrained(models / "student"),
             callbacks=[logs],
-            peft_config=lora if "lora" in flags else None,
-            **texts,
+            **given,
         )
 
     trainer = make_trainer()

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from test_classification import CLASSES
 from tiny import tiny_model, tiny_tokenizer
+from transformers import AutoModelForSequenceClassification
 
 
 pytestmark = pytest.mark.distributed
@@ -20,6 +22,7 @@ LAUNCHES = ["ddp", "zero2", "zero3", "fsdp2"]
 RUNS = ["GRKD", "GRKD+lora", "GRKD+lora+base", "GRKD+scored+uneven", "GRKD+sharded", "GRKD+replicated"]
 RUNS += ["GRKD+tiled", "GRKD+tiled+lora+base", "SimPO+uneven", "PRO", "KD", "SeqKD", "DPO"]
 RUNS += ["MiniLLM+short+text+uneven", "GRKD+student+scored+uneven", "GRKD+mixed+sharded"]
+RUNS += ["GRKD+scored+stream+uneven", "GRKDForClassification+uneven", "DistillationForClassification+stream+uneven"]
 RESUMED = ["GRKD", "GRKD+lora"]
 OWN_TEACHER = ["GRKD", "GRKD+lora", "GRKD+sharded", "GRKD+replicated", "KD"]
 needs_deepspeed = pytest.mark.skipif(
@@ -35,6 +38,9 @@ def results(tmp_path_factory):
     for seed, name in enumerate(("student", "teacher")):
         tiny_model("llama", len(tokenizer), seed=seed, initializer_range=0.2).save_pretrained(root / "models" / name)
         tokenizer.save_pretrained(root / "models" / name)
+        # Not the BERT of other tests: its key biases have no gradient but rounding, of which Adam makes steps.
+        classifier = AutoModelForSequenceClassification.from_pretrained(root / "models" / name, num_labels=CLASSES)
+        classifier.save_pretrained(root / "models" / f"{name}_classifier")
     worker = [str(HERE / "distributed_worker.py"), "--models", str(root / "models"), "--runs", *RUNS]
     worker += [f"{run}+resumed" for run in RESUMED]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

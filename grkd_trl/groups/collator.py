@@ -31,7 +31,8 @@ class DataCollatorForGroups(DataCollatorMixin):
     completion; `input_ids`, `attention_mask` and `completion_mask` `(N, L)`; `clipped` `(N,)`, `True` where the
     completion's end was cut, here or when it was written; and `teacher_scores` `(P, G)`, 0 where absent, if the groups
     have any; and `teacher_top_ids` and `teacher_top_logps` `(M, k)`, of the batch's M completion tokens that are
-    predicted, row after row, if soft labels are cached with them.
+    predicted, row after row, if soft labels are cached with them; and `row` `(P,)`, the number of each group in its
+    stream, if it comes from one.
 
     Example:
 
@@ -106,6 +107,8 @@ class DataCollatorForGroups(DataCollatorMixin):
         if examples[0].get("teacher_scores") is not None:
             batch["teacher_scores"] = pad([torch.tensor(e["teacher_scores"], dtype=torch.float32) for e in examples])
         batch |= {name: torch.cat(tops) for name, tops in soft_labels.items() if tops}
+        if "row" in examples[0]:
+            batch["row"] = torch.tensor([example["row"] for example in examples])
         return batch
 
 

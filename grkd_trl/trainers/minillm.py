@@ -158,18 +158,19 @@ class MiniLLMTrainer(SFTTrainer):
                 f"No {dataset_name} prompt leaves room for `max_completion_length={args.max_completion_length}` in "
                 f"`max_length={args.max_length}`. Raise `max_length`, or lower the other."
             )
-        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+        return training.number_rows(dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset)
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["prompt_ids"]
+        self._signature_columns = ["prompt_ids", "row"]
 
     def _collate_prompts(self, rows):
         ids = [torch.tensor(row["prompt_ids"]) for row in rows]
+        numbers = {"row": torch.tensor([row["row"] for row in rows])} if "row" in rows[0] else {}
         return {
             "group_mask": torch.ones(len(rows), 1, dtype=torch.bool),  # one completion each
             "prompt_ids": pad(ids, padding_value=self._tokenizer.pad_token_id, padding_side="left"),
             "prompt_mask": pad([torch.ones_like(row) for row in ids], padding_side="left"),
-        }
+        } | numbers
 
     def _tokenize_text(self, dataset):
         def tokenize(row):
@@ -214,6 +215,7 @@ class MiniLLMTrainer(SFTTrainer):
         texts = [{"prompt_ids": text[:1], "completion_ids": [text[1:]]} for text in texts]
         batch = self._collate_completions(rows[: max(kept, 1)] + texts)
         batch |= {name: batch[name][:kept] for name in ("group_mask", "clipped")}
+        batch |= {"row": inputs["row"]} if "row" in inputs else {}
         return super()._prepare_inputs(batch if kept > 0 else first_groups(batch, 0))
 
     def _prepare_inputs(self, inputs):
@@ -235,7 +237,7 @@ class MiniLLMTrainer(SFTTrainer):
             first = (index * world + self.accelerator.process_index) * size
             num_prompts = kept = len(inputs["group_mask"])
             if index == len(batches) - 1:
-                kept = training.num_without_repeats(self, num_prompts)
+                kept = training.num_without_repeats(self, inputs)
             texts = ()
             if self._text_ids is not None:
                 read = self.state.global_step * self.args.gradient_accumulation_steps * world * size + first

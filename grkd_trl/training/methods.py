@@ -40,13 +40,29 @@ def prepare_dataset(
         num_proc=args.dataset_num_proc,
         name=dataset_name,
     )
-    return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+    return number_rows(dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset)
+
+
+def number_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """
+    Number the rows of a stream in a column `row`, by which [`without_repeats`] knows those that several processes repeat.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Dataset, or a stream in its final order.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset as it was, or the stream with the column.
+    """
+    if not isinstance(dataset, IterableDataset):
+        return dataset
+    return dataset.map(lambda _, number: {"row": number}, with_indices=True)
 
 
 def set_signature_columns(self: SFTTrainer) -> None:
     """For `_set_signature_columns_if_needed`: the columns of a tokenized group are what the collator sees."""
     soft_labels = ["teacher_top_ids", "teacher_top_logps"]
-    self._signature_columns = ["prompt_ids", "completion_ids", "teacher_scores", "clipped", *soft_labels]
+    self._signature_columns = ["prompt_ids", "completion_ids", "teacher_scores", "clipped", "row", *soft_labels]
     if self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
         self._signature_columns.append(self.args.length_column_name)  # the sampler reads it after the others are gone
 

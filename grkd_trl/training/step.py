@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import IterableDatasetShard
 from transformers import Trainer
 from trl import SFTTrainer
 
@@ -89,30 +89,55 @@ def without_repeats(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> dict
     Returns:
         `dict[str, torch.Tensor]`: The batch without repeats, see [`~groups.first_groups`].
     """
-    num_groups = num_without_repeats(trainer, len(batch["group_mask"]))
+    num_groups = num_without_repeats(trainer, batch)
     return batch if num_groups == len(batch["group_mask"]) else first_groups(batch, num_groups)
 
 
-def num_without_repeats(trainer: Trainer, size: int) -> int:
+def num_without_repeats(trainer: Trainer, batch: dict[str, torch.Tensor]) -> int:
     """
     How many rows of a batch are no repeats; these stand first.
 
     Args:
         trainer ([`~transformers.Trainer`]):
             Trainer.
-        size (`int`):
-            Rows of the batch read last.
+        batch (`dict[str, torch.Tensor]`):
+            The batch read last, its first tensor with one entry a row. Of a stream that
+            every process reads it has `row`, see [`number_rows`].
 
     Returns:
-        `int`: 0 to `size`.
+        `int`: 0 to the number of rows.
     """
-    loader = trainer.accelerator.gradient_state.active_dataloader
-    if loader is None or not loader.end_of_dataloader or loader.remainder <= 0:
+    size = len(next(iter(batch.values())))
+    loader, process = trainer.accelerator.gradient_state.active_dataloader, trainer.accelerator.process_index
+    if loader is None or not loader.end_of_dataloader or trainer.accelerator.num_processes == 1:
         return size
-    sampler = loader.batch_sampler
-    if not isinstance(sampler, BatchSamplerShard) or sampler.num_processes == 1:
-        return size
-    return min(max(loader.remainder - sampler.process_index * size, 0), size)
+    if isinstance(loader.dataset, IterableDatasetShard) and "row" in batch:
+        # The last round is filled up with rows of the first, none of which stands at its own place.
+        places = torch.arange(process * size, (process + 1) * size, device=batch["row"].device)
+        num_rows = (batch["row"] % (size * trainer.accelerator.num_processes) == places).sum()
+        loader.remainder = trainer.accelerator.reduce(num_rows).item()  # `gather_for_metrics` cuts to it
+        return int(num_rows)
+    # How many rows the last round had: unknown, and not above 0, where there are no repeats.
+    return min(max(loader.remainder - process * size, 0), size) if loader.remainder > 0 else size
+
+
+def rows_without_repeats(trainer: Trainer, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    As [`without_repeats`], of a batch of examples: `num_rows` says how many are left, which the loss is of. The models read
+    the repeats all the same.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer.
+        batch (`dict[str, torch.Tensor]`):
+            The batch read last.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The batch with `num_rows`, and labels of that many rows alone.
+    """
+    num_rows = num_without_repeats(trainer, batch)
+    labels = {"labels": batch["labels"][:num_rows]} if "labels" in batch else {}
+    return dict(batch) | labels | {"num_rows": num_rows}
 
 
 def add_router_loss(
