@@ -21,7 +21,7 @@ from transformers import DataCollator, PreTrainedModel, Trainer
 from ._trl import create_model_from_path
 from .metrics import RunningMeans
 from .teacher import load_teacher, prepare_teacher
-from .training import number_rows, rows_without_repeats
+from .training import OrderOfEpoch, number_rows, rows_without_repeats
 
 
 TEACHER_COLUMNS = ["teacher_logits", "teacher_embeddings"]
@@ -210,6 +210,7 @@ def set_up_teacher(trainer: Trainer, teacher_model: str | PreTrainedModel | None
         trainer.teacher_model = prepare_teacher(trainer.plain_teacher, trainer.accelerator)
     _number_streams(trainer)
     trainer.running_means = {"train": RunningMeans(), "eval": RunningMeans()}
+    trainer.add_callback(OrderOfEpoch())
 
 
 def _number_streams(trainer: Trainer) -> None:

@@ -4,7 +4,9 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from peft import LoraConfig
 from test_classification import make_rows as make_classification_rows
 from tiny import WORDS
 from transformers import AutoTokenizer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 import grkd_trl
 from grkd_trl.scoring import tiles
@@ -63,9 +66,9 @@ def local_numel(model):
     )
 
 
-def run(name, models, folder, max_steps):
+def make_trainer(name, models, folder, max_steps, *callbacks, **fields):
+    """The trainer that a run's name says: a method, and flags joined by `+`."""
     method, *flags = name.split("+")
-    world = int(os.environ.get("WORLD_SIZE", 1))
     classes, num_rows = (
         "ForClassification" in method,
         GLOBAL_BATCH * max_steps // 2 + ("uneven" in flags),
@@ -75,7 +78,6 @@ def run(name, models, folder, max_steps):
         dataset = dataset.select_columns("prompt")
     elif "scored" not in flags and not classes:
         dataset = dataset.remove_columns("teacher_scores")
-    fields = {key: value for flag in flags for key, value in FIELDS.get(flag, {}).items()}
     # "tiled": as at a large vocabulary, so that a batch's logits never exist at once
     tiles.LOGITS_PER_TILE = 3 * len(AutoTokenizer.from_pretrained(models / "student")) if "tiled" in flags else 2**25
     given = {"text_dataset": Dataset.from_dict({"text": dataset["prompt"]})} if "text" in flags else {}
@@ -93,43 +95,44 @@ def run(name, models, folder, max_steps):
     if "stream" in flags:
         dataset, evaluated = dataset.to_iterable_dataset(), evaluated.to_iterable_dataset()
     student, teacher = (f"{name}_classifier" if classes else name for name in ("student", "teacher"))
-    logs = Logs()
+    fields = {key: value for flag in flags for key, value in FIELDS.get(flag, {}).items()} | fields
+    args = getattr(grkd_trl, f"{method}Config")(
+        str(folder),
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        per_device_train_batch_size=GLOBAL_BATCH // int(os.environ.get("WORLD_SIZE", 1)),
+        per_device_eval_batch_size=2,
+        max_steps=max_steps,
+        learning_rate=1e-3,
+        logging_steps=1,
+        disable_tqdm=True,
+        **{"gradient_checkpointing": False, "save_strategy": "no"} | fields,
+    )
+    if args.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate 1.15 runs DDP, in silence, where the processes are on CPU; this makes it do what it does on GPUs.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return getattr(grkd_trl, f"{method}Trainer")(
+        model=str(models / student),
+        teacher_model=str(models / (student if "base" in flags else teacher)),
+        args=args,
+        train_dataset=dataset,
+        eval_dataset=evaluated,
+        processing_class=AutoTokenizer.from_pretrained(models / "student"),
+        callbacks=list(callbacks),
+        **given,
+    )
 
-    def make_trainer():
-        args = getattr(grkd_trl, f"{method}Config")(
-            str(folder),
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            per_device_train_batch_size=GLOBAL_BATCH // world,
-            per_device_eval_batch_size=2,
-            max_steps=max_steps,
-            learning_rate=1e-3,
-            logging_steps=1,
-            save_strategy="steps" if "resumed" in flags else "no",
-            save_steps=max_steps // 2,
-            disable_tqdm=True,
-            **{"gradient_checkpointing": False} | fields,
-        )
-        if args.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-            # accelerate 1.15 runs DDP, in silence, where the processes are on CPU; this makes it do what it does on GPUs.
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        return getattr(grkd_trl, f"{method}Trainer")(
-            model=str(models / student),
-            teacher_model=str(models / (student if "base" in flags else teacher)),
-            args=args,
-            train_dataset=dataset,
-            eval_dataset=evaluated,
-            processing_class=AutoTokenizer.from_pretrained(models / "student"),
-            callbacks=[logs],
-            **given,
-        )
 
-    trainer = make_trainer()
+def run(name, models, folder, max_steps):
+    """Train, evaluate and write what happened."""
+    resumed, middle, logs = "resumed" in name.split("+"), max_steps * 3 // 4, Logs()
+    saved = {"save_strategy": "steps", "save_steps": middle} if resumed else {}
+    trainer = make_trainer(name, models, folder, max_steps, logs, **saved)
     trainer.train()
-    if "resumed" in flags:  # as if it had been cut off in the middle
-        trainer, logs.logs = make_trainer(), []
-        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{max_steps // 2}"))
+    if resumed:  # as if it had been cut off in the middle of the second epoch
+        trainer, logs.logs = make_trainer(name, models, folder, max_steps, logs, **saved), []
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{middle}"))
     trainer.evaluate()
     trainer.save_model(str(folder / "student"))
     teacher = getattr(trainer, "teacher_model", None)
@@ -141,13 +144,49 @@ def run(name, models, folder, max_steps):
     trainer.accelerator.wait_for_everyone()
 
 
+class Death(TrainerCallback):
+    """Ends the process that it runs in, at some point of a step."""
+
+    def __init__(self, step, event, how):
+        self.step, self.how = step, how
+        setattr(self, event, self.act)
+
+    def act(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            print(f"died at {time.time()}", file=sys.stderr, flush=True)
+            if self.how == "raise":
+                raise RuntimeError("This step cannot be done.")
+            os.kill(os.getpid(), self.how)
+            time.sleep(4)  # transformers waits for three seconds whether SIGKILL follows SIGTERM
+
+
+def train_until(name, models, folder, death=None, rank=0, world=1, port="0", save_steps=1):
+    """
+    Train from the last checkpoint on, saving as it goes, until the end or the death of this process. For a process that
+    is forked.
+    """
+    if world > 1:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **where})
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    saved = {"save_strategy": "steps", "save_steps": save_steps, "save_total_limit": 2, "enable_jit_checkpoint": True}
+    trainer = make_trainer(name, models, folder, 30, *([Death(*death)] if death else []), **saved)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
+    trainer.save_model(str(Path(folder) / "student"))
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--max_steps", type=int, default=20)
     parser.add_argument("--runs", nargs="+", required=True)
+    parser.add_argument("--death", nargs=2, help="of the second process: step, and `raise` or `kill`")
     args = parser.parse_args()
+    if args.death:
+        step, how = int(args.death[0]), {"raise": "raise", "kill": signal.SIGKILL}[args.death[1]]
+        deaths = [Death(step, "on_pre_optimizer_step", how)] if os.environ["RANK"] == "1" else []
+        make_trainer(*args.runs, args.models, args.output_dir, args.max_steps, *deaths).train()
     for name in args.runs:
         print(f"== {name}", file=sys.stderr)
         run(name, args.models, args.output_dir / name, args.max_steps)

@@ -115,8 +115,8 @@ class TestResumes:
 
     def test_schedule_goes_on(self, results, launch, run):
         resumed, whole = (facts(results(launch), name)["logs"] for name in (f"{run}+resumed", run))
-        assert len(resumed) == 12  # ten steps, the summary, the evaluation
-        for log, expected in zip(resumed[:10], whole[10:20], strict=True):
+        assert len(resumed) == 7  # five steps, the summary, the evaluation
+        for log, expected in zip(resumed[:5], whole[15:20], strict=True):
             for name in ("alpha", "learning_rate", "loss", "epoch"):
                 assert log[name] == pytest.approx(expected[name], rel=1e-5), name
 

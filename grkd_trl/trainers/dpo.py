@@ -135,6 +135,7 @@ class DPOTrainer(TRLTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        self.add_callback(training.OrderOfEpoch())
 
     create_model_card = training.create_model_card
 

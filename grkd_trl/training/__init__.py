@@ -10,7 +10,7 @@ from .methods import (
     prepare_dataset,
     set_signature_columns,
 )
-from .sampler import BalancedSampler, RepeatedPrompts, balanced_sampler, places_of_process
+from .sampler import BalancedSampler, OrderOfEpoch, RepeatedPrompts, balanced_sampler, places_of_process
 from .setup import (
     check_teacher,
     resolve_args,
@@ -31,6 +31,7 @@ from .step import (
 
 __all__ = [
     "BalancedSampler",
+    "OrderOfEpoch",
     "RepeatedPrompts",
     "add_group_metrics",
     "add_router_loss",

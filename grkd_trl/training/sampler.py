@@ -7,6 +7,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from torch.utils.data import RandomSampler, Sampler
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
 
@@ -167,3 +168,13 @@ class RepeatedPrompts(Sampler[int]):
 
     def __len__(self) -> int:
         return self.num_prompts // self.chunk_size * self.chunk_size * self.repeat_count
+
+
+class OrderOfEpoch(TrainerCallback):
+    """
+    Tells the sampler which epoch begins. On several processes accelerate 1.15 does not where an epoch is resumed in its
+    middle, and then that epoch has the order of the first.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        train_dataloader.set_epoch(int(state.epoch))

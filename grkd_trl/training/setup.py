@@ -11,6 +11,7 @@ from .._trl import get_config_model_id
 from ..groups import DataCollatorForGroups
 from ..metrics import RunningMeans
 from ..teacher import load_teacher, loading_whole, prepare_teacher, shared_vocabulary
+from .sampler import OrderOfEpoch
 
 
 def resolve_args(args: SFTConfig | None, config_class: type[SFTConfig], model: str | PreTrainedModel) -> SFTConfig:
@@ -91,6 +92,7 @@ def set_up_groups(trainer: SFTTrainer, data_collator: DataCollator | None) -> No
     # A batch has more rows than groups, so no process can slice another's: each reads its own from a stream too.
     trainer.accelerator.dataloader_config.dispatch_batches = False
     trainer.running_means = {"train": RunningMeans(), "eval": RunningMeans()}
+    trainer.add_callback(OrderOfEpoch())
 
 
 def set_up_teacher(trainer: SFTTrainer, teacher_model: str | PreTrainedModel | None) -> None:
