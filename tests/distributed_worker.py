@@ -20,9 +20,9 @@ from transformers import AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import grkd_trl
-from grkd_trl.scoring import tiles
 from grkd_trl.evaluation import classification_metrics
 from grkd_trl.losses import pld_loss
+from grkd_trl.scoring import tiles
 
 
 GLOBAL_BATCH = 4
