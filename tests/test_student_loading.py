@@ -1,0 +1,126 @@
+"""How students are loaded and saved: heads that adapters train, compiled students, quantized ones, checkpoints."""
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from runs import logged, make_rows, make_student, make_teacher, make_trainer, train, weights
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl import ModelConfig, get_quantization_config
+
+from grkd_trl.scoring import tiles
+
+
+def single(**kwargs):
+    return {"model": make_student(dtype=torch.float32), "teacher_model": make_teacher(dtype=torch.float32)} | kwargs
+
+
+class TestTrainedHead:
+    """A copy of the head that adapters train, `modules_to_save`, is the one that the loss sees, in tiles or at once."""
+
+    def run(self, folder, **kwargs):
+        adapters = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+        models = {"model": make_student(), "teacher_model": make_teacher()}
+        return train(folder, make_rows(8), **models, peft_config=adapters, num_train_epochs=2, **kwargs)
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_in_tiles(self, tmp_path, monkeypatch, checkpointing):
+        whole, expected = self.run(tmp_path / "whole")
+        monkeypatch.setattr(tiles, "LOGITS_PER_TILE", 3 * len(whole.processing_class))
+        trainer, gradients = self.run(tmp_path / "tiles", gradient_checkpointing=checkpointing)
+        for ours, theirs in zip(gradients, expected, strict=True):
+            (name,) = [name for name in ours if "modules_to_save" in name]
+            assert "lm_head" in name and ours[name].norm() > 1e-4
+            for name, value in theirs.items():
+                torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-8)
+        assert logged(trainer, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-6)
+
+    def test_is_the_full_students_gradient(self, tmp_path):
+        """Untouched adapters change nothing, so the copy's first gradient is that of the head of a full student."""
+        _, (ours, *_) = self.run(tmp_path / "adapters")
+        _, (full, *_) = train(tmp_path / "full", make_rows(8), model=make_student(), teacher_model=make_teacher())
+        (name,) = [name for name in ours if "modules_to_save" in name]
+        torch.testing.assert_close(ours[name], full["lm_head.weight"], rtol=1e-6, atol=1e-9)
+
+
+class TestCompiled:
+    @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+    def test_equals_eager(self, tmp_path):
+        rows = make_rows(8, sizes=(3,))
+        eager, _ = train(tmp_path / "eager", rows, **single())
+        compiled, _ = train(tmp_path / "compiled", rows, **single(), torch_compile=True)
+        assert logged(compiled, "loss") == pytest.approx(logged(eager, "loss"), abs=1e-5)
+        assert logged(compiled, "grad_norm") == pytest.approx(logged(eager, "grad_norm"), rel=1e-4)
+
+
+class TestRefused:
+    def test_liger_that_is_not_there(self, tmp_path):
+        if importlib.util.find_spec("liger_kernel"):
+            pytest.skip("liger-kernel is installed")
+        trainer = make_trainer(tmp_path, use_liger_kernel=True)
+        with pytest.raises(ImportError, match="pip install liger-kernel"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+    def test_liger_in_place_of_the_loss(self, tmp_path):
+        with pytest.raises(ValueError, match="fused_linear_cross_entropy"):
+            make_trainer(tmp_path, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
+
+    def test_adapters_on_the_head(self, tmp_path):
+        adapters = LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
+        with pytest.raises(ValueError, match="lm_head"):
+            make_trainer(tmp_path, **single(peft_config=adapters))
+
+    def test_four_bits_without_bitsandbytes(self, tmp_path):
+        """As `examples/grkd.py --load_in_4bit` hands it on: the model's loader asks for the package."""
+        if importlib.util.find_spec("bitsandbytes"):
+            pytest.skip("bitsandbytes is installed")
+        make_student(dtype=torch.float32).save_pretrained(tmp_path / "student")
+        quantization = get_quantization_config(ModelConfig(load_in_4bit=True))
+        assert isinstance(quantization, BitsAndBytesConfig) and quantization.load_in_4bit
+        adapters = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        models = {"model": str(tmp_path / "student"), "peft_config": adapters}
+        with pytest.raises(ImportError, match="bitsandbytes"):
+            make_trainer(tmp_path, **single(**models), quantization_config=quantization)
+
+
+class TestCheckpoints:
+    FIELDS = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2}
+
+    def test_of_the_model_alone(self, tmp_path):
+        trainer, _ = train(tmp_path, make_rows(8), **single(), **self.FIELDS, save_only_model=True)
+        files = {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
+        assert "model.safetensors" in files and "trainer_state.json" in files
+        assert not any("optimizer" in name or "scheduler" in name or "rng_state" in name for name in files)
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4", dtype=torch.float32)
+        for name, value in weights(trainer.model).items():
+            assert torch.equal(saved.get_parameter(name), value), name
+
+    def test_the_best_is_loaded_at_the_end(self, tmp_path):
+        """Training towards another ranking: the first evaluation is the best."""
+        rows = make_rows(8)
+        reversed_rows = [row | {"teacher_scores": [-score for score in row["teacher_scores"]]} for row in rows]
+        trainer = make_trainer(
+            tmp_path,
+            rows,
+            model=make_student(dtype=torch.float32),
+            teacher_model=None,
+            soft_label="none",
+            **self.FIELDS,
+            eval_dataset=Dataset.from_list(reversed_rows),
+            eval_strategy="steps",
+            eval_steps=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            learning_rate=0.1,
+        )
+        trainer.train()
+        losses = logged(trainer, "eval_loss")
+        assert len(losses) == 4 and trainer.state.best_metric == min(losses) < losses[-1]
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
+        saved = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint, dtype=torch.float32)
+        for name, value in weights(trainer.model).items():
+            assert torch.equal(saved.get_parameter(name), value), name
