@@ -1,11 +1,13 @@
 """Groups made while training: the current student and the teacher write, the teacher scores."""
 
+import importlib
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pandas as pd
 import torch
 from datasets import Dataset
 from transformers.utils import logging
@@ -209,7 +211,7 @@ class OnlineGroups:
             groups.append(group if scores is None else group | {"teacher_scores": [scores[row][i] for i in fine]})
         every, step = args.log_completions, trainer.state.global_step
         if split == "train" and every and step % every < args.generate_every and trainer.accelerator.is_main_process:
-            self._print(prompts, texts, scores)
+            self._log_completions(prompts, texts, scores)
         return groups
 
     def _write(self, prompts: list[Any], columns: dict[str, list], unit: int, places: list[int]) -> tuple[list, list]:
@@ -283,12 +285,23 @@ class OnlineGroups:
                     teacher, trainer.processing_class, score=trainer.args.score, tokens_per_batch=math.inf
                 )
 
-    def _print(self, prompts: list[Any], texts: list[list[str]], scores: list[list[float]] | None) -> None:
-        shown = range(min(4, len(prompts)))
-        of_prompt = [prompts[row] for row in shown for _ in texts[row]]
-        columns = {} if scores is None else {"teacher": [score for row in shown for score in scores[row]]}
-        completions = [text for row in shown for text in texts[row]]
-        print_prompt_completions_sample(of_prompt, completions, columns, None, self.trainer.state.global_step, None)
+    def _log_completions(self, prompts: list[Any], texts: list[list[str]], scores: list[list[float]] | None) -> None:
+        step, report_to = self.trainer.state.global_step, self.trainer.args.report_to
+        table = {"prompt": [prompt for prompt, group in zip(prompts, texts, strict=True) for _ in group]}
+        table["completion"] = [text for group in texts for text in group]
+        columns = {} if scores is None else {"teacher": [score for group in scores for score in group]}
+        shown = sum(map(len, texts[:4]))
+        printed = {name: values[:shown] for name, values in columns.items()}
+        print_prompt_completions_sample(
+            table["prompt"][:shown], table["completion"][:shown], printed, None, step, None
+        )
+        # To the trackers that have tables, as `GRPOTrainer` does
+        trackers = [name for name in ("wandb", "trackio") if name in report_to]
+        for tracker in map(importlib.import_module, trackers):
+            if tracker.__name__ == "wandb" and tracker.run is None:
+                continue
+            frame = pd.DataFrame({"step": step} | table | columns)
+            tracker.log({"completions": tracker.Table(dataframe=frame)})
 
 
 class _VLLMWriter:

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -337,6 +339,26 @@ class TestTable:
         printed = capsys.readouterr().out
         assert "Step 0" in printed and "Step 2" in printed and "Step 1" not in printed
         assert "teacher" in printed.lower()
+
+    def test_reaches_trackers(self, tmp_path, monkeypatch):
+        """Modules with the two names that are used of wandb and trackio stand in their place."""
+        tables = {}
+        for name in ("wandb", "trackio"):
+            log = lambda logs, name=name: tables.setdefault(name, []).append(logs["completions"])  # noqa: E731
+            tracker = types.SimpleNamespace(__name__=name, run=object(), log=log, Table=lambda dataframe: dataframe)
+            monkeypatch.setitem(sys.modules, name, tracker)
+        trainer = make_trainer(tmp_path, log_completions=2, max_steps=3)
+        trainer.args.report_to = ["wandb", "trackio"]  # after construction, so that no callback asks more of them
+        trainer.train()
+        for first, second in tables.values():
+            assert list(first.columns) == ["step", "prompt", "completion", "teacher"]
+            assert set(first["step"]) == {0} and set(second["step"]) == {2}
+            sizes = first.groupby("prompt").size().tolist()
+            assert sizes == [trainer.args.num_completions] * trainer.online.batch_size
+        assert list(tables) == ["wandb", "trackio"]
+        sys.modules["wandb"].run = None
+        trainer.train()
+        assert len(tables["wandb"]) == 2 and len(tables["trackio"]) == 4
 
 
 class TestRefusals:
