@@ -30,6 +30,7 @@ from grkd_trl.evaluation.alpaca_eval2 import (
     ALPACA_EVAL2_GAMED_BASELINES,
     ALPACA_EVAL2_QUESTIONS,
     alpaca_eval2_length_controlled_win_rate,
+    alpaca_eval2_win_rate,
     read_alpaca_eval2_annotations,
     read_gamed_baselines,
     read_instruction_difficulty,
@@ -39,7 +40,7 @@ from grkd_trl.evaluation.answers import write_answers
 from grkd_trl.evaluation.arena_hard import (
     ARENA_HARD_QUESTIONS,
     arena_hard_answers,
-    arena_hard_scores,
+    arena_hard_intervals,
     read_arena_hard_judgments,
     write_arena_hard_answers,
 )
@@ -92,7 +93,7 @@ class EvaluateArguments:
         dtype (`str`, *optional*, defaults to `"auto"`):
             Data type of the weights.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of sampled answers (MT-Bench's open questions).
+            Seed of sampled answers (MT-Bench's open questions), and of Arena-Hard's bootstrap.
     """
 
     benchmark: str = field(metadata={"choices": ["gsm8k", "alpaca_eval2", "arena_hard", "mt_bench"]})
@@ -185,15 +186,19 @@ def score(args: EvaluateArguments, answers: Path) -> dict:
     if args.benchmark == "alpaca_eval2":
         judgments = read_alpaca_eval2_annotations(args.judgments)
         judged = judgments.preferences[np.isfinite(judgments.preferences)]
-        win_rate = bootstrap_estimate((judged - 1)[None] * 100)
-        scores = {"win_rate": float(win_rate.mean), "low": float(win_rate.low), "high": float(win_rate.high)}
+        interval = bootstrap_estimate((judged - 1)[None] * 100)
+        scores = {"win_rate": alpaca_eval2_win_rate(judged), "low": float(interval.low), "high": float(interval.high)}
         scores["failed_judgments"] = len(judgments.preferences) - len(judged)
-        difficulty = read_instruction_difficulty(args.difficulty)
-        gamed = read_gamed_baselines(args.gamed_baselines)
-        controlled = alpaca_eval2_length_controlled_win_rate(judgments, difficulty, gamed)
-        return scores | {"length_controlled_win_rate": controlled}
+        try:
+            tables = read_instruction_difficulty(args.difficulty), read_gamed_baselines(args.gamed_baselines)
+        except OSError as error:
+            print(
+                f"No length-controlled win rate: {error}. Give AlpacaEval 2's files as --difficulty and --gamed_baselines."
+            )
+            return scores
+        return scores | {"length_controlled_win_rate": alpaca_eval2_length_controlled_win_rate(judgments, *tables)}
     if args.benchmark == "arena_hard":
-        return arena_hard_scores(read_arena_hard_judgments(args.judgments))
+        return arena_hard_intervals(read_arena_hard_judgments(args.judgments), seed=args.seed)
     return mt_bench_averages(read_rows(args.judgments))
 
 

@@ -22,6 +22,7 @@ from grkd_trl.evaluation.answers import write_answers
 from grkd_trl.evaluation.arena_hard import (
     arena_hard_answers,
     arena_hard_battles,
+    arena_hard_intervals,
     arena_hard_scores,
     read_arena_hard_judgments,
     write_arena_hard_answers,
@@ -209,6 +210,15 @@ class TestArenaHard:
         assert arena_hard_scores(battles) == {"ours": 25}
         tie = {"uid": "q", "model": "ours", "games": [{"score": "A=B"}, {"score": None}]}
         assert arena_hard_scores(arena_hard_battles([tie])) == {"ours": 50}
+
+    def test_intervals_hold_the_score(self):
+        """Of 400 games of which 40 % are won: a normal interval is 40 +- 4.8."""
+        sides = {"model_a": "baseline", "model_b": "ours"}
+        battles = [sides | {"winner": "model_b" if index % 5 < 2 else "model_a"} for index in range(400)]
+        (interval,) = arena_hard_intervals(battles, num_rounds=2000).values()
+        assert interval["score"] == 40
+        assert interval["low"] == pytest.approx(35.2, abs=0.6) and interval["high"] == pytest.approx(44.8, abs=0.6)
+        assert arena_hard_intervals(battles, seed=1) == arena_hard_intervals(battles, seed=1)
 
     @pytest.mark.parametrize(
         "row, message",

@@ -86,6 +86,10 @@ def test_alpaca_eval2(folder, monkeypatch, capsys):
     (folder / "annotations.json").write_text(json.dumps(judged))
     (folder / "difficulty.csv").write_text("index,instruction_difficulty\n" + "".join(f"{i},0.5\n" for i in range(20)))
     (folder / "df_gamed.csv").write_text("index,std_delta_len,preference\n0,1.0,0.25\n1,-1.0,0.75\n")
+    nowhere = ["--judgments", folder / "annotations.json", "--difficulty", folder / "nowhere.csv"]
+    evaluate(monkeypatch, folder, "alpaca_eval2", *nowhere)
+    assert "No length-controlled win rate" in (printed := capsys.readouterr().out) and "nowhere.csv" in printed
+    assert json.loads((folder / "alpaca_eval2/scores.json").read_text())["win_rate"] == pytest.approx(47.5)
     files = ["--difficulty", folder / "difficulty.csv", "--gamed_baselines", folder / "df_gamed.csv"]
     evaluate(monkeypatch, folder, "alpaca_eval2", "--judgments", folder / "annotations.json", *files)
     scores = json.loads((folder / "alpaca_eval2/scores.json").read_text())
@@ -102,4 +106,6 @@ def test_arena_hard(folder, monkeypatch, capsys):
     judgment = {"uid": "u", "model": "ours", "games": [{"score": "A>B"}, {"score": "A=B"}]}
     (folder / "judged.jsonl").write_text(json.dumps(judgment) + "\n")
     evaluate(monkeypatch, folder, "arena_hard", "--judgments", folder / "judged.jsonl", "--model_id", "ours")
-    assert json.loads((folder / "arena_hard/scores.json").read_text()) == {"ours": 25.0}
+    assert json.loads((folder / "arena_hard/scores.json").read_text()) == {
+        "ours": {"score": 25.0, "low": 0.0, "high": 50.0}
+    }

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from .files import field_of, read_rows
@@ -130,6 +131,34 @@ def arena_hard_scores(battles: list[dict[str, Any]]) -> dict[str, float]:
         raise ValueError(f"The battles are against {sorted(baselines)}: a score needs one baseline.")
     scores = {model: 100 * sum(won) / len(won) for model, won in points.items()}
     return dict(sorted(scores.items(), key=lambda item: (-item[1], item[0])))
+
+
+def arena_hard_intervals(
+    battles: list[dict[str, Any]], *, num_rounds: int = 100, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """
+    Scores with 95 % intervals by bootstrap over the battles, 100 rounds, as the official tool draws them. It takes the three
+    battles of a clear win, and the two games of a question, for independent, so the intervals are narrow.
+
+    Args:
+        battles (`list[dict[str, Any]]`):
+            As for [`arena_hard_scores`].
+        num_rounds (`int`, *optional*, defaults to `100`):
+            Resamples.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draws.
+
+    Returns:
+        `dict[str, dict[str, float]]`: `score`, `low` and `high` in percent by model, the highest first.
+    """
+    rng, intervals = np.random.default_rng(seed), {}
+    for model, score in arena_hard_scores(battles).items():
+        own = [battle for battle in battles if battle["model_b"] == model]
+        wins = np.array([1.0 if b["winner"] == "model_b" else 0.0 if b["winner"] == "model_a" else 0.5 for b in own])
+        means = 100 * rng.choice(wins, (num_rounds, len(wins))).mean(-1)
+        low, high = np.percentile(means, [2.5, 97.5])
+        intervals[model] = {"score": score, "low": float(low), "high": float(high)}
+    return intervals
 
 
 def read_arena_hard_judgments(source: str | Path, *, baseline: str = ARENA_HARD_BASELINE) -> list[dict[str, Any]]:
