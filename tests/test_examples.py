@@ -110,8 +110,9 @@ class TestQuickstart:
         monkeypatch.setitem(sys.modules, "matplotlib", None)  # not installed
         arguments = [str(files / name) for name in ("scored.jsonl", "student")]
         quickstart.main(["--own", *arguments, "--output_dir", str(tmp_path), "--steps", "1"])
-        assert "| `soft_label` | `group` |" in (tmp_path / "README.md").read_text()
-        assert 'pip install -e ".[plots]"' in capsys.readouterr().out
+        assert "| `soft_label` | `none` |" in (tmp_path / "README.md").read_text()
+        printed = capsys.readouterr().out
+        assert 'pip install -e ".[plots]"' in printed and "by ranking alone students lost accuracy" in printed
         assert not (tmp_path / "quickstart.png").exists()
 
     @pytest.mark.parametrize(
