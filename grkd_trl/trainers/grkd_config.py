@@ -88,7 +88,8 @@ class GRKDConfig(SFTConfig):
         reuse_groups (`int`, *optional*, defaults to `1`):
             Times that groups are trained on.
         log_completions (`int`, *optional*, defaults to `0`):
-            Print a table of completions every so many steps. 0 prints none.
+            Print a table of completions every so many steps, and send it to wandb and trackio where `report_to` names
+            them. 0 prints none.
         use_vllm (`bool`, *optional*, defaults to `False`):
             Whether the student writes through vLLM, as in [`~trl.GRPOConfig`].
         vllm_mode (`str`, *optional*, defaults to `"colocate"`):
