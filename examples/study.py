@@ -19,7 +19,7 @@ from grkd_trl.evaluation import compare
 from grkd_trl.evaluation.report import write_report
 
 
-# Four trials for each method: two learning rates and two settings of its own, or four learning rates.
+# Eight trials for each method: two learning rates and two settings of its own, or four learning rates, ...
 RATES, LOW_RATES = (5e-4, 1e-3), (3e-5, 1e-4)  # at the higher ones DPO and SimPO lose what the student knows
 OWN = {
     "grkd": (RATES, [{"relative_level": "completions"}, {"relative_level": "tokens"}]),
@@ -33,8 +33,30 @@ OWN = {
     "gkd": (RATES, [{"beta": beta} for beta in (0.5, 1.0)]),
     "sft": ((3e-4, 5e-4, 1e-3, 2e-3), [{}]),
 }
+
+
+def at(learning_rate: float, *settings: dict) -> list[dict]:
+    return [{"learning_rate": learning_rate} | own for own in settings]
+
+
+# ... and two twice, further on, where those before were best. Soft labels at 2 have a quarter of the gradient.
+SOFTER = {"soft_label_temperature": 2.0, "alpha_end": 0.1}
+FURTHER = {
+    "grkd": at(1e-3, SOFTER, SOFTER | {"relative_level": "tokens"}) + at(2e-3, {}, SOFTER),
+    "grkd +sft": at(1e-3, SOFTER | {"sft_weight": 0.1}, SOFTER | {"sft_weight": 0.3, "alpha_end": 0.3})
+    + at(2e-3, {"alpha_end": 0.6, "sft_weight": 0.3}, SOFTER | {"sft_weight": 0.1}),
+    "dpo": at(1e-5, {"beta": 0.1}, {"beta": 0.3}) + at(3e-6, {"beta": 0.1}, {"beta": 0.3}),
+    "simpo": at(1e-5, *OWN["simpo"][1]) + at(3e-6, *OWN["simpo"][1]),
+    "pro": at(1e-3, {"sft_weight": 0.5}, {"sft_weight": 1.0}) + at(2e-3, {"sft_weight": 0.05}, {"sft_weight": 0.2}),
+    "kd": at(1e-3, {"temperature": 4.0}, {"temperature": 2.0, "hard_label_weight": 0.3})
+    + at(2e-3, {"temperature": 1.0}, {"temperature": 2.0}),
+    "seqkd": at(7e-4, {}) + at(1.4e-3, {}) + at(2.5e-3, {}) + at(3e-3, {}),
+    "minillm": at(2e-3, *OWN["minillm"][1]) + at(1e-3, {"teacher_share": 0.1}, {"teacher_share": 0.0}),
+    "gkd": at(2e-3, *OWN["gkd"][1]) + at(1e-3, {"beta": 0.1}, {"beta": 0.5, "temperature": 0.7}),
+    "sft": at(7e-4, {}) + at(1.4e-3, {}) + at(2.5e-3, {}) + at(3e-3, {}),
+}
 SPACE = {
-    method: [{"learning_rate": rate} | own for rate in rates for own in settings]
+    method: [{"learning_rate": rate} | own for rate in rates for own in settings] + FURTHER[method]
     for method, (rates, settings) in OWN.items()
 }
 # What a run's name says, beside the defaults of `GRKDConfig`.
@@ -53,6 +75,7 @@ ABLATIONS = {
     "grkd group soft labels": {"soft_label": "group"},
     "grkd no soft labels": {"soft_label": "none"},
     "grkd tokens ranked": {"relative_level": "tokens"},
+    "grkd soft labels at 2": {"soft_label_temperature": 2.0, "alpha_end": 0.1},
     "grkd 2 tokens ranked": {"relative_level": "tokens", "relative_top_k": 2},
     "grkd groups of 2": {"num_completions": 2},
     "grkd groups of 8": {"num_completions": 8},
@@ -76,7 +99,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--ablation_seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--max_steps", type=int, default=200)
-    parser.add_argument("--tune", type=int, default=4, help="trials for each method, at most 4")
+    parser.add_argument("--tune", type=int, default=8, help="trials for each method, at most 8")
     parser.add_argument("--pretraining_steps", type=int, default=1500, help="of SCAN's teacher; the others' follow")
     parser.add_argument("--num_test", nargs=2, type=int, default=[2000, 600], help="test items of SCAN and MAWPS")
     parser.add_argument("--num_workers", type=int, default=1, help="runs at a time")

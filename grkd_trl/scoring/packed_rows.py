@@ -74,10 +74,6 @@ def read_rows(
     ]
 
 
-# Queries of a tail that attend in one call: the keys behind them, which no query of the call sees, are left out.
-_QUERIES = 256
-
-
 # Queries that attend in one call, without the keys that none of them sees.
 _QUERIES = 256
 

@@ -128,9 +128,9 @@ def score_completions(
             `input_ids`, `attention_mask` and `completion_mask`, each `(N, L)`, padded on either side, and optionally
             `position_ids`. Rows of one prompt stand side by side.
         prompt_sharing (`str`, *optional*, defaults to `"auto"`):
-            Whether a prompt is read once for all its rows, and padding never: `"auto"` where that is less work, counted in
-            tokens and in query-key pairs of attention, `"on"` in every batch, or `"off"`. The scores are the same to rounding. Where the model cannot, a
-            warning says why, once, and every row is read.
+            Whether a prompt is read once for all its rows, and padding never: `"auto"` where that is less work, counted
+            in tokens and in query-key pairs of attention, `"on"` in every batch, or `"off"`. The scores are the same to
+            rounding. Where the model cannot, a warning says why, once, and every row is read.
         return_logits (`bool`, *optional*, defaults to `False`):
             Whether to keep the `(M, V)` logits.
         token_losses (`Callable`, *optional*):
