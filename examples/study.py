@@ -85,6 +85,7 @@ ABLATIONS = {
     "grkd sft_weight 1": {"sft_weight": 1.0},
     "grkd sft_weight 1, alpha to 0.6": {"sft_weight": 1.0, "alpha_end": 0.6},
 }
+TITLES = {"methods": "Every method on SCAN and MAWPS", "ablations": "GRKD with one setting changed at a time"}
 TUNING_SEED = 1000
 
 
@@ -136,7 +137,7 @@ def main() -> None:
                     settings=ABLATIONS,
                     **common,
                 )
-        write_report(results, args.output_dir / part)
+        write_report(results, args.output_dir / part, title=TITLES[part])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from grkd_trl.evaluation.report import write_report
 from grkd_trl.evaluation.results import read_results
 
 
@@ -43,3 +44,24 @@ def test_the_command(study, tmp_path, monkeypatch):
     written = (tmp_path / "methods/results.jsonl").stat().st_mtime_ns
     study.main()
     assert (tmp_path / "methods/results.jsonl").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("part", ["methods", "ablations"])
+def test_the_published_report_is_that_of_the_published_runs(study, tmp_path, part):
+    published = EXAMPLES / "results/comparison" / part
+    write_report(published / "results.jsonl", tmp_path, title=study.TITLES[part])
+    assert (tmp_path / "report.md").read_text() == (published / "report.md").read_text()
+
+
+def test_the_published_runs_are_those_of_the_best_trials(study):
+    published = EXAMPLES / "results/comparison/methods"
+    trials, runs = read_results(published / "tuning.jsonl"), read_results(published / "results.jsonl")
+    assert len(runs) == 2 * 5 * len(study.SPACE)
+    for task in ("scan", "math_word"):
+        for method, space in study.SPACE.items():
+            tried = {row["method"]: row for row in trials if row["task"] == task}
+            tried = [tried[f"{method} trial {number}"] for number in range(len(space))]
+            best = max(tried, key=lambda row: row["metrics"]["accuracy"])["settings"]
+            assert all(own.items() <= row["settings"].items() for own, row in zip(space, tried, strict=True))
+            chosen = [row["settings"] for row in runs if (row["task"], row["method"]) == (task, method)]
+            assert chosen == [best] * 5
