@@ -72,6 +72,20 @@ class TestWhatIsMade:
         trainer = GRKDTrainer(model=model, args=args, train_dataset=loaded, processing_class=tokenizer)
         assert trainer.train().training_loss > 0
 
+    def test_folders_of_one_name_are_told_apart(self, tmp_path):
+        """datasets keeps what it loaded, and knows a folder by its last name and its card."""
+        texts = []
+        for seed in (0, 1):
+            folder = tmp_path / str(seed) / "groups"
+            student = make_teacher(0)
+            groups = generate_groups(
+                make_prompts(4), config(folder, completion_source="student", seed=seed), student=student
+            )
+            loaded = load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+            assert loaded["completions"][:] == groups["completions"][:]
+            texts.append(groups["completions"][:])
+        assert texts[0] != texts[1]
+
     def test_counts_add_up(self, made):
         folder, groups = made
         counts = counts_of(folder)

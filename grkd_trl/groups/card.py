@@ -12,6 +12,7 @@ _CARD = """---
 configs:
 - config_name: default
   data_files: data/*.parquet
+  description: "{content}"
 tags:
 - grkd
 ---
@@ -96,9 +97,14 @@ def preview(dataset: Dataset, num_groups: int = 1) -> str:
     return "\n".join(lines)
 
 
-def write_card(folder: Path, dataset: Dataset, manifest: dict[str, Any], counts: dict[str, int]) -> None:
+def write_card(
+    folder: Path, dataset: Dataset, manifest: dict[str, Any], counts: dict[str, int], *, content: str
+) -> None:
     """
     Write `README.md`, and with matplotlib `lengths.png` and `scores.png`, into a folder of groups.
+
+    The card names its content, since datasets 5.2 keeps what it loaded of a folder by the folder's last name and card alone:
+    of two folders of one name, or of one that is made anew, `load_dataset` would give the first again.
 
     Args:
         folder (`Path`):
@@ -109,6 +115,8 @@ def write_card(folder: Path, dataset: Dataset, manifest: dict[str, Any], counts:
             What they were made with.
         counts (`dict[str, int]`):
             What was counted.
+        content (`str`):
+            Hash of the groups.
     """
     pictures = ""
     if importlib.util.find_spec("matplotlib"):
@@ -121,7 +129,11 @@ def write_card(folder: Path, dataset: Dataset, manifest: dict[str, Any], counts:
             _histogram(folder / "scores.png", scores, "teacher's score")
             pictures += "![Scores of the teacher](scores.png)\n"
     card = _CARD.format(
-        count=len(dataset), pictures=pictures, counts=summary(counts), manifest=json.dumps(manifest, indent=2)
+        content=content,
+        count=len(dataset),
+        pictures=pictures,
+        counts=summary(counts),
+        manifest=json.dumps(manifest, indent=2),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -269,7 +269,7 @@ def generate_groups(
     groups = shards.load()
     if state.is_main_process:
         shards.finish(total)
-        write_card(shards.folder, groups, shards.manifest, total)
+        write_card(shards.folder, groups, shards.manifest, total, content=_content_hash(groups))
         logger.info(summary(total))
     state.wait_for_everyone()
     return groups
