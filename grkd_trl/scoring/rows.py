@@ -101,11 +101,12 @@ def _pack(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], sharing: st
     if not rows:
         return None
     packed, (num_rows, length) = PackedRows(rows, batch["input_ids"].device), batch["input_ids"].shape
+    if sharing == "on":
+        return packed
     # Of plain rows only `sdpa` leaves out what causality masks, and only where there is no padding to mask.
     causal = implementation_of(model) == "sdpa" and bool(batch["attention_mask"].all())
     plain = _work(model, num_rows * length, num_rows * (causal_pairs(length) if causal else length**2))
-    worthwhile = _work(model, packed.source.numel(), packed.num_pairs) <= _WORTHWHILE * plain
-    return packed if sharing == "on" or worthwhile else None
+    return packed if _work(model, packed.source.numel(), packed.num_pairs) <= _WORTHWHILE * plain else None
 
 
 def score_completions(
