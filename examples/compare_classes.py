@@ -183,6 +183,4 @@ def run(request_path: str, result_path: str) -> None:
         "peak_memory_bytes": None,
         "versions": {name: version(name) for name in ("grkd_trl", "torch", "transformers", "trl")},
     }
-    part = Path(result_path).with_suffix(".part")
-    part.write_text(json.dumps(result))
-    part.rename(result_path)
+    Path(result_path).write_text(json.dumps(result))

@@ -185,9 +185,7 @@ def run(request_path: str, result_path: str) -> None:
         "curve": budget.curve,
         "samples": samples,
     }
-    part = Path(result_path).with_suffix(".part")
-    part.write_text(json.dumps(result))
-    part.rename(result_path)
+    Path(result_path).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
