@@ -14,6 +14,7 @@ from pathlib import Path
 
 from compare_run import run
 from compare_tasks import TASKS
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grkd_trl.evaluation import compare
 from grkd_trl.evaluation.report import write_report
@@ -114,7 +115,12 @@ def main() -> None:
         for task in args.tasks:
             settings = shared | own[task]
             common = {"task": task, "budget": {"max_steps": args.max_steps}, "num_workers": args.num_workers}
-            TASKS[task](settings, TUNING_SEED)  # models, once, before the runs that share them
+            made = TASKS[task](settings, TUNING_SEED)  # models, once, before the runs that share them
+            for role in ("teacher", "student"):
+                path = getattr(made, role)
+                model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+                right, _ = made.test(model, tokenizer, made.splits["test"])
+                print(f"{task}, {role} before: {sum(right) / len(right):.4f} of {len(right)} items", flush=True)
             if part == "methods":
                 results = compare(
                     run,

@@ -26,7 +26,7 @@ def test_spaces_are_alike(study):
         assert len({str(settings) for settings in space}) == len(space)
 
 
-def test_the_command(study, tmp_path, monkeypatch):
+def test_the_command(study, tmp_path, monkeypatch, capsys):
     names = ("grkd", "grkd groups of 2", "grkd student writes")
     monkeypatch.setattr(study, "ABLATIONS", {name: study.ABLATIONS[name] for name in names})
     command = ["--mawps", "unread.csv", "--tasks", "scan", "--methods", "grkd", "grkd +sft", "--seeds", "0"]
@@ -41,6 +41,8 @@ def test_the_command(study, tmp_path, monkeypatch):
         assert all(row["metrics"]["cpu_seconds"] > 0 for row in rows)
         assert (tmp_path / part / "report.md").exists()
     assert rows[1]["settings"]["num_completions"] == 2 and rows[2]["settings"]["written_by"] == "student"
+    printed = capsys.readouterr().out
+    assert printed.count("scan, teacher before: ") == printed.count("scan, student before: ") == 2
     written = (tmp_path / "methods/results.jsonl").stat().st_mtime_ns
     study.main()
     assert (tmp_path / "methods/results.jsonl").stat().st_mtime_ns == written
