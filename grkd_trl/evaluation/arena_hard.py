@@ -137,8 +137,8 @@ def arena_hard_intervals(
     battles: list[dict[str, Any]], *, num_rounds: int = 100, seed: int = 0
 ) -> dict[str, dict[str, float]]:
     """
-    Scores with 95 % intervals by bootstrap over the battles, 100 rounds, as the official tool draws them. It takes the three
-    battles of a clear win, and the two games of a question, for independent, so the intervals are narrow.
+    Scores with 95 % percentile intervals by bootstrap over battles. The three battles of a clear win and the two games of a
+    question count as independent, so the intervals are narrow. Not compared with the official tool's.
 
     Args:
         battles (`list[dict[str, Any]]`):

@@ -39,8 +39,8 @@ def compare(
     """
     Run every method with every seed and write a row of `results.jsonl` for each. What trains and tests is a command or
     a function of a module: it gets two paths, of a request and of the result that it is to write, and each run is a
-    process of its own. A function's processes are forked from one that has imported its module (not on Windows), so that
-    only the first run waits for the imports.
+    process of its own. A function's processes are forked from one that has imported its module, so that only the first
+    run waits for the imports; where processes cannot be forked (Windows), give a command.
 
     A request is `{"task", "method", "seed", "split", "settings"}`, where `split` is `"test"`, or `"validation"` while
     tuning. A result holds `metrics`, `per_item`, `seconds`, `tokens`, `peak_memory_bytes`, `versions`, and perhaps

@@ -151,12 +151,12 @@ class GRKDConfig(SFTConfig):
     soft_label_temperature: float = option(1.0, "Temperature that softens both sides of the soft labels.")
     alpha_start: float = option(0.0, "Share of the relative loss at the start of the run.")
     alpha_end: float = option(0.3, "Share of the relative loss at the end of the run.")
-    sft_weight: float = option(0.0, "Weight of the likelihood of the teacher's best completion; not in the paper.")
     alpha_schedule: str = option(
         "linear",
         "Way from `alpha_start` to `alpha_end`: 'linear', 'cosine', or 'constant' (`alpha_end`).",
         choices=["linear", "cosine", "constant"],
     )
+    sft_weight: float = option(0.0, "Weight of the likelihood of the teacher's best completion; not in the paper.")
     completion_source: str = option(
         "dataset",
         "Who writes: the 'dataset' has completions, or the 'student', 'teacher' or both ('mixed') while training.",
