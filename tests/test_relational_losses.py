@@ -177,10 +177,10 @@ class TestRivals:
 
 PEAK = """
 import re, torch
-from grkd_trl.losses import group_relative_loss
+from grkd_trl.losses import LOSS as loss
 torch.set_num_threads(1)
 student = torch.randn(32, 10_000, requires_grad=True)
-group_relative_loss(student, torch.randn(32, 10_000)).mean().backward()
+loss(student, torch.randn(32, 10_000)).mean().backward()
 assert student.grad.isfinite().all() and (student.grad != 0).any(-1).all()
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024)  # its own, not the parent's
 """
@@ -270,9 +270,26 @@ class TestAllPairsInBlocks:
         with pytest.raises(TypeError):
             group_relative_loss(*draw(2, 300))
 
-    def test_ten_thousand_classes_fit_in_two_gibibytes(self):
+    def test_ranknet_has_the_same_value_and_gradient(self, blocked):
+        (student, teacher), mask = draw(3, 2, 37), self.given(torch.float64)[2]
+        loss = ranknet_loss(student, teacher, temperature=0.7, mask=mask)
+        gradient = gradient_of(loss, student)
+        for place in itertools.product(range(3), range(2)):
+            present = mask[place]
+            own = student.detach()[place][present].requires_grad_()
+            pairs = torch.combinations(torch.arange(len(own)))
+            expected = torch.zeros((), dtype=torch.float64)
+            if len(pairs):
+                margins, target = ((s[pairs[:, 0]] - s[pairs[:, 1]]) / 0.7 for s in (own, teacher[place][present]))
+                expected = F.binary_cross_entropy_with_logits(margins, target.sigmoid())
+                torch.testing.assert_close(gradient[place][present], gradient_of(expected, own))
+            torch.testing.assert_close(loss[place], expected)
+
+    @pytest.mark.parametrize("loss", ["group_relative_loss", "ranknet_loss"])
+    def test_ten_thousand_classes_fit_in_two_gibibytes(self, loss):
         """The peak of a whole process, torch included, forward and backward at batch 32; a (32, C, C) tensor is 12 GiB."""
-        peak = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True).stdout
+        command = [sys.executable, "-c", PEAK.replace("LOSS", loss)]
+        peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert int(peak) < 2 * 2**30
 
 

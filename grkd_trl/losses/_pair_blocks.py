@@ -9,6 +9,10 @@ from torch.autograd.function import once_differentiable
 _BLOCK = {"cpu": 2**18, "other": 2**24}
 
 
+def pairs_at_once(device: torch.device) -> int:
+    return _BLOCK["cpu" if device.type == "cpu" else "other"]
+
+
 class BlockedRelativeLoss(torch.autograd.Function):
     """
     Mean over the ordered pairs of `-log sigmoid(margin)`, for scores `(N, G)` with the temperature divided out.
@@ -26,8 +30,7 @@ class BlockedRelativeLoss(torch.autograd.Function):
         teacher = torch.where(present, teacher, torch.nan).gather(-1, order)
         lowest = teacher.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         num_groups, size = student.shape
-        block = _BLOCK["cpu" if student.device.type == "cpu" else "other"]
-        step = max(int((block / max(num_groups, 1)) ** 0.5), 1)
+        step = max(int((pairs_at_once(student.device) / max(num_groups, 1)) ** 0.5), 1)
 
         total = student.new_zeros(num_groups)
         num_pairs = torch.zeros(num_groups, dtype=torch.long, device=student.device)

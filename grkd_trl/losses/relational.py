@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ._inputs import check, present_of, widen
+from ._pair_blocks import pairs_at_once
 from .ranking import group_relative_loss
 
 
@@ -25,7 +26,8 @@ def ranknet_loss(
     \\( -\bar P_{ij} \log \sigma(m_{ij}) - (1 - \bar P_{ij}) \log \sigma(-m_{ij}) \\) with the student's margin
     \\( m_{ij} = (s^S_i - s^S_j) / T \\) and \\( \bar P_{ij} = \sigma((s^T_i - s^T_j) / T) \\). The mean over the pairs.
 
-    [`group_relative_loss`] is its limit of a sure teacher, \\( \bar P_{ij} \\) 0 or 1.
+    [`group_relative_loss`] is its limit of a sure teacher, \\( \bar P_{ij} \\) 0 or 1. As there, memory grows with G and not
+    with its square.
 
     Args:
         student_scores (`torch.Tensor` of shape `(..., G)`):
@@ -61,9 +63,7 @@ def ranknet_loss(
     places = order.argsort(-1)
     relative = group_relative_loss(student, -places.to(student.dtype), mask=present)
     with torch.no_grad():
-        ranked = torch.where(present, teacher, -torch.inf).gather(-1, order)
-        doubt = torch.sigmoid(ranked.unsqueeze(-2) - ranked.unsqueeze(-1)).triu_(1)  # 0 of an absent member
-        slope = (doubt.sum(-1) - doubt.sum(-2)).gather(-1, places)
+        slope = _doubt(torch.where(present, teacher, -torch.inf).gather(-1, order)).gather(-1, places)
         num_present = present.sum(-1)
         num_pairs = (num_present * (num_present - 1) / 2).clamp(min=1)
     loss = relative + (slope * student).masked_fill(~present, 0.0).sum(-1) / num_pairs
@@ -234,6 +234,22 @@ def rkd_angle_loss(student_embeddings: torch.Tensor, teacher_embeddings: torch.T
     losses = F.smooth_l1_loss(_cosines(student), _cosines(teacher), reduction="none")
     loss = torch.where(angles, losses, 0.0).sum((1, 2)) / max((size - 1) * (size - 2), 1)
     return loss.to(student_embeddings.dtype)
+
+
+def _doubt(ranked: torch.Tensor) -> torch.Tensor:
+    """
+    Of scores `(..., G)`, best first: the sum of the chances that a lower member is the better one, less the sum of the
+    chances to be better than a higher member. A member of score -inf adds nothing to the others.
+    """
+    size = ranked.shape[-1]
+    step = max(pairs_at_once(ranked.device) // max(ranked.numel(), 1), 1)
+    total = torch.zeros_like(ranked)
+    for start in range(0, size, step):
+        rest = ranked[..., start:]
+        doubt = torch.sigmoid(rest.unsqueeze(-2) - rest[..., :step].unsqueeze(-1)).triu_(1)
+        total[..., start : start + step] += doubt.sum(-1)
+        total[..., start:] -= doubt.sum(-2)
+    return total
 
 
 def _pearson(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
