@@ -210,6 +210,7 @@ def set_up_teacher(trainer: Trainer, teacher_model: str | PreTrainedModel | None
         trainer.teacher_model = prepare_teacher(trainer.plain_teacher, trainer.accelerator)
     _number_streams(trainer)
     trainer.running_means = {"train": RunningMeans(), "eval": RunningMeans()}
+    trainer.draws = None
     trainer.add_callback(OrderOfEpoch())
 
 

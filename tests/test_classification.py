@@ -41,8 +41,10 @@ from grkd_trl.losses import (
     ranknet_loss,
     rkd_angle_loss,
     rkd_distance_loss,
+    sample_classes,
 )
 from grkd_trl.metrics import rank_correlation
+from grkd_trl.training import step_generator
 
 
 CLASSES = 7
@@ -210,6 +212,41 @@ class TestStep:
         for first, second in zip(whole.state.log_history[:4], resumed.state.log_history[:4], strict=True):
             assert {k: first[k] for k in kept} == {k: second[k] for k in kept}
         assert [round(entry["alpha"], 3) for entry in whole.state.log_history[:4]] == [0.0, 0.15, 0.3, 0.45]
+
+    def test_draws_depend_on_seed_and_step_alone(self, tmp_path):
+        def losses(checkpoint=None, **kwargs):
+            given = {"max_steps": 4, "sampled_classes": 2, "learning_rate": 0.0, "data_seed": 42}
+            split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+            trainer = make_trainer(tmp_path, **given | split | kwargs)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            return [entry["loss/relative"] for entry in trainer.state.log_history[:4]]
+
+        class DrawsToo(TrainerCallback):
+            def on_step_begin(self, *args, **kwargs):
+                torch.rand(7)
+
+        whole = losses(save_strategy="steps", save_steps=2)
+        assert losses(callbacks=[DrawsToo()]) == whole
+        (tmp_path / "checkpoint-2/rng_state.pth").unlink()  # where torch's global generator stood
+        assert losses(checkpoint=str(tmp_path / "checkpoint-2")) == whole
+        assert losses(seed=1) != whole
+
+    def test_batches_draw_for_themselves_and_an_evaluation_as_the_last(self, tmp_path):
+        trainer, logits = make_trainer(tmp_path), torch.zeros(50, CLASSES)
+
+        def drawn():
+            return sample_classes(logits, 3, generator=step_generator(trainer, logits.device))
+
+        trainer.model.train()
+        first, second = drawn(), drawn()
+        assert not torch.equal(first, second)
+        trainer.model.eval()
+        assert torch.equal(drawn(), drawn())
+        trainer.state.global_step = 1
+        trainer.model.train()
+        assert not torch.equal(drawn(), first)
+        trainer.state.global_step = 0
+        assert torch.equal(drawn(), first) and torch.equal(drawn(), second)
 
     def test_sampled_classes_are_what_is_ranked(self, tmp_path):
         found = {}

@@ -145,7 +145,12 @@ class GRKDForClassificationTrainer(Trainer):
         # Equations 1 and 2: one value an example
         ranked, ranked_teacher = logits, teacher_logits
         if args.sampled_classes is not None:
-            drawn = sample_classes(teacher_logits, args.sampled_classes, temperature=args.sampling_temperature)
+            drawn = sample_classes(
+                teacher_logits,
+                args.sampled_classes,
+                temperature=args.sampling_temperature,
+                generator=training.step_generator(self, teacher_logits.device),
+            )
             ranked, ranked_teacher = logits.gather(-1, drawn), teacher_logits.gather(-1, drawn)
         relative = group_relative_loss(
             ranked, ranked_teacher, temperature=args.ranking_temperature, min_gap=args.min_gap

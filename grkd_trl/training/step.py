@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from transformers import Trainer
@@ -49,6 +50,29 @@ def step_means(trainer: SFTTrainer) -> RunningMeans:
         [`~metrics.RunningMeans`]: The means of training or those of evaluation.
     """
     return trainer.running_means["train" if trainer.model.training else "eval"]
+
+
+def step_generator(trainer: Trainer, device: torch.device) -> torch.Generator:
+    """
+    Where the draws of a `compute_loss` come from: a generator of the seed, the optimizer step and the process, so that a
+    run that goes on from a checkpoint draws as one that never stopped, whatever else drew meanwhile. The micro-batches
+    of a step draw from it one after the other; in evaluation every batch has a new one.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer, in training or in evaluation.
+        device (`torch.device`):
+            Where the draws are made.
+
+    Returns:
+        `torch.Generator`: The generator.
+    """
+    training = trainer.model.training
+    key = (trainer.args.seed, trainer.state.global_step, trainer.accelerator.process_index, int(training))
+    if not training or trainer.draws is None or trainer.draws[0] != key:
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        trainer.draws = key, torch.Generator(device).manual_seed(seed)
+    return trainer.draws[1]
 
 
 def step_counts(
