@@ -15,14 +15,13 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
 from test_classification import make_rows as make_classification_rows
-from tiny import WORDS
+from tiny import WORDS, use_tiles
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import grkd_trl
 from grkd_trl.evaluation import classification_metrics
 from grkd_trl.losses import pld_loss
-from grkd_trl.scoring import tiles
 
 
 GLOBAL_BATCH = 4
@@ -79,7 +78,7 @@ def make_trainer(name, models, folder, max_steps, *callbacks, **fields):
     elif "scored" not in flags and not classes:
         dataset = dataset.remove_columns("teacher_scores")
     # "tiled": as at a large vocabulary, so that a batch's logits never exist at once
-    tiles.LOGITS_PER_TILE = 3 * len(AutoTokenizer.from_pretrained(models / "student")) if "tiled" in flags else 2**25
+    use_tiles(setattr, 3 * len(AutoTokenizer.from_pretrained(models / "student")) if "tiled" in flags else 2**24)
     given = {"text_dataset": Dataset.from_dict({"text": dataset["prompt"]})} if "text" in flags else {}
     if "lora" in flags:
         given["peft_config"] = LoraConfig(

@@ -9,10 +9,10 @@ import torch
 from datasets import Dataset
 from runs import TOKENIZER, VOCAB, Recorder, logged, make_rows, make_student, make_teacher, make_trainer, weights
 from test_scoring import LargestTensor
+from tiny import use_tiles
 
 import grkd_trl
 from grkd_trl import training
-from grkd_trl.scoring import tiles
 from grkd_trl.teacher import mixture as mixture_module
 from grkd_trl.teacher import sample_from_mixture
 
@@ -206,7 +206,7 @@ class TestWholeStep:
     @pytest.mark.parametrize("rows_per_tile", [None, 3])
     def test_loss_and_every_gradient(self, tmp_path, monkeypatch, fields, rows_per_tile):
         if rows_per_tile is not None:
-            monkeypatch.setattr(tiles, "LOGITS_PER_TILE", rows_per_tile * VOCAB)
+            use_tiles(monkeypatch.setattr, rows_per_tile * VOCAB)
         split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
         trainer, (gradients,), [(rows, texts)] = run(tmp_path, **split, **fields)
         assert len(rows) == 4 and len(texts) == (4 if "text_dataset" in fields else 0)
@@ -222,7 +222,7 @@ class TestWholeStep:
 
     def test_logits_never_exist_at_once(self, tmp_path, monkeypatch):
         vocab = 5003
-        monkeypatch.setattr(tiles, "LOGITS_PER_TILE", 2 * vocab)
+        use_tiles(monkeypatch.setattr, 2 * vocab)
         models = {"model": make_student(vocab_size=vocab), "teacher_model": make_teacher(vocab_size=vocab)}
         trainer = make_trainer(tmp_path, make_rows(12), method="MiniLLM", per_device_train_batch_size=12, **models)
         (batch,), counts = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))

@@ -7,10 +7,9 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from runs import logged, make_rows, make_student, make_teacher, make_trainer, train, weights
+from tiny import use_tiles
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import ModelConfig, get_quantization_config
-
-from grkd_trl.scoring import tiles
 
 
 def single(**kwargs):
@@ -28,7 +27,7 @@ class TestTrainedHead:
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_in_tiles(self, tmp_path, monkeypatch, checkpointing):
         whole, expected = self.run(tmp_path / "whole")
-        monkeypatch.setattr(tiles, "LOGITS_PER_TILE", 3 * len(whole.processing_class))
+        use_tiles(monkeypatch.setattr, 3 * len(whole.processing_class))
         trainer, gradients = self.run(tmp_path / "tiles", gradient_checkpointing=checkpointing)
         for ours, theirs in zip(gradients, expected, strict=True):
             (name,) = [name for name in ours if "modules_to_save" in name]

@@ -3,7 +3,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_prompt_sharing import make_batch
 from test_scoring import LargestTensor
-from tiny import tiny_model
+from tiny import tiny_model, use_tiles
 from transformers import LlamaForCausalLM
 
 from grkd_trl.losses import token_relative_loss, token_soft_label_loss
@@ -49,7 +49,7 @@ MODELS |= {"bias": biased, "lora": with_lora, "checkpointing": checkpointed}
 
 def run(model, teacher, batch, monkeypatch, *, rows_per_tile, **kwargs):
     """Losses of every kind and the gradients of their sum."""
-    monkeypatch.setattr(tiles, "LOGITS_PER_TILE", rows_per_tile * VOCAB)
+    use_tiles(monkeypatch.setattr, rows_per_tile * VOCAB)
     model.zero_grad()
     with torch.no_grad():
         taught = score_completions(teacher, batch, return_logits=True, **kwargs)
@@ -124,7 +124,7 @@ class TestLogits:
     def test_are_sliced_like_a_tensor(self, monkeypatch):
         batch, model = make_batch(), head_model()
         whole = score_completions(model, batch, return_logits=True).logits
-        monkeypatch.setattr(tiles, "LOGITS_PER_TILE", VOCAB)
+        use_tiles(monkeypatch.setattr, VOCAB)
         lazily = score_completions(model, batch, return_logits=True).logits
         assert lazily.shape == whole.shape
         for key in (slice(2, 5), (slice(None), slice(0, 7)), (slice(3, 4), slice(5, None))):
@@ -137,7 +137,7 @@ class TestLogits:
     def test_never_exist_at_once(self, monkeypatch):
         vocab = 5003
         model, batch = tiny_model("llama", vocab), make_batch()
-        monkeypatch.setattr(tiles, "LOGITS_PER_TILE", 4 * vocab)
+        use_tiles(monkeypatch.setattr, 4 * vocab)
         with LargestTensor() as largest:
             score_completions(model, batch).per_token_logps.sum().backward()
         assert largest.numel == model.lm_head.weight.numel()  # above 4 rows of logits, below all
@@ -147,6 +147,18 @@ class TestLogits:
         model.lm_head.register_forward_hook(lambda *_: calls.append(1))
         score_completions(model, make_batch()).per_token_logps.sum().backward()
         assert len(calls) == 1
+
+    def test_many_are_eight_tiles_or_more(self, monkeypatch):
+        batch = make_batch()
+        num_tokens = len(score_completions(head_model(), batch, return_logits=True).logits)
+        for at_most, num_tiles in ((10**6, 8), (2, -(-num_tokens // 2))):
+            model, calls = head_model(), []
+            monkeypatch.setattr(tiles, "LOGITS_AT_ONCE", VOCAB)
+            monkeypatch.setattr(tiles, "LOGITS_PER_TILE", at_most * VOCAB)
+            model.lm_head.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            with torch.no_grad():
+                score_completions(model, batch)
+            assert len(calls) == 2 + num_tiles  # two for the first token: the model's forward and a tile, compared
 
 
 class Halving(LlamaForCausalLM):
@@ -162,14 +174,14 @@ class TestFallBack:
     def test_a_head_that_does_more(self, monkeypatch):
         model, batch = Halving(head_model().config), make_batch()
         whole = score_completions(model, batch).per_token_logps
-        monkeypatch.setattr(tiles, "LOGITS_PER_TILE", VOCAB)
+        use_tiles(monkeypatch.setattr, VOCAB)
         for _ in range(2):
             torch.testing.assert_close(score_completions(model, batch).per_token_logps, whole)
         assert not tiles.needs_tiles(model, 99)
 
     def test_an_adapter_that_is_switched_off(self, monkeypatch):
         model, batch = with_lora(), make_batch()
-        monkeypatch.setattr(tiles, "LOGITS_PER_TILE", VOCAB)
+        use_tiles(monkeypatch.setattr, VOCAB)
         with model.disable_adapter(), torch.no_grad():
             base = score_completions(model, batch, return_logits=True).logits
         assert isinstance(base, torch.Tensor)

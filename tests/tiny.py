@@ -1,5 +1,7 @@
 """Tokenizers and models that are built in memory and train in milliseconds."""
 
+from collections.abc import Callable
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -10,6 +12,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     set_seed,
 )
+
+from grkd_trl.scoring import tiles
 
 
 WORDS = [*"abcdefghijklmnop"]
@@ -88,3 +92,9 @@ def tiny_model(architecture: str, vocab_size: int, *, seed: int = 0, **kwargs) -
     )
     set_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=dtype, **attention).train()
+
+
+def use_tiles(set_attribute: Callable[[object, str, int], None], num_logits: int) -> None:
+    """Tiles of so many logits, for batches with more; `monkeypatch.setattr` undoes it after the test."""
+    for name, value in {"LOGITS_AT_ONCE": num_logits, "LOGITS_PER_TILE": num_logits, "MIN_TILES": 1}.items():
+        set_attribute(tiles, name, value)

@@ -20,8 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 
-# Logits of a tile. A batch with no more is one tile, and then nothing is computed twice.
-LOGITS_PER_TILE = 2**25
+# A batch with no more logits is computed at once, and then nothing is computed twice.
+LOGITS_AT_ONCE = 2**24
+# Else a tile has an eighth of the batch's, so that they take an eighth of the memory, and never more than these.
+MIN_TILES, LOGITS_PER_TILE = 8, 2**25
 
 _unsuited = WeakKeyDictionary()  # models that do with their logits what is not known here
 
@@ -133,7 +135,7 @@ def needs_tiles(model: torch.nn.Module, num_tokens: int) -> bool:
         isinstance(part, FSDPModule) for part in list(head.modules())[1:]
     ):  # adapters that are gathered by themselves
         return False
-    too_many = num_tokens * core.config.get_text_config().vocab_size > LOGITS_PER_TILE
+    too_many = num_tokens * core.config.get_text_config().vocab_size > LOGITS_AT_ONCE
     holder = _holder(model, head)
     if holder is not None:
         anywhere = torch.tensor(too_many, dtype=torch.int32, device=next(head.parameters()).device)
@@ -169,7 +171,7 @@ def are_its_own(model: torch.nn.Module, logits: TiledLogits, first: torch.Tensor
         if PartialState().num_processes > 1:
             raise ValueError(
                 f"`{type(core_model(model)).__name__}` changes its logits in a way that is not known here, so they are "
-                f"computed at once. Lower the batch size until it has at most {LOGITS_PER_TILE:,} of them."
+                f"computed at once. Lower the batch size until it has at most {LOGITS_AT_ONCE:,} of them."
             )
     return core_model(model) not in _unsuited
 
@@ -192,7 +194,7 @@ def over_tiles(
     num_tokens, vocab_size = logits.shape
     if isinstance(logits, torch.Tensor):
         return function(logits, slice(0, num_tokens))
-    num_rows = max(LOGITS_PER_TILE // vocab_size, 1)
+    num_rows = max(min(LOGITS_PER_TILE // vocab_size, -(-num_tokens // MIN_TILES)), 1)
     tiles = []
     for number, hidden_states in enumerate(logits.hidden_states.split(num_rows)):
         rows = slice(number * num_rows, number * num_rows + len(hidden_states))
