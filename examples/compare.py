@@ -26,41 +26,15 @@ you like and start the same command again. The report is in `--output_dir`.
 """
 
 import argparse
-import itertools
 from pathlib import Path
 
 import compare_classes
 from compare_run import METHODS, run
+from compare_space import search_space
 from compare_tasks import TASKS
 
 from grkd_trl.evaluation import compare
 from grkd_trl.evaluation.report import write_report
-
-
-# Four settings of each method's own, which are tried with three learning rates.
-OWN = {
-    "grkd": [{"ranking_temperature": tau, "alpha_end": end} for tau, end in ((1.0, 0.6), (1.0, 0.3), (0.3, 0.3), (3.0, 0.6))],
-    "dpo": [{"beta": beta} for beta in (0.01, 0.03, 0.1, 0.3)],
-    "simpo": [{"beta": beta, "gamma_beta_ratio": ratio} for beta, ratio in ((2.0, 0.25), (1.0, 0.25), (2.5, 0.55), (10.0, 0.3))],
-    "pro": [{"sft_weight": weight} for weight in (0.01, 0.05, 0.2, 1.0)],
-    "kd": [{"temperature": soft, "hard_label_weight": hard} for soft in (1.0, 2.0) for hard in (0.0, 0.3)],
-    "minillm": [{"teacher_share": share, "single_step": single} for share in (0.2, 0.5) for single in (True, False)],
-    "gkd": [{"beta": beta, "temperature": soft} for beta in (0.5, 1.0) for soft in (0.7, 1.0)],
-    "seqkd": [{"weight_decay": decay} for decay in (0.0, 0.01, 0.03, 0.1)],
-    "sft": [{"weight_decay": decay} for decay in (0.0, 0.01, 0.03, 0.1)],
-}  # fmt: skip
-FACTORS = (0.3, 1.0, 3.0)  # of --learning_rate
-LOW_FACTORS = (0.03, 0.1, 0.3)  # for those that a margin alone holds: at higher rates they lose what the student knows
-
-
-def search_space(learning_rate: float) -> dict[str, list[dict]]:
-    return {
-        method: [
-            own | {"learning_rate": learning_rate * factor}
-            for factor, own in itertools.product(LOW_FACTORS if method in ("dpo", "simpo") else FACTORS, settings)
-        ]
-        for method, settings in OWN.items()
-    }
 
 
 def compare_task(args: argparse.Namespace, task: str, budget: dict[str, float]) -> Path:
@@ -101,9 +75,7 @@ def main() -> None:
     budget.add_argument(
         "--max_seconds", type=float, help="seconds of training; needs a machine with nothing else to do"
     )
-    parser.add_argument(
-        "--tune", type=int, default=0, metavar="N", help="trials for each method, up to 12, or 6 of classes"
-    )
+    parser.add_argument("--tune", type=int, default=0, metavar="N", help="trials for each method, up to 8")
     parser.add_argument("--learning_rate", type=float, help="1e-3; of classes 3e-2")
     parser.add_argument("--batch_size", type=int, help="prompts a step, 16; or rows, 256")
     parser.add_argument("--student_lora", action="store_true", help="train adapters on all linear layers")
@@ -123,7 +95,7 @@ def main() -> None:
     for task in args.task:
         if missing := [f"--{name}" for name in needed.get(task, ["data"]) if not getattr(args, name)]:
             parser.error(f"--task {task} needs {', '.join(missing)}")
-        known = compare_classes.METHODS if task in compare_classes.TASKS else METHODS
+        known = compare_classes.METHODS if task in compare_classes.TASKS else search_space()
         if unknown := set(args.methods or []) - set(known):
             parser.error(f"--task {task} knows the methods {', '.join(known)}, not {', '.join(sorted(unknown))}")
     budget = {name: getattr(args, name) for name in ("max_steps", "max_tokens", "max_seconds") if getattr(args, name)}

@@ -22,9 +22,10 @@ def example():
     sys.path.insert(0, str(EXAMPLES))
     import compare
     import compare_run
+    import compare_space
     import compare_tasks
 
-    yield {"compare": compare, "run": compare_run, "tasks": compare_tasks}
+    yield {"compare": compare, "run": compare_run, "space": compare_space, "tasks": compare_tasks}
     sys.path.remove(str(EXAMPLES))
 
 
@@ -57,18 +58,21 @@ def run(example, folder, task, method, settings, *, seed=0, split="test"):
 
 
 def test_methods_are_all_there(example):
-    assert sorted(example["run"].METHODS) == sorted(METHODS) == sorted(example["compare"].OWN)
+    assert sorted(example["run"].METHODS) == sorted(METHODS)
+    assert sorted(example["space"].search_space()) == sorted([*METHODS, "grkd +sft"])
 
 
 def test_every_method_has_as_many_settings(example):
-    spaces = example["compare"].search_space(1e-3)
-    assert {len(space) for space in spaces.values()} == {12}
-    assert all(len({json.dumps(point, sort_keys=True) for point in space}) == 12 for space in spaces.values())
+    spaces = example["space"].search_space()
+    assert {len(space) for space in spaces.values()} == {8}
+    assert all(len({json.dumps(point, sort_keys=True) for point in space}) == 8 for space in spaces.values())
+    for method, space in example["space"].search_space(5e-4).items():
+        assert [point["learning_rate"] for point in space] == [point["learning_rate"] / 2 for point in spaces[method]]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_of_each_method(example, folder, settings, method):
-    own = example["compare"].search_space(1e-3)[method][-1]
+    own = example["space"].search_space()[method][-1]
     row = run(example, folder, "scan", method, settings | {"max_steps": 2} | own)
     assert len(row["per_item"]) == 6
     assert row["metrics"]["accuracy"] == pytest.approx(sum(row["per_item"]) / 6)
