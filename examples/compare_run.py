@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from compare_tasks import TASKS, Task, best_completions
 from datasets import disable_progress_bars, load_dataset
+from from_scratch import training
 from peft import LoraConfig, get_peft_model
-from quickstart import training
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, load_dataset
-from quickstart import MAX_NEW_TOKENS, PROMPT, new_llama, pretrain, word_tokenizer, write_groups
+from from_scratch import MAX_NEW_TOKENS, PROMPT, new_llama, pretrain, word_tokenizer, write_groups
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from grkd_trl.evaluation import MathWordProblem, read_math_word_problems, scan_pairs, scan_split, solves
