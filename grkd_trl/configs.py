@@ -5,7 +5,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+from transformers.utils import logging
 from trl import SFTConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -70,6 +75,22 @@ def check_completion_fields(args: SFTConfig) -> None:
         raise ValueError(
             f"{', '.join(names)} of `SFTConfig` cannot be set in `{type(args).__name__}`, which scores whole "
             "completions. Leave it at its default."
+        )
+
+
+def check_best_metric(args: TrainingArguments) -> None:
+    """
+    Warn where the best checkpoint would be chosen by a loss whose balance moves: it is another loss at each of them.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Configuration with `alpha_start`, `alpha_end` and `alpha_schedule`.
+    """
+    moves = args.alpha_schedule != "constant" and args.alpha_start != args.alpha_end
+    if args.load_best_model_at_end and args.metric_for_best_model in ("loss", "eval_loss") and moves:
+        logger.warning(
+            "The best checkpoint is chosen by `eval_loss`, which mixes its parts by the alpha of the moment, so each is "
+            'measured by another loss. Set `metric_for_best_model` to what is not, such as "eval_loss/soft".'
         )
 
 

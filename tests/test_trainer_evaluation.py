@@ -8,6 +8,8 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from runs import VOCAB, make_rows, make_student, make_teacher, make_trainer, to_ids
 
+from grkd_trl import GRKDConfig, GRKDForClassificationConfig
+
 
 ROWS = make_rows(7, seed=4)
 FIELDS = {"per_device_eval_batch_size": 3, "alpha_start": 0.3, "max_length": 8}
@@ -211,3 +213,19 @@ class TestComputeMetrics:
         output = trainer.predict(trainer.eval_dataset)
         assert output.predictions.shape == (7, 5)
         assert_metrics(output.metrics, expected_metrics(ROWS), "test")
+
+    @pytest.mark.parametrize("config_class", [GRKDConfig, GRKDForClassificationConfig])
+    def test_the_best_checkpoint_by_a_loss_that_moves(self, tmp_path, config_class, caplog):
+        def warned(**fields):
+            caplog.clear()
+            fields = {"metric_for_best_model": "eval_loss", "load_best_model_at_end": True} | fields
+            with caplog.at_level("WARNING"):
+                config_class(str(tmp_path), eval_strategy="epoch", save_strategy="epoch", use_cpu=True, **fields)
+            return "mixes its parts by the alpha of the moment" in caplog.text
+
+        assert warned() and warned(metric_for_best_model=None)
+        assert not warned(load_best_model_at_end=False)
+        assert not warned(metric_for_best_model="eval_loss/soft")
+        assert not warned(alpha_schedule="constant")
+        if config_class is GRKDConfig:
+            assert not warned(soft_label="none")

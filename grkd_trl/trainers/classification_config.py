@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..configs import check_choices, option
+from ..configs import check_best_metric, check_choices, option
 
 
 @dataclass
@@ -88,3 +88,4 @@ class GRKDForClassificationConfig(TrainingArguments):
         if self.sampled_classes is not None and self.sampled_classes < 2:
             raise ValueError(f"`sampled_classes` must be at least 2 to make a pair, got {self.sampled_classes}.")
         super().__post_init__()
+        check_best_metric(self)

@@ -5,7 +5,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from ..configs import check_choices, check_completion_fields, option
+from ..configs import check_best_metric, check_choices, check_completion_fields, option
 
 
 @dataclass
@@ -195,6 +195,8 @@ class GRKDConfig(SFTConfig):
             raise ValueError(f"`relative_top_k` must be at least 2 to make a pair, got {self.relative_top_k}.")
         self._check_online()
         super().__post_init__()
+        if self.soft_label != "none":  # else alpha is 1 throughout
+            check_best_metric(self)
 
     def _check_online(self):
         for name in ("max_completion_length", "generate_every", "reuse_groups"):
