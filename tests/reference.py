@@ -78,6 +78,11 @@ def topk_soft_label(student, top_ids, top_logps, temperature=1.0):
     )
 
 
+def doubt_weight(teacher, temperature=1.0):
+    """Inverse length of the softened teacher."""
+    return 1 / sum(p.real**2 for p in softmax(teacher, temperature)) ** 0.5
+
+
 def token_relative(student, teacher, top_k, temperature=1.0, min_gap=0.0):
     """Equations 1 and 2 over the teacher's `top_k` next tokens at one position."""
     top = sorted(range(len(teacher)), key=lambda token: -teacher[token])[:top_k]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -141,6 +142,7 @@ class TestStep:
             {},
             {"hard_label_weight": 0.3, "label_smoothing_factor": 0.1},
             {"ranking_temperature": 0.5, "min_gap": 0.2, "soft_label_temperature": 3.0},
+            {"weigh_by_doubt": True, "hard_label_weight": 0.3, "soft_label_temperature": 0.5},
             {"alpha_start": 1.0, "alpha_schedule": "constant", "alpha_end": 1.0, "hard_label_weight": 1.0},
         ],
         ids=str,
@@ -161,10 +163,13 @@ class TestStep:
             teacher_logits,
             temperature=given.get("ranking_temperature", 1.0),
             min_gap=given.get("min_gap", 0.0),
-        ).mean()
-        soft = group_soft_label_loss(
-            logits, teacher_logits, temperature=given.get("soft_label_temperature", 1.0)
-        ).mean()
+        )
+        soft_temperature = given.get("soft_label_temperature", 1.0)
+        soft = group_soft_label_loss(logits, teacher_logits, temperature=soft_temperature)
+        weights = torch.ones(4)
+        if "weigh_by_doubt" in given:
+            weights = torch.tensor([reference.doubt_weight(row, soft_temperature) for row in teacher_logits.tolist()])
+        relative, soft = (weights * relative).mean(), (weights * soft).mean()
         hard = F.cross_entropy(logits, labels, label_smoothing=given.get("label_smoothing_factor", 0.0))
         alpha, share = given["alpha_start"], given.get("hard_label_weight", 0.0)
         loss = share * hard + (1 - share) * ((1 - alpha) * soft + alpha * relative)

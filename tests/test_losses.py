@@ -31,6 +31,7 @@ SIGNATURES = {
     "alpha_at": "(progress, *, start, end, schedule)",
     "clipped_policy_loss": "(logps, sampling_logps, advantages, *, clip_range=0.2)",
     "dist_loss": "(student_logits, teacher_logits, *, temperature=1.0, inter_weight=1.0, intra_weight=1.0)",
+    "doubt_weights": "(teacher_logits, *, temperature=1.0)",
     "forward_kl": "(student_logits, teacher_logits, *, temperature=1.0)",
     "group_relative_loss": "(student_scores, teacher_scores, *, temperature=1.0, min_gap=0.0, mask=None)",
     "group_soft_label_loss": "(student_scores, teacher_scores, *, temperature=1.0, mask=None)",

@@ -1,4 +1,4 @@
-"""The rivals of a classifier against `reference.py`, the blocked path of the relative loss, and the sampling of classes."""
+"""The rivals of a classifier against `reference.py`, the blocked path of the relative loss, sampling and weights."""
 
 import itertools
 import math
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from grkd_trl.losses import (
     _pair_blocks,
     dist_loss,
+    doubt_weights,
     group_relative_loss,
     pld_loss,
     ranking,
@@ -348,3 +349,34 @@ class TestSampledClasses:
             sample_classes(torch.zeros(2, 5), 1)
         with pytest.raises(ValueError, match="`temperature` must be above 0"):
             sample_classes(torch.zeros(2, 5), 2, temperature=0.0)
+
+
+class TestDoubtWeights:
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-6)], ids=str)
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+    def test_equals_the_loop(self, dtype, tolerance, temperature):
+        _, teacher = draw(3, 4, 5, dtype=dtype)
+        found = doubt_weights(teacher, temperature=temperature)
+        assert found.dtype == dtype and found.shape == (3, 4)
+        rows = teacher.double().view(-1, 5).tolist()
+        expected = torch.tensor([reference.doubt_weight(row, temperature) for row in rows], dtype=torch.float64)
+        torch.testing.assert_close(found.double().flatten(), expected, rtol=tolerance, atol=tolerance)
+
+    def test_range_place_and_order(self):
+        sure, unsure = torch.tensor([1e30, -1e30, 0.0, 1.0]), torch.full((4,), -1e30)
+        assert doubt_weights(sure).item() == 1 and doubt_weights(unsure).item() == 2
+        _, teacher = draw(50, 9)
+        weights = doubt_weights(teacher)
+        assert (weights > 1).all() and (weights < 3).all() and weights.std() > 0.1
+        torch.testing.assert_close(doubt_weights(teacher.flip(-1) + 7), weights)
+        assert (doubt_weights(teacher, temperature=2.0) > weights).all()  # softer is less sure
+
+    def test_bfloat16_is_computed_in_float32_and_nan_stays_in_its_row(self):
+        _, teacher = draw(4, 8, dtype=torch.bfloat16)
+        torch.testing.assert_close(doubt_weights(teacher), doubt_weights(teacher.float()).bfloat16(), rtol=0, atol=0)
+        teacher[1, 3] = NAN
+        assert doubt_weights(teacher).isnan().tolist() == [False, True, False, False]
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="`temperature` must be above 0"):
+            doubt_weights(torch.zeros(2, 5), temperature=0.0)

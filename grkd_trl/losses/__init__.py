@@ -10,13 +10,14 @@ from .preference import pro_loss, simpo_loss
 from .ranking import group_relative_loss, ranked_pairs, sample_classes, token_relative_loss
 from .relational import dist_loss, pld_loss, ranknet_loss, rkd_angle_loss, rkd_distance_loss
 from .schedule import alpha_at
-from .soft_labels import group_soft_label_loss, token_soft_label_loss, topk_soft_label_loss
+from .soft_labels import doubt_weights, group_soft_label_loss, token_soft_label_loss, topk_soft_label_loss
 
 
 __all__ = [
     "alpha_at",
     "clipped_policy_loss",
     "dist_loss",
+    "doubt_weights",
     "forward_kl",
     "group_relative_loss",
     "group_soft_label_loss",

@@ -146,3 +146,39 @@ def topk_soft_label_loss(
         teacher = torch.cat([teacher, torch.log1p(-mass)], -1)
     p, nll = (teacher / temperature).softmax(-1), -(student / temperature).log_softmax(-1)
     return torch.where(p > 0, p * nll, 0.0).sum(-1).to(student_logits.dtype)  # eq. 3 over k + 1 classes
+
+
+def doubt_weights(teacher_logits: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
+    r"""
+    Weight of an example that makes one of which the teacher is unsure count as much as one of which it is sure: one over
+    the length of its softened distribution, \\( 1 / \lVert \mathrm{softmax}(z^T / T) \rVert_2 \\). Not in the
+    [GRKD](https://huggingface.co/papers/2504.20482) paper.
+
+    The gradient of a soft label is the difference of two distributions, so that of an unsure teacher pulls less.
+    [`dist_loss`], a correlation, divides by lengths too.
+
+    Args:
+        teacher_logits (`torch.Tensor` of shape `(..., C)`):
+            Teacher's logits.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature \\( T \\) that softens them.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: Weights from 1, of a teacher that is sure, to \\( \sqrt C \\), of one that has
+        no preference.
+
+    Raises:
+        `ValueError`: If `temperature` is not above 0.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> doubt_weights(torch.tensor([[0.0, 0.0, 0.0, 0.0], [99.0, 0.0, 0.0, 0.0]]))
+    tensor([2., 1.])
+
+    ```
+    """
+    check(teacher_logits, teacher_logits, temperature)
+    length = (widen(teacher_logits) / temperature).softmax(-1).norm(dim=-1)
+    return (1 / length).to(teacher_logits.dtype)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from .. import classifiers, training
-from ..losses import alpha_at, group_relative_loss, group_soft_label_loss, sample_classes
+from ..losses import alpha_at, doubt_weights, group_relative_loss, group_soft_label_loss, sample_classes
 from ..metrics import add_class_metrics
 from .classification_config import GRKDForClassificationConfig
 
@@ -30,6 +30,8 @@ class GRKDForClassificationTrainer(Trainer):
     classes of a classifier: text, image, or any model that returns logits `(B, C)`.
 
     $$ L = w L_{hard} + (1 - w) \big( (1 - \alpha) L_{soft} + \alpha L_{relative} \big) $$
+
+    `hard_label_weight` \\( w \\) and `weigh_by_doubt` are not in the paper, and off unless set.
 
     Example:
 
@@ -158,6 +160,10 @@ class GRKDForClassificationTrainer(Trainer):
 
         # Equation 3
         soft = group_soft_label_loss(logits, teacher_logits, temperature=args.soft_label_temperature)
+
+        if args.weigh_by_doubt:  # beyond the paper
+            weights = doubt_weights(teacher_logits, temperature=args.soft_label_temperature)
+            relative, soft = weights * relative, weights * soft
 
         # Equation 4, and the share of the labels
         losses = (1 - share) * ((1 - alpha) * soft + alpha * relative)

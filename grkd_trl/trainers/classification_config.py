@@ -52,6 +52,10 @@ class GRKDForClassificationConfig(TrainingArguments):
         hard_label_weight (`float`, *optional*, defaults to `0.0`):
             Share of the cross-entropy with the labels, which the paper does not have; the rest is equation 4. At 0 the
             rows need no labels.
+        weigh_by_doubt (`bool`, *optional*, defaults to `False`):
+            Whether to multiply an example's relative loss and soft labels by [`~losses.doubt_weights`] at
+            `soft_label_temperature`, which the paper does not have: from 1, where the teacher is sure, to
+            \\( \sqrt C \\). For teachers that learned from noisy labels (see `examples/results/classification`).
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
@@ -74,6 +78,7 @@ class GRKDForClassificationConfig(TrainingArguments):
         choices=["linear", "cosine", "constant"],
     )
     hard_label_weight: float = option(0.0, "Share of the cross-entropy with the labels.")
+    weigh_by_doubt: bool = option(False, "Weigh examples of which the teacher is unsure as much as the others.")
 
     def __post_init__(self):
         check_choices(self, GRKDForClassificationConfig)
