@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import math
 import random
 
 import pytest
@@ -24,11 +23,9 @@ from runs import (
     train,
     weights,
 )
-from tiny import tiny_tokenizer
 from transformers import HfArgumentParser
 
 import grkd_trl
-from grkd_trl.groups import pairs_of
 
 
 PAIRS, RANKED, OTHERS = ["DPO", "SimPO"], ["DPO", "SimPO", "PRO"], ["KD", "SeqKD"]
@@ -262,114 +259,6 @@ class TestEvaluation:
 # Against TRL's own
 
 
-def trl_fields(folder, **kwargs):
-    defaults = {
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": 4,
-        "train_sampling_strategy": "sequential",
-        "max_steps": 10,
-    }
-    return {"output_dir": folder} | defaults | kwargs
-
-
-def preferences(rows):
-    chosen = [(row, *pairs_of(row, pairs="best_worst")[0]) for row in rows]
-    return Dataset.from_list(
-        [
-            {"prompt": row["prompt"], "chosen": row["completions"][best], "rejected": row["completions"][worst]}
-            for row, best, worst in chosen
-        ]
-    )
-
-
-def assert_same_run(ours, theirs, steps=10, tolerance=1e-6):
-    assert len(logged(ours, "loss")) == len(logged(theirs, "loss")) == steps
-    assert logged(ours, "loss") == pytest.approx(logged(theirs, "loss"), abs=tolerance)
-    for name, value in weights(theirs.model).items():
-        torch.testing.assert_close(ours.model.get_parameter(name), value, rtol=0, atol=tolerance)
-    start = make_student()
-    assert min((value - start.get_parameter(name)).abs().max() for name, value in weights(ours.model).items()) > 1e-3
-
-
-class TestAgainstTRL:
-    ROWS = rows_for("DPO", 12, sizes=(3, 2, 4))
-
-    def test_dpo_is_trls_own(self, tmp_path):
-        ours, _ = train(tmp_path, self.ROWS, method="DPO", max_steps=10, max_grad_norm=1.0)
-        theirs = trl.DPOTrainer(
-            model=make_student(),
-            ref_model=make_student(),
-            args=trl.DPOConfig(**trl_fields(tmp_path)),
-            train_dataset=preferences(self.ROWS),
-            processing_class=TOKENIZER,
-        )
-        theirs.train()
-        assert_same_run(ours, theirs)
-        assert logged(ours, "loss")[0] == pytest.approx(math.log(2), abs=1e-7)
-        assert logged(ours, "rewards/margins") == pytest.approx(logged(theirs, "rewards/margins"), abs=1e-6)
-
-    def test_simpo_is_that_of_trls_experimental_cpo(self, tmp_path):
-        cpo = pytest.importorskip("trl.experimental.cpo")
-        ours, _ = train(tmp_path, self.ROWS, method="SimPO", max_steps=10, max_grad_norm=1.0)
-        simpo = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.5, "max_length": 1024}
-        theirs = cpo.CPOTrainer(
-            model=make_student(),
-            args=cpo.CPOConfig(**trl_fields(tmp_path, **simpo)),
-            # It adds a BOS to the prompt where there is none, which ours is not to have, and joins text as it stands.
-            train_dataset=preferences(self.ROWS),
-            processing_class=self.without_bos(),
-        )
-        theirs.train()
-        assert_same_run(ours, theirs)
-
-    @staticmethod
-    def without_bos():
-        tokenizer = tiny_tokenizer()
-        tokenizer.bos_token = None
-        return tokenizer
-
-    @pytest.mark.parametrize("beta", [2.0, 10.0])
-    def test_simpo_without_a_margin_is_grkd_of_groups_of_two(self, tmp_path, beta):
-        rows = make_rows(12, sizes=(2,), seed=3)
-        for row in rows:
-            row["teacher_scores"] = [-1.0, -2.0]
-        grkd, _ = train(tmp_path, rows, soft_label="none", ranking_temperature=1 / beta, max_steps=10)
-        simpo, _ = train(tmp_path, rows, method="SimPO", beta=beta, gamma_beta_ratio=0.0, max_steps=10)
-        assert_same_run(simpo, grkd, tolerance=1e-6)
-
-    def test_kd_of_identical_models_has_no_gradient(self, tmp_path):
-        trainer, (gradients,) = train(tmp_path, method="KD", teacher_model=make_student(), temperature=2.0)
-        assert logged(trainer, "loss") == [pytest.approx(0, abs=1e-12)]
-        assert max(gradient.abs().max() for gradient in gradients.values()) < 1e-12
-
-    def test_kd_has_the_gradient_of_grkds_token_soft_labels(self, tmp_path):
-        _, (kd,) = train(tmp_path, method="KD")
-        _, (grkd,) = train(tmp_path, alpha_end=0.0)
-        for name, gradient in kd.items():
-            assert relative_error(gradient, grkd[name]) < 1e-6
-
-    def test_seqkd_is_trls_sft_on_the_same_text(self, tmp_path):
-        rows = rows_for("SeqKD", 12, sizes=(1,))
-        ours, _ = train(tmp_path, rows, method="SeqKD", max_steps=10, max_grad_norm=1.0)
-        theirs = trl.SFTTrainer(
-            model=make_student(),
-            args=trl.SFTConfig(**trl_fields(tmp_path, loss_type="nll")),
-            train_dataset=Dataset.from_list(
-                [{"prompt": row["prompt"], "completion": row["completions"][0] + " <eos>"} for row in rows]
-            ),
-            processing_class=TOKENIZER,
-        )
-        theirs.train()
-        assert_same_run(ours, theirs)
-
-
 class TestForwards:
     """Forwards a completion, as README's table of methods has them."""
 
@@ -453,116 +342,6 @@ class TestSeqKD:
 # What users get wrong
 
 
-@pytest.fixture
-def no_model(monkeypatch):
-    """Loading any model is a failure."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
-
-
-class TestErrors:
-    UNSCORED = make_rows(scores=False)
-
-    @pytest.fixture
-    def folders(self, tmp_path):
-        """A student and a teacher on disk, the teacher with another tokenizer."""
-        other = tiny_tokenizer([f"w{i}" for i in range(VOCAB - 4)])
-        for name, model, tokenizer in (("s", make_student(), TOKENIZER), ("t", make_teacher(), other)):
-            model.save_pretrained(tmp_path / name)
-            tokenizer.save_pretrained(tmp_path / name)
-        return {"model": str(tmp_path / "s"), "teacher_model": str(tmp_path / "t"), "processing_class": None}
-
-    @pytest.mark.parametrize("method", RANKED)
-    def test_no_scores_and_no_teacher(self, tmp_path, folders, no_model, method):
-        with pytest.raises(ValueError, match=f"no `teacher_scores`.*`{method}Trainer` learns from an order.*SeqKD"):
-            make_trainer(tmp_path, self.UNSCORED, method=method, **folders | {"teacher_model": None})
-
-    def test_kd_without_a_teacher(self, tmp_path, folders, no_model):
-        with pytest.raises(
-            ValueError, match="No `teacher_model` was given, and `KDTrainer`.*`DPOTrainer`, `SimPOTrai"
-        ):
-            make_trainer(tmp_path, method="KD", **folders | {"teacher_model": None})
-
-    def test_kd_across_tokenizers(self, tmp_path, folders, no_model):
-        with pytest.raises(ValueError, match="cannot read the student's tokens.*`DPOTrainer`, `SimPOTrainer` and"):
-            make_trainer(tmp_path, method="KD", **folders)
-
-    @pytest.mark.parametrize("rows", [UNSCORED, make_rows()], ids=["unscored", "scored"])
-    def test_seqkd_without_text_of_the_teacher(self, tmp_path, folders, no_model, rows):
-        with pytest.raises(ValueError, match="do not say that the teacher wrote them.*Pass a teacher.*`PROTrainer`"):
-            make_trainer(tmp_path, rows, method="SeqKD", **folders | {"teacher_model": None})
-
-    @pytest.mark.parametrize("method", RANKED)
-    def test_scores_across_tokenizers_are_fine(self, tmp_path, folders, method):
-        """The teacher reads the text with its own tokenizer."""
-        trainer = make_trainer(tmp_path, self.UNSCORED, method=method, **folders)
-        assert len(trainer.train_dataset) == 4
-
-    @each_trainer
-    def test_teacher_is_the_model(self, tmp_path, method):
-        model = make_student()
-        with pytest.raises(ValueError, match="cannot be the same object"):
-            make_trainer(tmp_path, self.UNSCORED, method=method, model=model, teacher_model=model)
-
-    @pytest.mark.parametrize("method", RANKED)
-    def test_scoring_a_stream(self, tmp_path, method):
-        stream = Dataset.from_list(self.UNSCORED).to_iterable_dataset()
-        with pytest.raises(ValueError, match="streams cannot be scored before training. Load it whole"):
-            make_trainer(tmp_path, method=method, train_dataset=stream, max_steps=1)
-
-    @each_trainer
-    def test_streams(self, tmp_path, method):
-        stream = Dataset.from_list(rows_for(method)).to_iterable_dataset()
-        streamed, _ = train(tmp_path, method=method, train_dataset=stream, max_steps=1)
-        whole, _ = train(tmp_path, rows_for(method), method=method, max_steps=1)
-        assert logged(streamed, "loss") == logged(whole, "loss")
-
-    @pytest.mark.parametrize("method", RANKED)
-    def test_evaluating_groups_without_scores(self, tmp_path, method):
-        trainer = make_trainer(tmp_path, rows_for(method), method=method)
-        with pytest.raises(ValueError, match="The eval groups have no `teacher_scores`.*Score them"):
-            trainer.evaluate(Dataset.from_list(self.UNSCORED))
-
-    @pytest.mark.parametrize("method", PAIRS)
-    def test_no_pair_at_all(self, tmp_path, method):
-        rows = [row | {"teacher_scores": [-1.0] * 3} for row in make_rows(sizes=(3,))]
-        with pytest.raises(ValueError, match="No train group has two completions of unequal `teacher_scores`"):
-            make_trainer(tmp_path, rows, method=method)
-
-    @pytest.mark.parametrize("method", RANKED)
-    def test_one_completion(self, tmp_path, method):
-        with pytest.raises(ValueError, match="`completions` of row 0 has 1 entries: a group is ranked by comparing"):
-            make_trainer(tmp_path, make_rows(sizes=(1,)), method=method)
-
-    @pytest.mark.parametrize(
-        "method, field, value, says",
-        [
-            ("DPO", "pairs", "some", "`pairs` must be one of"),
-            ("SimPO", "pairs", "some", "`pairs` must be one of"),
-            ("SimPO", "beta", 0.0, "`beta` must be above 0, got 0.0"),
-            ("SimPO", "gamma_beta_ratio", -1.0, "`gamma_beta_ratio` must be 0 or above"),
-            ("SimPO", "packing", True, "`packing` of `SFTConfig` cannot be set in `SimPOConfig`"),
-            ("PRO", "sft_weight", -0.1, "`sft_weight` must be 0 or above"),
-            ("KD", "temperature", 0.0, "`temperature` must be above 0"),
-            ("KD", "hard_label_weight", 1.5, "must lie in 0..1, got 1.5"),
-            ("SeqKD", "decoding", "magic", "`decoding` must be one of"),
-            ("SeqKD", "num_beams", 0, "`num_beams` must be 1 or above"),
-            ("SeqKD", "top_p", 0.0, "`temperature` must be above 0 and `top_p` in"),
-        ],
-    )
-    def test_fields(self, tmp_path, method, field, value, says):
-        with pytest.raises(ValueError, match=says):
-            getattr(grkd_trl, f"{method}Config")(tmp_path, **{field: value})
-
-    @each_trainer
-    def test_arguments_of_another_method(self, tmp_path, method):
-        with pytest.raises(TypeError, match=f"`args` must be a `{method}Config`, got `GRKDConfig`"):
-            make_trainer(tmp_path, rows_for(method), method=method, args=grkd_trl.GRKDConfig(tmp_path, bf16=False))
-
-
 class TestInterface:
     @each_trainer
     def test_constructor_is_that_of_trls_dpo_with_a_teacher_for_the_reference(self, method):
@@ -615,34 +394,3 @@ def test_models_are_unequal():
     assert not torch.equal(student.lm_head.weight, teacher.lm_head.weight)
     assert torch.equal(student.lm_head.weight, copy.deepcopy(make_student()).lm_head.weight)
     assert Recorder().gradients == []
-
-
-class TestNoCodeOfOurs:
-    """The further rivals that README reaches from the same groups."""
-
-    def test_distillation_trainer_of_trl(self, tmp_path):
-        fields = trl_fields(tmp_path, max_steps=1, max_completion_length=4)
-        models = {"model": make_student(dtype=torch.float32), "teacher_model": make_teacher(dtype=torch.float32)}
-        trainer = trl.DistillationTrainer(
-            **models,
-            args=trl.DistillationConfig(**fields),
-            train_dataset=Dataset.from_list(make_rows()).select_columns("prompt"),
-            processing_class=TOKENIZER,
-        )
-        trainer.train()
-        assert logged(trainer, "loss")[0] > 0
-
-    def test_listnet_and_ranknet(self, tmp_path):
-        rows = rows_for("GRKD", sizes=(3,))
-        scores = [slow.scores_of(make_student(), to_ids(row), slow.Options(vocab_size=VOCAB)) for row in rows]
-        listnet = ranknet = 0.0
-        for row, student in zip(rows, scores, strict=True):
-            teacher = torch.tensor(row["teacher_scores"], dtype=torch.float64)
-            listnet -= (teacher.softmax(0) * student.log_softmax(0)).sum() / 4
-            pairs = [(i, j) for i in range(3) for j in range(3) if teacher[i] > teacher[j]]
-            ranknet += sum(torch.log1p(torch.exp(student[j] - student[i])) for i, j in pairs) / len(pairs) / 4
-        found = [
-            logged(train(tmp_path, rows, teacher_model=None, **fields)[0], "loss")[0]
-            for fields in ({"soft_label": "group", "alpha_end": 0.0}, {"soft_label": "none"})
-        ]
-        assert found == pytest.approx([listnet.item(), ranknet.item()], rel=1e-6)

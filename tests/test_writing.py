@@ -1,0 +1,251 @@
+"""Completions that a model writes: greedy ones against a plain loop, sampled ones against the distribution."""
+
+import random
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from test_teacher import chat_tokenizer, make_model
+from tiny import CHAT_TEMPLATES, tiny_tokenizer
+
+from grkd_trl.teacher import generate_completions
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def words(tokenizer):
+    return sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+
+
+@pytest.fixture
+def model(tokenizer):
+    return make_model("llama", len(tokenizer))
+
+
+def make_prompts(words):
+    draw = random.Random(1)
+    return [" ".join(draw.choice(words) for _ in range(length)) for length in (3, 7, 1, 5, 2, 7, 4)]
+
+
+@torch.no_grad()
+def argmax_loop(model, tokenizer, prompt_ids, max_new_tokens, ends):
+    """Text and whether it was cut, token by token and without a cache."""
+    ids = list(prompt_ids)
+    while len(ids) < len(prompt_ids) + max_new_tokens:
+        ids.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+        if ids[-1] in ends:
+            break
+    return tokenizer.decode(ids[len(prompt_ids) :], skip_special_tokens=True), ids[-1] not in ends
+
+
+def write(model, tokenizer, prompts, **kwargs):
+    return generate_completions(model, tokenizer, prompts, **{"max_new_tokens": 12, "progress": False} | kwargs)
+
+
+def likely_end(model, tokenizer, bias):
+    """Raise the logit of EOS, so that some completions end and some are cut."""
+    head = model.lm_head
+    head.bias = torch.nn.Parameter(torch.zeros(len(tokenizer)))
+    with torch.no_grad():
+        head.bias[tokenizer.eos_token_id] = bias
+    return model
+
+
+class TestGreedy:
+    @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neox"])
+    def test_equals_a_loop_of_argmax(self, tokenizer, words, architecture):
+        model, prompts = make_model(architecture, len(tokenizer)), make_prompts(words)
+        texts, clipped = write(model, tokenizer, prompts, temperature=0.0)
+        for prompt, text, cut in zip(prompts, texts, clipped, strict=True):
+            ids = tokenizer(prompt)["input_ids"]
+            assert (text[0], cut[0]) == argmax_loop(model, tokenizer, ids, 12, {tokenizer.eos_token_id})
+        assert len(set(map(tuple, texts))) > 3
+
+    def test_ends(self, tokenizer, words, model):
+        """EOS ends a completion, and so does what the generation config of a chat model adds."""
+        prompts, eos = make_prompts(words), tokenizer.eos_token_id
+        for bias in range(10):  # until some end and some are cut
+            likely_end(model, tokenizer, bias / 2)
+            if len(set(map(tuple, write(model, tokenizer, prompts, temperature=0.0)[1]))) == 2:
+                break
+        other = argmax_loop(model, tokenizer, tokenizer(prompts[1])["input_ids"], 1, ())[0]
+        turn = tokenizer.convert_tokens_to_ids(other)
+        flags = []
+        for ends in ({eos}, {eos, turn}):
+            model.generation_config.eos_token_id = sorted(ends)
+            texts, clipped = write(model, tokenizer, prompts, temperature=0.0)
+            for prompt, text, cut in zip(prompts, texts, clipped, strict=True):
+                expected = argmax_loop(model, tokenizer, tokenizer(prompt)["input_ids"], 12, ends)
+                assert (text[0], cut[0]) == expected
+            flags.append([cut[0] for cut in clipped])
+        assert True in flags[0] and False in flags[0]
+        assert flags[0] != flags[1]
+
+    def test_end_at_the_last_token_is_not_cut(self, tokenizer, words, model):
+        likely_end(model, tokenizer, 1e4)
+        assert write(model, tokenizer, words[:2], temperature=0.0, max_new_tokens=1) == ([[""], [""]], [[False]] * 2)
+        likely_end(model, tokenizer, -1e4)
+        assert write(model, tokenizer, words[:2], temperature=0.0, max_new_tokens=1)[1] == [[True]] * 2
+
+    @pytest.mark.parametrize("batch_size", [1, 2, 5])
+    def test_batches_do_not_matter(self, tokenizer, words, model, batch_size):
+        prompts = make_prompts(words)
+        whole = write(model, tokenizer, prompts, temperature=0.0)
+        assert write(model, tokenizer, prompts, temperature=0.0, batch_size=batch_size) == whole
+        turned = write(model, tokenizer, prompts[::-1], temperature=0.0, batch_size=batch_size)
+        assert turned == (whole[0][::-1], whole[1][::-1])
+
+    @pytest.mark.parametrize("template", sorted(CHAT_TEMPLATES))
+    def test_conversations(self, template):
+        tokenizer = chat_tokenizer(template)
+        model = make_model("llama", len(tokenizer))
+        prompts = [[{"role": "user", "content": text}] for text in ("Hi.", "What is 2 + 2?")]
+        texts, clipped = write(model, tokenizer, prompts, temperature=0.0)
+        ends = {tokenizer.eos_token_id, model.generation_config.eos_token_id}
+        for prompt, text, cut in zip(prompts, texts, clipped, strict=True):
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+            assert (text[0], cut[0]) == argmax_loop(model, tokenizer, ids, 12, ends)
+
+    def test_tokenizer_without_a_pad_token(self, model, words):
+        tokenizer, prompts = tiny_tokenizer(), make_prompts(words)
+        expected = write(model, tokenizer, prompts, temperature=0.0)
+        tokenizer.pad_token = None
+        assert write(model, tokenizer, prompts, temperature=0.0) == expected
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_evaluates_and_restores_the_mode(self, tokenizer, words, training):
+        model, prompts = make_model("llama", len(tokenizer), attention_dropout=0.9), make_prompts(words)
+        expected = write(model, tokenizer, prompts, temperature=0.0)
+        model.train(training)
+        assert write(model, tokenizer, prompts, temperature=0.0) == expected
+        assert {module.training for module in model.modules()} == {training}
+
+    def test_no_prompts(self, tokenizer, model):
+        assert write(model, tokenizer, []) == ([], [])
+
+
+DRAWS = 4000
+
+
+@torch.no_grad()
+def first_token_pvalue(model, tokenizer, temperature, *, expected_temperature=None, top_p=1.0, nucleus=None):
+    """Chi-square test of the first words drawn against the model's probabilities."""
+    prompt = min(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+    torch.manual_seed(0)
+    texts, _ = write(
+        model,
+        tokenizer,
+        [prompt] * 4,
+        num_completions=DRAWS // 4,
+        max_new_tokens=1,
+        temperature=temperature,
+        top_p=top_p,
+    )
+    logits = model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1]
+    probabilities = (logits / (expected_temperature or temperature)).softmax(-1)
+    if nucleus is not None:
+        probabilities = torch.where(nucleus(probabilities), probabilities, 0.0)
+        probabilities /= probabilities.sum()
+    by_text = {}
+    for token, probability in enumerate(probabilities.tolist()):
+        text = tokenizer.decode([token], skip_special_tokens=True)  # "" for every special token
+        by_text[text] = by_text.get(text, 0.0) + probability
+    drawn = [text for group in texts for text in group]
+    assert len(drawn) == DRAWS
+    impossible = [text for text in drawn if by_text[text] == 0]
+    if impossible:
+        return 0.0
+    counts = {text: drawn.count(text) for text in by_text}
+    rare = [text for text, probability in by_text.items() if DRAWS * probability < 10]
+    common = [text for text in by_text if text not in rare]
+    bins = [[text] for text in common] + [rare] * (sum(map(by_text.get, rare)) * DRAWS >= 10)
+    observed = [sum(map(counts.get, texts)) for texts in bins]
+    expected = [DRAWS * sum(map(by_text.get, texts)) for texts in bins]
+    assert len(bins) > 3
+    return chisquare(observed, [value * sum(observed) / sum(expected) for value in expected]).pvalue
+
+
+def nucleus_of(top_p):
+    def nucleus(probabilities):
+        values, order = probabilities.sort(descending=True)
+        keep = values.cumsum(0) - values < top_p
+        return torch.zeros_like(keep).scatter(0, order, keep)
+
+    return nucleus
+
+
+class TestSampling:
+    @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
+    def test_follows_the_model(self, model, tokenizer, temperature):
+        assert first_token_pvalue(model, tokenizer, temperature) > 1e-3
+
+    def test_test_sees_a_wrong_temperature(self, model, tokenizer):
+        assert first_token_pvalue(model, tokenizer, 1.0, expected_temperature=1.2) < 1e-3
+        assert first_token_pvalue(model, tokenizer, 1.0, expected_temperature=0.8) < 1e-3
+
+    def test_top_p(self, model, tokenizer):
+        assert first_token_pvalue(model, tokenizer, 1.0, top_p=0.6, nucleus=nucleus_of(0.6)) > 1e-3
+        assert first_token_pvalue(model, tokenizer, 1.0, top_p=0.6) < 1e-3
+        assert first_token_pvalue(model, tokenizer, 1.0, nucleus=nucleus_of(0.6)) == 0
+
+    @pytest.mark.parametrize(
+        "setting",
+        [
+            {"temperature": 0.1},
+            {"top_k": 2},
+            {"top_p": 0.3},
+            {"repetition_penalty": 3.0},
+            {"min_p": 0.5},
+            {"typical_p": 0.3},
+            {"epsilon_cutoff": 0.1},
+            {"suppress_tokens": [3, 4, 5, 6]},
+            {"num_beams": 2},
+        ],
+        ids=str,
+    )
+    def test_settings_of_the_checkpoint_do_not_leak(self, model, tokenizer, setting):
+        """Chat models come with sampling settings of their own in their generation config."""
+        model.generation_config.update(do_sample=True, **setting)
+        kept = model.generation_config.to_dict()
+        assert first_token_pvalue(model, tokenizer, 1.0) > 1e-3
+        assert model.generation_config.to_dict() == kept
+
+    def test_layout(self, tokenizer, words, model):
+        """Each prompt's completions stand in its row: the model is made so sure that sampling is greedy."""
+        with torch.no_grad():
+            model.lm_head.weight *= 1e3
+        prompts = make_prompts(words)
+        greedy, greedy_clipped = write(model, tokenizer, prompts, temperature=0.0)
+        texts, clipped = write(model, tokenizer, prompts, num_completions=3, batch_size=2)
+        assert texts == [group * 3 for group in greedy]
+        assert clipped == [group * 3 for group in greedy_clipped]
+
+    def test_completions_of_a_group_are_drawn_apart(self, tokenizer, words, model):
+        texts, _ = write(model, tokenizer, make_prompts(words), num_completions=4)
+        assert all(len(set(group)) > 1 for group in texts)
+
+    def test_draws_come_from_the_global_generator(self, tokenizer, words, model):
+        prompts, drawn = make_prompts(words), []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            drawn.append(write(model, tokenizer, prompts, num_completions=2))
+        assert drawn[0] == drawn[1] != drawn[2]
+
+    def test_clipped_flags_go_with_their_texts(self, tokenizer, words, model):
+        likely_end(model, tokenizer, 2.0)
+        torch.manual_seed(0)
+        texts, clipped = write(model, tokenizer, make_prompts(words), num_completions=4, max_new_tokens=6)
+        lengths = [
+            (len(text.split()), cut)
+            for texts, cuts in zip(texts, clipped, strict=True)
+            for text, cut in zip(texts, cuts, strict=True)
+        ]
+        assert {cut for _, cut in lengths} == {True, False}
+        special = len(tokenizer.all_special_tokens) > 1  # an unknown or padding token may be drawn, and leaves no text
+        assert all(length < 6 for length, cut in lengths if not cut)
+        assert all(length == 6 or special for length, cut in lengths if cut)
+        assert sum(length == 6 for length, cut in lengths if cut) > 0
