@@ -94,12 +94,23 @@ def teach(trainer: Trainer, inputs: dict[str, torch.Tensor]) -> ClassifierOutput
 
     Returns:
         [`ClassifierOutputs`]: The teacher's outputs, without gradient.
+
+    Raises:
+        `ValueError`: If, before the first step has been taken, the teacher's forward says what is not a finite number.
     """
     if "teacher_logits" in inputs:
         rows = slice(inputs.get("num_rows"))
         return ClassifierOutputs(*(inputs[name][rows] if name in inputs else None for name in TEACHER_COLUMNS))
     with torch.no_grad():
-        return classify(trainer.teacher_model, inputs, trainer.plain_teacher)
+        outputs = classify(trainer.teacher_model, inputs, trainer.plain_teacher)
+    if trainer.state.global_step == 0 and not outputs.logits.isfinite().all():  # later it would keep a GPU waiting
+        row = int((~outputs.logits.isfinite()).any(-1).int().argmax())
+        raise ValueError(
+            f"The teacher's logits of row {row} of a batch are not finite numbers: {outputs.logits[row].tolist()[:5]}. "
+            'Load it in another dtype, `teacher_model_init_kwargs={"dtype": "float32"}`, or look for weights that are '
+            "not finite."
+        )
+    return outputs
 
 
 @torch.no_grad()

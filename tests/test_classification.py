@@ -534,6 +534,20 @@ class TestBadInput:
         with pytest.raises(ValueError, match="cannot be the same object"):
             make_trainer(tmp_path, model=model, teacher=model)
 
+    @pytest.mark.parametrize("evaluate", [False, True])
+    def test_a_teacher_that_overflows(self, tmp_path, evaluate):
+        teacher, rows = make_teacher(), make_rows(8)
+        teacher.bert.embeddings.word_embeddings.weight.data[rows["input_ids"][5][1]] = float("inf")
+        first = next(i for i, ids in enumerate(rows["input_ids"]) if rows["input_ids"][5][1] in ids)
+        trainer = make_trainer(
+            tmp_path, rows, teacher=teacher, eval_dataset=rows, per_device_eval_batch_size=8, train_sampling_strategy="sequential",
+            per_device_train_batch_size=8,
+        )  # fmt: skip
+        before = copy.deepcopy(trainer.model.state_dict())
+        with pytest.raises(ValueError, match=rf"logits of row {first} of a batch are not finite numbers: \[nan"):
+            trainer.evaluate() if evaluate else trainer.train()
+        assert_same(before, trainer.model.state_dict(), 0)
+
     def test_classes_in_another_order(self, tmp_path):
         names = {index: f"class {index}" for index in range(CLASSES)}
         teacher = make_teacher(id2label=names | {1: "class 2", 2: "class 1"})
