@@ -1,8 +1,6 @@
 """
-What every trainer of classifiers does alike, as functions: outputs of student and teacher, checks of the rows, counts.
-
-Some are taken as methods, `get_batch_samples = classifiers.count_batch_samples`; each of these overrides a method of
-`Trainer`, whose arguments are described there.
+What every trainer of classifiers does alike: outputs of student and teacher, checks of the rows, counts. Some functions are
+taken as methods, `get_batch_samples = classifiers.count_batch_samples`, and override one of `Trainer`, which describes it.
 """
 
 import inspect
@@ -103,12 +101,11 @@ def teach(trainer: Trainer, inputs: dict[str, torch.Tensor]) -> ClassifierOutput
         return ClassifierOutputs(*(inputs[name][rows] if name in inputs else None for name in TEACHER_COLUMNS))
     with torch.no_grad():
         outputs = classify(trainer.teacher_model, inputs, trainer.plain_teacher)
-    if trainer.state.global_step == 0 and not outputs.logits.isfinite().all():  # later it would keep a GPU waiting
-        row = int((~outputs.logits.isfinite()).any(-1).int().argmax())
+    if trainer.state.global_step == 0 and not outputs.logits.isfinite().all():  # only then: it keeps a GPU waiting
+        row = int(outputs.logits.isfinite().all(-1).int().argmin())
         raise ValueError(
-            f"The teacher's logits of row {row} of a batch are not finite numbers: {outputs.logits[row].tolist()[:5]}. "
-            'Load it in another dtype, `teacher_model_init_kwargs={"dtype": "float32"}`, or look for weights that are '
-            "not finite."
+            f"The teacher's logits of row {row} of a batch are not finite: {outputs.logits[row].tolist()[:5]}. Load it in "
+            "another dtype (`teacher_model_init_kwargs`), or look for weights that are not finite."
         )
     return outputs
 
@@ -201,8 +198,8 @@ def set_up_teacher(trainer: Trainer, teacher_model: str | PreTrainedModel | None
     """
     args, student = trainer.args, trainer.model
     evaluation = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
-    datasets = {"train": trainer.train_dataset, **evaluation}
-    datasets = {name: dataset for name, dataset in datasets.items() if dataset is not None}
+    given = {"train": trainer.train_dataset, **evaluation}
+    datasets = {name: dataset for name, dataset in given.items() if dataset is not None}
     needs_teacher = not datasets or any("teacher_logits" not in _columns(dataset) for dataset in datasets.values())
     if needs_teacher and teacher_model is None:
         raise ValueError(
@@ -228,10 +225,10 @@ def set_up_teacher(trainer: Trainer, teacher_model: str | PreTrainedModel | None
 def _number_streams(trainer: Trainer) -> None:
     train, evaluation = trainer.train_dataset, trainer.eval_dataset
     trainer.train_dataset = number_rows(train)
-    named = isinstance(evaluation, dict)
-    trainer.eval_dataset = (
-        {name: number_rows(part) for name, part in evaluation.items()} if named else number_rows(evaluation)
-    )
+    if isinstance(evaluation, dict):
+        trainer.eval_dataset = {name: number_rows(part) for name, part in evaluation.items()}
+    else:
+        trainer.eval_dataset = number_rows(evaluation)
     if isinstance(train, IterableDataset) or isinstance(evaluation, IterableDataset):
         # Batches of different length cannot be joined to be shared out: every process reads its own.
         trainer.accelerator.dataloader_config.dispatch_batches = False
@@ -266,8 +263,8 @@ def check_same_classes(student: PreTrainedModel, teacher: PreTrainedModel) -> No
     if differing and default not in names:
         index = differing[0]
         raise ValueError(
-            f"Class {index} is {names[0][index]!r} to the student and {names[1].get(index)!r} to the teacher: load the "
-            "student with the teacher's `id2label` and number the labels by it."
+            f"Class {index} is {names[0][index]!r} to the student and {names[1].get(index)!r} to the teacher: give both "
+            "the teacher's `id2label`, and number the labels by it."
         )
 
 
@@ -304,8 +301,7 @@ def check_rows(dataset: Dataset, num_labels: int, *, name: str, needs_labels: bo
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < num_labels:
                 raise ValueError(
                     f"Row {row} of the {name} dataset has `{label}` {value!r}. The student has {num_labels} classes: "
-                    f"accepted are whole numbers from 0 to {num_labels - 1}. Correct the row, or load the student with "
-                    "the right `num_labels`."
+                    f"accepted are whole numbers from 0 to {num_labels - 1}. Correct the row, or the `num_labels`."
                 )
             seen.add(value)
         for column in [column for column in widths if column in batch.column_names]:
@@ -315,8 +311,7 @@ def check_rows(dataset: Dataset, num_labels: int, *, name: str, needs_labels: bo
                 row = int((lengths != width).argmax())
                 raise ValueError(
                     f"Row {start + row} of the {name} dataset has {lengths[row]} numbers in `{column}`, and {width} are "
-                    "accepted: one for each class of the student (or, of embeddings, as many as row 0 has). Make the "
-                    "column with a teacher of the same classes."
+                    "accepted: one a class of the student (of embeddings, as many as row 0 has). Make the column again."
                 )
             values = pc.cast(pc.list_flatten(batch[column]), pa.float64()).to_numpy().reshape(-1, width)
             if not np.isfinite(values).all():
@@ -327,8 +322,8 @@ def check_rows(dataset: Dataset, num_labels: int, *, name: str, needs_labels: bo
                 )
     if name == "train" and len(seen) == 1:
         raise ValueError(
-            f"All {len(rows)} rows of the train dataset have `{label}` {seen.pop()}: a classifier needs two classes or "
-            "more. A dataset that is sorted by class was perhaps cut before it was shuffled."
+            f"All {len(rows)} rows of the train dataset have `{label}` {seen.pop()}, and a classifier needs two classes. A "
+            "dataset that is sorted by class was perhaps cut before it was shuffled."
         )
 
 
