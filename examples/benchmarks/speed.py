@@ -269,7 +269,8 @@ def main():
     logging.set_verbosity_error()
     disable_progress_bars()
     for name in args.benchmarks:
-        report(name, BENCHMARKS[name](args), vars(args), args.output_dir)
+        settings = {field: value for field, value in vars(args).items() if field not in ("benchmarks", "output_dir")}
+        report(name, BENCHMARKS[name](args), settings, args.output_dir)
 
 
 if __name__ == "__main__":
