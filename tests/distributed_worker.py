@@ -123,13 +123,13 @@ def make_trainer(name, models, folder, max_steps, *callbacks, **fields):
     )
 
 
-def run(name, models, folder, max_steps):
-    """Train, evaluate and write what happened."""
+def run(name, models, folder, max_steps, checkpoints=None):
+    """Train, or go on from the checkpoint of a run in the folder `checkpoints`; evaluate and write what happened."""
     resumed, middle, logs = "resumed" in name.split("+"), max_steps * 3 // 4, Logs()
     saved = {"save_strategy": "steps", "save_steps": middle} if resumed else {}
     trainer = make_trainer(name, models, folder, max_steps, logs, **saved)
-    trainer.train()
-    if resumed:  # as if it had been cut off in the middle of the second epoch
+    trainer.train(str(checkpoints / name / f"checkpoint-{middle}") if checkpoints else None)
+    if resumed and not checkpoints:  # as if it had been cut off in the middle of the second epoch
         trainer, logs.logs = make_trainer(name, models, folder, max_steps, logs, **saved), []
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{middle}"))
     trainer.evaluate()
@@ -159,18 +159,31 @@ class Death(TrainerCallback):
             time.sleep(4)  # transformers waits for three seconds whether SIGKILL follows SIGTERM
 
 
+def die_at_opening(path, how):
+    """End this process where it is about to write, or read, a file."""
+
+    def act(event, args):
+        if event == "open" and str(args[0]) == str(path):
+            os.kill(os.getpid(), how)
+
+    sys.addaudithook(act)
+
+
 def train_until(name, models, folder, death=None, rank=0, world=1, port="0", save_steps=1):
     """
-    Train from the last checkpoint on, saving as it goes, until the end or the death of this process. For a process that
-    is forked.
+    Train from the last checkpoint on, saving as it goes, until the end or the death of this process, at an event of a
+    step or at the writing of a file of its checkpoint. For a process that is forked.
     """
     if world > 1:
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **where})
     sys.stdout = sys.stderr = open(os.devnull, "w")
     saved = {"save_strategy": "steps", "save_steps": save_steps, "save_total_limit": 2, "enable_jit_checkpoint": True}
-    trainer = make_trainer(name, models, folder, 30, *([Death(*death)] if death else []), **saved)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
+    deaths = [Death(*death)] if death and death[1].startswith("on_") else []
+    if death and not deaths:
+        die_at_opening(Path(folder) / f"checkpoint-{death[0]}" / death[1], death[2])
+    trainer = make_trainer(name, models, folder, 30, *deaths, **saved)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) is not None)
     trainer.save_model(str(Path(folder) / "student"))
 
 
@@ -180,6 +193,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--max_steps", type=int, default=20)
     parser.add_argument("--runs", nargs="+", required=True)
+    parser.add_argument("--checkpoints", type=Path, help="of another launch, to go on from")
     parser.add_argument("--death", nargs=2, help="of the second process: step, and `raise` or `kill`")
     args = parser.parse_args()
     if args.death:
@@ -188,7 +202,7 @@ def main():
         make_trainer(*args.runs, args.models, args.output_dir, args.max_steps, *deaths).train()
     for name in args.runs:
         print(f"== {name}", file=sys.stderr)
-        run(name, args.models, args.output_dir / name, args.max_steps)
+        run(name, args.models, args.output_dir / name, args.max_steps, args.checkpoints)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

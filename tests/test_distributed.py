@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from distributed_worker import make_trainer
 from safetensors.torch import load_file
 from test_classification import CLASSES
 from tiny import tiny_model, tiny_tokenizer
@@ -31,8 +33,7 @@ needs_deepspeed = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Folder of a launch's results; each launch runs once."""
+def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("distributed")
     tokenizer = tiny_tokenizer()
     for seed, name in enumerate(("student", "teacher")):
@@ -41,29 +42,66 @@ def results(tmp_path_factory):
         # Not the BERT of other tests: its key biases have no gradient but rounding, of which Adam makes steps.
         classifier = AutoModelForSequenceClassification.from_pretrained(root / "models" / name, num_labels=CLASSES)
         classifier.save_pretrained(root / "models" / f"{name}_classifier")
-    worker = [str(HERE / "distributed_worker.py"), "--models", str(root / "models"), "--runs", *RUNS]
-    worker += [f"{run}+resumed" for run in RESUMED]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+    return root
+
+
+@pytest.fixture(scope="module")
+def work(root):
+    """Run the worker in a launch, on so many processes."""
+
+    def work(launch, output_dir, *arguments, processes=2):
+        start = [sys.executable]
+        if launch == "ddp":
+            start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        elif launch != "one":
+            start += ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
+            start += ["--config_file", str(HERE / "accelerate_configs" / f"{launch}.yaml")]
+            start += ["--num_processes", str(processes)]
+        worker = [str(HERE / "distributed_worker.py"), "--models", str(root / "models"), *map(str, arguments)]
+        return subprocess.run(
+            [*start, *worker, "--output_dir", str(output_dir)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=540,
+        )
+
+    return work
+
+
+@pytest.fixture(scope="module")
+def results(root, work):
+    """Folder of a launch's results; each launch runs once."""
     done = {}
 
     def results(launch):
         if launch not in done:
-            start = {"one": [sys.executable], "ddp": torchrun}.get(
-                launch, [*accelerate, str(HERE / "accelerate_configs" / f"{launch}.yaml")]
-            )
-            path = os.pathsep.join([str(HERE.parent), str(HERE)])
-            done[launch] = subprocess.run(
-                [*start, *worker, "--output_dir", str(root / launch)],
-                env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-                timeout=540,
-            )
+            done[launch] = work(launch, root / launch, "--runs", *RUNS, *(f"{run}+resumed" for run in RESUMED))
         assert done[launch].returncode == 0, done[launch].stderr[-4000:]
         return root / launch
 
     return results
+
+
+@pytest.fixture(scope="module")
+def continued(root, work, results):
+    """How the resumed runs of a launch on two processes go on, on one process."""
+    done = {}
+
+    def continued(launch, universal=False):
+        if (launch, universal) not in done:
+            if universal:  # by the command that the refusal names
+                (command,) = set(re.findall(r"`python (-m deepspeed[^`]*)`", continued(launch).stderr))
+                for run in RESUMED:
+                    checkpoint = results(launch) / f"{run}+resumed" / "checkpoint-15"
+                    subprocess.run([sys.executable, *command.split()], cwd=checkpoint, check=True, timeout=240)
+            runs = [f"{run}+resumed" for run in RESUMED]
+            folder = root / f"{launch}_continued"
+            checkpoints = ["--checkpoints", results(launch), "--runs", *runs]
+            done[launch, universal] = work(launch, folder, *checkpoints, processes=1)
+        return done[launch, universal]
+
+    return continued
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[needs_deepspeed] * ("zero" in name)) for name in LAUNCHES])
@@ -119,6 +157,42 @@ class TestResumes:
         for log, expected in zip(resumed[:5], whole[15:20], strict=True):
             for name in ("alpha", "learning_rate", "loss", "epoch"):
                 assert log[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+class TestResumesOnAnotherNumber:
+    """What two processes began, one ends."""
+
+    @pytest.mark.parametrize("run", RESUMED)
+    @pytest.mark.parametrize("launch", [pytest.param("zero2", marks=needs_deepspeed), "fsdp2"])
+    def test_weights_are_those_of_the_uninterrupted_run(self, root, results, continued, launch, run):
+        ended = continued(launch, universal=launch == "zero2")
+        assert ended.returncode == 0, ended.stderr[-4000:]
+        folder = root / f"{launch}_continued"
+        ours, whole = weights(folder, f"{run}+resumed"), weights(results(launch), run)
+        assert ours.keys() == whole.keys()
+        assert max((ours[name].float() - whole[name].float()).abs().max().item() for name in whole) < 1e-6
+        went_on = facts(folder, f"{run}+resumed")
+        assert went_on["world"] == 1 and len(went_on["logs"]) == 7  # five steps, the summary, the evaluation
+
+    @needs_deepspeed
+    @pytest.mark.parametrize(
+        "launch, error",
+        [
+            ("zero2", "under ZeRO-2 on 2 processes; this launch has 1. Launch 2, or make it readable on any number"),
+            ("zero3", "under ZeRO-3 on 2 processes; this launch has 1, and neither ZeRO-3 nor its universal"),
+        ],
+    )
+    def test_zero_is_refused(self, continued, launch, error):
+        ended = continued(launch)
+        assert ended.returncode != 0
+        assert error in ended.stderr
+
+    @needs_deepspeed
+    def test_without_deepspeed_is_refused(self, root, results, tmp_path):
+        """`Trainer` would go on with a new optimizer."""
+        trainer = make_trainer("GRKD", root / "models", tmp_path, 20)
+        with pytest.raises(ValueError, match="on 2 processes, and only DeepSpeed can read"):
+            trainer.train(resume_from_checkpoint=str(results("zero2") / "GRKD+resumed" / "checkpoint-15"))
 
 
 class TestStudent:

@@ -15,6 +15,7 @@ import distributed_worker
 import pytest
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
+from transformers.trainer_utils import get_last_checkpoint
 
 
 pytestmark = pytest.mark.distributed
@@ -102,6 +103,22 @@ class TestKilled:
         assert not (tmp_path / "student").exists()
         assert train(tmp_path, worlds[-1]) == [0] * worlds[-1]
         assert distance(weights(tmp_path), uninterrupted) <= bound
+
+
+class TestKilledWhileSaving:
+    """The folder that is left is not the last checkpoint."""
+
+    # What a checkpoint gets first, after the weights, and last
+    FILES = {4: "config.json", 9: "tokenizer_config.json", 17: "trainer_state.json"}
+
+    def test_resumed_is_uninterrupted(self, train, uninterrupted, tmp_path):
+        for step, file in self.FILES.items():
+            assert train(tmp_path, 1, (step, file, signal.SIGKILL)) == [-signal.SIGKILL]
+            assert get_last_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{step}")
+            assert not (tmp_path / f"checkpoint-{step}" / "trainer_state.json").exists()
+        assert (tmp_path / f"checkpoint-{step}" / "optimizer.pt").exists()
+        assert train(tmp_path, 1) == [0]
+        assert distance(weights(tmp_path), uninterrupted) == 0
 
 
 class TestTold:

@@ -5,7 +5,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from runs import TOKENIZER, logged, make_rows, make_student, make_teacher, make_trainer, train, weights
+from runs import TOKENIZER, Recorder, logged, make_rows, make_student, make_teacher, make_trainer, train, weights
 from transformers import AutoModelForCausalLM
 
 from grkd_trl import GRKDConfig
@@ -56,6 +56,44 @@ class TestResume:
         other = self.run(tmp_path / "other", tmp_path / "whole" / "checkpoint-2", alpha_end=0.7)
         moved = weights(other.model)
         assert not all(torch.equal(moved[name], value) for name, value in weights(whole.model).items())
+
+
+class TestCutOff:
+    """A checkpoint whose writing was cut off; killed for real in tests/test_dying.py."""
+
+    FIELDS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
+
+    def run(self, folder, checkpoint=None):
+        models = {"model": make_student(dtype=torch.float32), "teacher_model": make_teacher(dtype=torch.float32)}
+        recorder = Recorder()
+        trainer = make_trainer(folder, make_rows(8), **models, **self.FIELDS, callbacks=[recorder])
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer, len(recorder.gradients)
+
+    @pytest.mark.parametrize("how", ["state missing", "state cut", "sentinel"])
+    def test_the_last_whole_one_is_taken(self, tmp_path, how):
+        whole, _ = self.run(tmp_path)
+        state = tmp_path / "checkpoint-4" / "trainer_state.json"
+        if how == "sentinel":
+            (tmp_path / "checkpoint-4" / "checkpoint-is-incomplete.txt").touch()
+        else:
+            state.write_text(state.read_text()[:40]) if how == "state cut" else state.unlink()
+        resumed, steps = self.run(tmp_path, True)
+        assert steps == 1 and logged(resumed, "loss") == logged(whole, "loss")
+        for name, value in weights(whole.model).items():
+            assert torch.equal(resumed.model.get_parameter(name), value), name
+        assert self.run(tmp_path, True)[1] == 0  # it is whole now
+
+    def test_errors(self, tmp_path):
+        self.run(tmp_path)
+        for step in range(1, 5):
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").unlink()
+        with pytest.raises(ValueError, match="checkpoint-2 is not whole.*Delete it, and set `resume_from_checkpoint`"):
+            self.run(tmp_path, str(tmp_path / "checkpoint-2"))
+        with pytest.raises(ValueError, match="No checkpoint in .* is whole.*checkpoint-4 was written"):
+            self.run(tmp_path, True)
+        with pytest.raises(ValueError, match="No valid checkpoint found"):  # of transformers
+            self.run(tmp_path / "empty", True)
 
 
 # Adapters

@@ -142,6 +142,9 @@ class TestSFTTrainer:
         assert names(getattr(SFTTrainer, function)) == taken.split()
         assert names(getattr(GRKDTrainer, function)) == taken.split()
 
+    def test_trl_leaves_train_to_transformers(self):
+        assert SFTTrainer.train is DPOTrainer.train is Trainer.train
+
     @pytest.mark.parametrize("attribute", ["_tag_names", "_name", "_paper"])
     def test_card_is_made_from_these(self, attribute):
         assert hasattr(SFTTrainer, attribute)
@@ -167,6 +170,7 @@ class TestTrainer:
             ("evaluation_loop", "self dataloader description prediction_loss_only ignore_keys metric_key_prefix"),
             ("prediction_step", "self model inputs prediction_loss_only ignore_keys"),
             ("log", "self logs start_time"),
+            ("train", "self resume_from_checkpoint trial ignore_keys_for_eval"),
         ],
     )
     def test_methods_we_override(self, function, taken):

@@ -63,7 +63,7 @@ def prepare_teacher(model: PreTrainedModel, accelerator: Accelerator, *, shardin
             is, else replicated.
 
     Returns:
-        `torch.nn.Module`: The teacher, wrapped for scoring. On one process it is whole in any case.
+        `torch.nn.Module`: The teacher, wrapped for scoring. On one process it is whole, under ZeRO-3 on the device that parameters wait on.
 
     Raises:
         `ValueError`: If it is to be replicated and was loaded in shards, or sharded and is quantized.
@@ -72,7 +72,9 @@ def prepare_teacher(model: PreTrainedModel, accelerator: Accelerator, *, shardin
     if sharding == "auto":
         sharding = "sharded" if zero3 or accelerator.distributed_type == DistributedType.FSDP else "replicated"
     quantized = hasattr(model.config, "quantization_config")
-    if sharding == "replicated" or accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 and (quantized or not zero3):
+        sharding = "replicated"  # there is nothing to share out; ZeRO-3 may still keep it in CPU memory
+    if sharding == "replicated":
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ValueError(
                 '`teacher_sharding="replicated"` was asked for, but `teacher_model` was loaded in the shards of ZeRO-3. '

@@ -131,6 +131,7 @@ class DistillationForClassificationTrainer(Trainer):
 
     _set_signature_columns_if_needed = classifiers.set_signature_columns
     get_batch_samples = classifiers.count_batch_samples
+    train = training.train
     prediction_step = classifiers.prediction_step
     evaluation_loop = training.evaluation_loop
     log = classifiers.log

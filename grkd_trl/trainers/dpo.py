@@ -137,6 +137,7 @@ class DPOTrainer(TRLTrainer):
         )
         self.add_callback(training.OrderOfEpoch())
 
+    train = training.train
     create_model_card = training.create_model_card
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):

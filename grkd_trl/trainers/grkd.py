@@ -172,6 +172,7 @@ class GRKDTrainer(SFTTrainer):
 
     _set_signature_columns_if_needed = training.set_signature_columns
     _get_train_sampler = training.balanced_sampler
+    train = training.train
     prediction_step = training.prediction_step
     evaluation_loop = training.evaluation_loop
     log = training.log

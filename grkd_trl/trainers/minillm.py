@@ -252,6 +252,7 @@ class MiniLLMTrainer(SFTTrainer):
         totals = torch.cat([totals.new_tensor([num_rows]), totals])
         return batches, self.accelerator.reduce(totals, reduction="sum")
 
+    train = training.train
     prediction_step = training.prediction_step
     evaluation_loop = training.evaluation_loop
     log = training.log

@@ -182,6 +182,7 @@ class PROTrainer(SFTTrainer):
     _set_signature_columns_if_needed = training.set_signature_columns
     _get_train_sampler = training.balanced_sampler
     get_batch_samples = training.count_batch_samples
+    train = training.train
     prediction_step = training.prediction_step
     evaluation_loop = training.evaluation_loop
     log = training.log

@@ -1,5 +1,6 @@
 """What every trainer of groups does alike, as functions: the objective is the trainer's own, the bookkeeping is here."""
 
+from .checkpoints import find_checkpoint, train
 from .methods import (
     count_batch_samples,
     create_model_card,
@@ -41,6 +42,7 @@ __all__ = [
     "count_batch_samples",
     "create_model_card",
     "evaluation_loop",
+    "find_checkpoint",
     "log",
     "num_without_repeats",
     "number_rows",
@@ -56,5 +58,6 @@ __all__ = [
     "step_generator",
     "step_means",
     "teaching",
+    "train",
     "without_repeats",
 ]
