@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from runs import logged, make_rows, make_student, make_teacher, make_trainer, train, weights
 from tiny import use_tiles
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import ModelConfig, get_quantization_config
 
@@ -42,6 +43,25 @@ class TestTrainedHead:
         _, (full, *_) = train(tmp_path / "full", make_rows(8), model=make_student(), teacher_model=make_teacher())
         (name,) = [name for name in ours if "modules_to_save" in name]
         torch.testing.assert_close(ours[name], full["lm_head.weight"], rtol=1e-6, atol=1e-9)
+
+
+class TestCompiled:
+    """By `aot_eager`, which traces forward and backward as `inductor` does and writes no code, so needs no compiler."""
+
+    @pytest.mark.parametrize("sharing", ["off", "on"])
+    def test_equals_eager(self, tmp_path, monkeypatch, sharing):
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # which `TrainingArguments` sets for good
+        rows = make_rows(8, sizes=(3,))
+        eager, _ = train(tmp_path / "eager", rows, **single(), prompt_sharing=sharing)
+        counters.clear()
+        compiled, _ = train(
+            tmp_path / "compiled", rows, **single(), prompt_sharing=sharing, torch_compile_backend="aot_eager"
+        )
+        assert counters["stats"]["unique_graphs"] > 0
+        assert all("_packed_attention" in reason for reason in counters["graph_break"])
+        assert logged(compiled, "loss") == pytest.approx(logged(eager, "loss"), abs=1e-5)
+        assert logged(compiled, "grad_norm") == pytest.approx(logged(eager, "grad_norm"), rel=1e-4)
+        assert compiled.model.state_dict().keys() == eager.model.state_dict().keys()
 
 
 class TestRefused:

@@ -2,6 +2,15 @@
 
 from .rows import CompletionScores, predicted_mask, score_completions, sequence_scores, to_groups
 from .shared_prompts import why_not_shared
+from .tiles import core_model
 
 
-__all__ = ["CompletionScores", "predicted_mask", "score_completions", "sequence_scores", "to_groups", "why_not_shared"]
+__all__ = [
+    "CompletionScores",
+    "core_model",
+    "predicted_mask",
+    "score_completions",
+    "sequence_scores",
+    "to_groups",
+    "why_not_shared",
+]

@@ -34,41 +34,45 @@ def _own_attention(module: torch.nn.Module, implementation: str) -> Callable:
     return next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
 
 
+@torch.compiler.disable  # every batch has another layout, and would be compiled anew
+def _packed_attention(own, implementation, module, query, key, value, packed_rows: PackedRows, **kwargs):
+    def attend(query, key, value, mask):
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        if mask is None:
+            return own(module, query, key, value, None, **kwargs)[0]
+        outputs, before = [], key.shape[2] - query.shape[2]
+        for rows in query_slices(query.shape[2]):
+            keys = slice(0, before + rows.stop)
+            seen = mask[:, :, rows, keys]
+            if implementation == "eager":
+                seen = torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, torch.finfo(query.dtype).min)
+            states = query[:, :, rows], key[:, :, keys], value[:, :, keys]
+            outputs.append(own(module, *states, seen, **kwargs)[0])
+        return torch.cat(outputs, dim=1)
+
+    window = kwargs.get("sliding_window")
+    packed_rows.windows.append(window)
+    split = (packed_rows.split(states.squeeze(0).transpose(0, 1)) for states in (query, key, value))
+    outputs = []
+    for block, queries, keys, values in zip(packed_rows.blocks, *split, strict=True):
+        prompt_mask, tail_mask = block.masks(window)
+        if implementation == "sdpa" and (window is None or window >= block.prompt_shape[1]):
+            prompt_mask = None  # plainly causal, which it does faster
+        of_prompts = attend(queries[0], keys[0], values[0], prompt_mask)
+        of_tails = queries[1]
+        if block.tail_shape[1] > 0:
+            keys, values = (torch.cat([block.to_rows(pair[0]), pair[1]], dim=1) for pair in (keys, values))
+            of_tails = attend(of_tails, keys, values, tail_mask)
+        outputs.append((of_prompts, of_tails))
+    return packed_rows.join(outputs).unsqueeze(0), None
+
+
 def _attention_of(implementation: str) -> Callable:
     def attention(module, query, key, value, attention_mask, *, packed_rows: PackedRows | None = None, **kwargs):
         own = _own_attention(module, implementation)
         if packed_rows is None:
             return own(module, query, key, value, attention_mask, **kwargs)
-
-        def attend(query, key, value, mask):
-            query, key, value = (states.transpose(1, 2) for states in (query, key, value))
-            if mask is None:
-                return own(module, query, key, value, None, **kwargs)[0]
-            outputs, before = [], key.shape[2] - query.shape[2]
-            for rows in query_slices(query.shape[2]):
-                keys = slice(0, before + rows.stop)
-                seen = mask[:, :, rows, keys]
-                if implementation == "eager":
-                    seen = torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, torch.finfo(query.dtype).min)
-                states = query[:, :, rows], key[:, :, keys], value[:, :, keys]
-                outputs.append(own(module, *states, seen, **kwargs)[0])
-            return torch.cat(outputs, dim=1)
-
-        window = kwargs.get("sliding_window")
-        packed_rows.windows.append(window)
-        split = (packed_rows.split(states.squeeze(0).transpose(0, 1)) for states in (query, key, value))
-        outputs = []
-        for block, queries, keys, values in zip(packed_rows.blocks, *split, strict=True):
-            prompt_mask, tail_mask = block.masks(window)
-            if implementation == "sdpa" and (window is None or window >= block.prompt_shape[1]):
-                prompt_mask = None  # plainly causal, which it does faster
-            of_prompts = attend(queries[0], keys[0], values[0], prompt_mask)
-            of_tails = queries[1]
-            if block.tail_shape[1] > 0:
-                keys, values = (torch.cat([block.to_rows(pair[0]), pair[1]], dim=1) for pair in (keys, values))
-                of_tails = attend(of_tails, keys, values, tail_mask)
-            outputs.append((of_prompts, of_tails))
-        return packed_rows.join(outputs).unsqueeze(0), None
+        return _packed_attention(own, implementation, module, query, key, value, packed_rows, **kwargs)
 
     return attention
 

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 
+from accelerate.utils import DynamoBackend
 from peft import PeftConfig, PeftModel
 from transformers import DataCollator, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
@@ -10,6 +11,7 @@ from trl.trainer import disable_dropout_in_model
 from .._trl import get_config_model_id
 from ..groups import DataCollatorForGroups
 from ..metrics import RunningMeans
+from ..scoring import core_model
 from ..teacher import load_teacher, loading_whole, prepare_teacher, shared_vocabulary
 from .sampler import OrderOfEpoch
 
@@ -76,7 +78,7 @@ def set_up_groups(trainer: SFTTrainer, data_collator: DataCollator | None) -> No
         data_collator ([`~transformers.DataCollator`], *optional*):
             Collator that the user gave, in place of [`~groups.DataCollatorForGroups`].
     """
-    args = trainer.args
+    args, trainer.compiling = trainer.args, None
     # `SFTTrainer` settles the pad token, so the collator is made after it.
     trainer.data_collator = data_collator or DataCollatorForGroups(
         pad_token_id=trainer._tokenizer.pad_token_id,
@@ -91,8 +93,21 @@ def set_up_groups(trainer: SFTTrainer, data_collator: DataCollator | None) -> No
                 module.attention_dropout = 0.0
     # A batch has more rows than groups, so no process can slice another's: each reads its own from a stream too.
     trainer.accelerator.dataloader_config.dispatch_batches = False
+    _compile_layers(trainer, trainer.model)
     trainer.running_means = {"train": RunningMeans(), "eval": RunningMeans()}
     trainer.add_callback(OrderOfEpoch())
+
+
+def _compile_layers(trainer: SFTTrainer, model: PreTrainedModel | PeftModel) -> None:
+    # `torch_compile`. accelerate would compile the whole model, with the head, to which a forward hands what it reads by
+    # a hook that the compiler cannot trace (torch 2.13). The layers are where the time goes, and are compiled once.
+    plugin = trainer.accelerator.state.dynamo_plugin
+    if plugin.backend != DynamoBackend.NO:
+        trainer.compiling, plugin.backend = plugin.to_kwargs(), DynamoBackend.NO
+    if trainer.compiling is not None:
+        layers = core_model(model)._no_split_modules or ()
+        for layer in [module for module in model.modules() if type(module).__name__ in layers]:
+            layer.compile(**trainer.compiling)
 
 
 def set_up_teacher(trainer: SFTTrainer, teacher_model: str | PreTrainedModel | None) -> None:
@@ -123,6 +138,7 @@ def set_up_teacher(trainer: SFTTrainer, teacher_model: str | PreTrainedModel | N
     with loading_whole(args) if args.teacher_sharding == "replicated" else nullcontext():
         teacher = load_teacher(teacher_model, args.teacher_model_init_kwargs)
     trainer.vocab_size = shared_vocabulary(student, teacher, trainer._tokenizer)
+    _compile_layers(trainer, teacher)
     trainer.teacher_model = prepare_teacher(teacher, accelerator, sharding=args.teacher_sharding)
 
 
