@@ -19,7 +19,7 @@ from transformers import DataCollator, PreTrainedModel, Trainer
 from ._trl import create_model_from_path
 from .metrics import RunningMeans
 from .teacher import load_teacher, prepare_teacher
-from .training import OrderOfEpoch, number_rows, rows_without_repeats
+from .training import OrderOfEpoch, number_rows, rows_without_repeats, set_remainder
 
 
 TEACHER_COLUMNS = ["teacher_logits", "teacher_embeddings"]
@@ -369,10 +369,8 @@ def count_batch_samples(
     batches, _ = Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
     if batches:
         batches[-1] = rows_without_repeats(self, batches[-1])
-    count = torch.tensor(
-        sum(batch.get("num_rows", len(next(iter(batch.values())))) for batch in batches), device=device
-    )
-    return batches, self.accelerator.reduce(count, reduction="sum")
+    count = sum(batch.get("num_rows", len(next(iter(batch.values())))) for batch in batches)
+    return batches, self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
 
 
 def prediction_step(
@@ -384,6 +382,7 @@ def prediction_step(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """For `prediction_step`: loss, student's logits `(B, C)` and labels `(B,)`."""
     inputs = self._prepare_inputs(inputs)
+    set_remainder(self, inputs)
     with torch.no_grad(), self.compute_loss_context_manager():
         loss, outputs = self.compute_loss(model, rows_without_repeats(self, inputs), return_outputs=True)
     if prediction_loss_only:

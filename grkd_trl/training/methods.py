@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from ..configs import add_objective
 from ..groups import count_items, prepare_groups
 from ..metrics import peak_memory
-from .step import without_repeats
+from .step import set_remainder, without_repeats
 
 
 def prepare_dataset(
@@ -90,6 +90,7 @@ def prediction_step(
     """
     inputs = self._prepare_inputs(inputs)
     whole_mask = inputs["group_mask"]
+    set_remainder(self, inputs)
     inputs = without_repeats(self, inputs)
     with torch.no_grad(), self.compute_loss_context_manager():
         loss, outputs = self.compute_loss(model, inputs, return_outputs=True)

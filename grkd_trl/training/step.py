@@ -131,18 +131,44 @@ def num_without_repeats(trainer: Trainer, batch: dict[str, torch.Tensor]) -> int
     Returns:
         `int`: 0 to the number of rows.
     """
-    size = len(next(iter(batch.values())))
-    loader, process = trainer.accelerator.gradient_state.active_dataloader, trainer.accelerator.process_index
-    if loader is None or not loader.end_of_dataloader or trainer.accelerator.num_processes == 1:
+    size, process = len(next(iter(batch.values()))), trainer.accelerator.process_index
+    if not _is_last_round(trainer):
         return size
-    if isinstance(loader.dataset, IterableDatasetShard) and "row" in batch:
+    if _is_shared_stream(trainer, batch):
         # The last round is filled up with rows of the first, none of which stands at its own place.
         places = torch.arange(process * size, (process + 1) * size, device=batch["row"].device)
-        num_rows = (batch["row"] % (size * trainer.accelerator.num_processes) == places).sum()
-        loader.remainder = trainer.accelerator.reduce(num_rows).item()  # `gather_for_metrics` cuts to it
-        return int(num_rows)
+        return int((batch["row"] % (size * trainer.accelerator.num_processes) == places).sum())
     # How many rows the last round had: unknown, and not above 0, where there are no repeats.
-    return min(max(loader.remainder - process * size, 0), size) if loader.remainder > 0 else size
+    remainder = trainer.accelerator.gradient_state.remainder
+    return min(max(remainder - process * size, 0), size) if remainder > 0 else size
+
+
+def set_remainder(trainer: Trainer, batch: dict[str, torch.Tensor]) -> None:
+    """
+    Tell accelerate how many rows the last round of a stream has, on all processes together: `gather_for_metrics` cuts to
+    it, and a stream has no length that it could be taken from. Every process has to call it.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer, in evaluation. Its dataloader is told.
+        batch (`dict[str, torch.Tensor]`):
+            The batch read last, as for [`num_without_repeats`].
+    """
+    if _is_last_round(trainer) and _is_shared_stream(trainer, batch):
+        num_rows = torch.tensor(num_without_repeats(trainer, batch), device=batch["row"].device)
+        trainer.accelerator.gradient_state.active_dataloader.remainder = trainer.accelerator.reduce(num_rows).item()
+
+
+def _is_last_round(trainer: Trainer) -> bool:
+    # Of several processes: one has no repeats.
+    loader = trainer.accelerator.gradient_state.active_dataloader
+    return loader is not None and loader.end_of_dataloader and trainer.accelerator.num_processes > 1
+
+
+def _is_shared_stream(trainer: Trainer, batch: dict[str, torch.Tensor]) -> bool:
+    # Every process reads the whole stream and keeps its rows; where each has files of its own, there are no repeats.
+    dataset = trainer.accelerator.gradient_state.active_dataloader.dataset
+    return isinstance(dataset, IterableDatasetShard) and "row" in batch
 
 
 def rows_without_repeats(trainer: Trainer, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
