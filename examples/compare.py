@@ -9,7 +9,7 @@ mawps_train.csv mawps_test.csv`) takes the files of https://github.com/arkilpate
 where `my_data` holds the folders `banking77` and `clinc150` of their published files:
 
     python examples/compare.py --task banking77 clinc150 digits --label_noise 0.4 0 0.2 --asymmetric_noise 0.4 0.2 \
-        --data my_data --max_steps 100 --tune 6 --seeds 0 1 2 3 4 --output_dir comparison
+        --data my_data --max_steps 100 --tune 8 --seeds 0 1 2 3 4 --output_dir comparison
 
 Your own groups and models:
 
