@@ -129,7 +129,7 @@ def test_the_command(classes, folder, tmp_path, monkeypatch):
     [
         ("--task clinc150 --max_steps 1", "--task clinc150 needs --data"),
         ("--task digits --max_seconds 1", "classifiers have --max_steps as their budget"),
-        ("--task scan digits --max_steps 1 --methods dist", "--task scan knows the methods grkd, dpo"),
+        ("--task scan digits --max_steps 1 --methods dist", "--task scan knows the methods grkd, grkd +sft, dpo"),
     ],
 )
 def test_what_the_command_refuses(classes, tmp_path, monkeypatch, capsys, command, message):
