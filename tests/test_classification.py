@@ -419,18 +419,22 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
 
 
 class TestEvaluation:
-    def test_metrics_are_those_of_all_rows(self, tmp_path):
+    @pytest.mark.parametrize("weigh", [False, True])
+    def test_metrics_are_those_of_all_rows(self, tmp_path, weigh):
         rows, student, teacher = make_rows(11), make_model(), make_teacher()
         trainer = make_trainer(
             tmp_path, model=student, teacher=teacher, eval_dataset=rows, hard_label_weight=0.2,
-            per_device_eval_batch_size=4, alpha_start=0.5,
+            per_device_eval_batch_size=4, alpha_start=0.5, weigh_by_doubt=weigh,
         )  # fmt: skip
         found = trainer.evaluate()
         inputs = batch_of(rows)
         labels = inputs.pop("labels")
         with torch.no_grad():
             logits, taught = student.eval()(**inputs).logits, teacher(**inputs).logits
-        soft, relative = group_soft_label_loss(logits, taught).mean(), group_relative_loss(logits, taught).mean()
+        weights = 1 / taught.softmax(-1).norm(dim=-1) if weigh else torch.ones(11)
+        soft, relative = (
+            (weights * loss(logits, taught)).mean() for loss in (group_soft_label_loss, group_relative_loss)
+        )
         expected = 0.2 * F.cross_entropy(logits, labels) + 0.8 * (0.5 * soft + 0.5 * relative)
         assert found["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
         assert found["eval_accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
