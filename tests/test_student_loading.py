@@ -6,11 +6,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from runs import logged, make_rows, make_student, make_teacher, make_trainer, train, weights
+from runs import TOKENIZER, logged, make_rows, make_student, make_teacher, make_trainer, train, weights
 from tiny import use_tiles
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import ModelConfig, get_quantization_config
+
+from grkd_trl import GRKDConfig, GRKDTrainer
 
 
 def single(**kwargs):
@@ -49,8 +51,7 @@ class TestCompiled:
     """By `aot_eager`, which traces forward and backward as `inductor` does and writes no code, so needs no compiler."""
 
     @pytest.mark.parametrize("sharing", ["off", "on"])
-    def test_equals_eager(self, tmp_path, monkeypatch, sharing):
-        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # which `TrainingArguments` sets for good
+    def test_equals_eager(self, tmp_path, sharing):
         rows = make_rows(8, sizes=(3,))
         eager, _ = train(tmp_path / "eager", rows, **single(), prompt_sharing=sharing)
         counters.clear()
@@ -62,6 +63,22 @@ class TestCompiled:
         assert logged(compiled, "loss") == pytest.approx(logged(eager, "loss"), abs=1e-5)
         assert logged(compiled, "grad_norm") == pytest.approx(logged(eager, "grad_norm"), rel=1e-4)
         assert compiled.model.state_dict().keys() == eager.model.state_dict().keys()
+
+    @pytest.mark.parametrize("by_launch", [False, True])
+    def test_every_trainer_compiles(self, tmp_path, monkeypatch, by_launch):
+        """Though they share what accelerate was told, and each takes the whole model from it."""
+        asked = {} if by_launch else {"torch_compile": True, "torch_compile_backend": "eager"}
+        if by_launch:
+            monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")  # `accelerate launch --dynamo_backend eager`
+        configs = [
+            GRKDConfig(tmp_path, use_cpu=True, bf16=False, report_to="none", **asked) for _ in range(2)
+        ]  # both before a trainer is made: a configuration resets what is shared
+        for args in configs:
+            given = {"args": args, "train_dataset": Dataset.from_list(make_rows()), "processing_class": TOKENIZER}
+            trainer = GRKDTrainer(**single(), **given)
+            for model in (trainer.model, trainer.teacher_model):
+                assert all(layer._compiled_call_impl for layer in model.model.layers)
+            assert trainer.accelerator.state.dynamo_plugin.backend == "NO"
 
 
 class TestRefused:

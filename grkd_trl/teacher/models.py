@@ -63,7 +63,8 @@ def prepare_teacher(model: PreTrainedModel, accelerator: Accelerator, *, shardin
             is, else replicated.
 
     Returns:
-        `torch.nn.Module`: The teacher, wrapped for scoring. On one process it is whole, under ZeRO-3 on the device that parameters wait on.
+        `torch.nn.Module`: The teacher, wrapped for scoring. On one process it is whole, under ZeRO-3 on the device that
+        parameters wait on.
 
     Raises:
         `ValueError`: If it is to be replicated and was loaded in shards, or sharded and is quantized.

@@ -1,6 +1,6 @@
 """What every trainer of groups does alike, as functions: the objective is the trainer's own, the bookkeeping is here."""
 
-from .checkpoints import find_checkpoint, train
+from .checkpoints import train
 from .methods import (
     count_batch_samples,
     create_model_card,
@@ -43,7 +43,6 @@ __all__ = [
     "count_batch_samples",
     "create_model_card",
     "evaluation_loop",
-    "find_checkpoint",
     "log",
     "num_without_repeats",
     "number_rows",

@@ -53,8 +53,8 @@ def find_checkpoint(resume_from_checkpoint: str | bool, output_dir: str) -> str 
     whole = [checkpoint for checkpoint in checkpoints if _is_whole(checkpoint)]
     if checkpoints and not whole:
         raise ValueError(
-            f"No checkpoint in {output_dir} is whole: the run ended while {checkpoints[-1]} was written. Delete it, and "
-            "start without `resume_from_checkpoint`."
+            f"No checkpoint in {output_dir} is whole: the run ended while {checkpoints[-1]} was written. Delete them, "
+            "and start without `resume_from_checkpoint`."
         )
     if whole and whole[-1] != checkpoints[-1]:
         logger.warning(f"{checkpoints[-1]} is not whole; the run goes on from {whole[-1]}.")

@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from peft import PeftConfig, PeftModel
 from transformers import DataCollator, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
@@ -78,7 +78,7 @@ def set_up_groups(trainer: SFTTrainer, data_collator: DataCollator | None) -> No
         data_collator ([`~transformers.DataCollator`], *optional*):
             Collator that the user gave, in place of [`~groups.DataCollatorForGroups`].
     """
-    args, trainer.compiling = trainer.args, None
+    args = trainer.args
     # `SFTTrainer` settles the pad token, so the collator is made after it.
     trainer.data_collator = data_collator or DataCollatorForGroups(
         pad_token_id=trainer._tokenizer.pad_token_id,
@@ -101,13 +101,14 @@ def set_up_groups(trainer: SFTTrainer, data_collator: DataCollator | None) -> No
 def _compile_layers(trainer: SFTTrainer, model: PreTrainedModel | PeftModel) -> None:
     # `torch_compile`. accelerate would compile the whole model, with the head, to which a forward hands what it reads by
     # a hook that the compiler cannot trace (torch 2.13). The layers are where the time goes, and are compiled once.
-    plugin = trainer.accelerator.state.dynamo_plugin
-    if plugin.backend != DynamoBackend.NO:
-        trainer.compiling, plugin.backend = plugin.to_kwargs(), DynamoBackend.NO
-    if trainer.compiling is not None:
-        layers = core_model(model)._no_split_modules or ()
-        for layer in [module for module in model.modules() if type(module).__name__ in layers]:
-            layer.compile(**trainer.compiling)
+    args = trainer.args
+    plugin = TorchDynamoPlugin(args.torch_compile_backend, args.torch_compile_mode)  # or as `accelerate launch` says
+    if plugin.backend == DynamoBackend.NO:
+        return
+    trainer.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # accelerate's own, which trainers share
+    layers = core_model(model)._no_split_modules or ()
+    for layer in [module for module in model.modules() if type(module).__name__ in layers]:
+        layer.compile(**plugin.to_kwargs())
 
 
 def set_up_teacher(trainer: SFTTrainer, teacher_model: str | PreTrainedModel | None) -> None:
