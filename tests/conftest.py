@@ -1,6 +1,8 @@
 import gc
 import os
 
+import pytest
+
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -11,3 +13,16 @@ def pytest_collection_finish():
     """`Trainer.train` collects garbage: without all that was imported it takes a hundredth of the time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Of words."""
+    from tiny import tiny_tokenizer  # not before the environment is set
+
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def words(tokenizer):
+    return sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))

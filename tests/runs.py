@@ -13,6 +13,18 @@ import grkd_trl
 
 TOKENIZER = tiny_tokenizer()
 VOCAB = len(TOKENIZER)
+FIELDS = {
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 4,
+    "train_sampling_strategy": "sequential",
+}
 
 
 def make_rows(num: int = 4, *, sizes=(3, 2, 5, 2), scores: bool = True, seed: int = 0) -> list[dict[str, Any]]:
@@ -66,20 +78,7 @@ def make_trainer(folder, rows=None, *, method: str = "GRKD", **kwargs) -> Traine
     the others to the trainer.
     """
     config_class, trainer_class = (getattr(grkd_trl, f"{method}{part}") for part in ("Config", "Trainer"))
-    fields = {
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "learning_rate": 1e-3,
-        "max_grad_norm": 1e9,  # logs the norm and clips nothing
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 1,
-        "train_sampling_strategy": "sequential",
-    }
+    fields = FIELDS | {"num_train_epochs": 1, "max_grad_norm": 1e9}  # which logs the norm and clips nothing
     if method == "MiniLLM":
         fields["max_completion_length"] = 5
     own = {name: kwargs.pop(name) for name in list(kwargs) if name in config_class.__dataclass_fields__}

@@ -18,11 +18,6 @@ from grkd_trl.scoring import predicted_mask
 NAN, INF = math.nan, math.inf
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
 def good_rows(num=6, scores=True):
     rows = [{"prompt": f"a b {'c ' * row}", "completions": ["d e", "f", "g a b"]} for row in range(num)]
     return [row | {"teacher_scores": [-1.0, -3.0, -2.0]} for row in rows] if scores else rows

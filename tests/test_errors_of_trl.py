@@ -8,16 +8,11 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from test_bad_input import make_trainer
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_model
 from transformers import BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
 
 from grkd_trl._trl import SUPPORTED_TRL, check_trl_version
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 def error_of(make, **kwargs):

@@ -7,7 +7,7 @@ import reference_rivals as slow
 import torch
 import trl
 from datasets import Dataset
-from runs import TOKENIZER, VOCAB, logged, make_rows, make_student, make_teacher, to_ids, train, weights
+from runs import FIELDS, TOKENIZER, VOCAB, logged, make_rows, make_student, make_teacher, to_ids, train, weights
 from test_rivals import relative_error, rows_for
 from tiny import tiny_tokenizer
 
@@ -15,20 +15,7 @@ from grkd_trl.groups import pairs_of
 
 
 def trl_fields(folder, **kwargs):
-    defaults = {
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": 4,
-        "train_sampling_strategy": "sequential",
-        "max_steps": 10,
-    }
-    return {"output_dir": folder} | defaults | kwargs
+    return {"output_dir": folder, "max_steps": 10} | FIELDS | kwargs
 
 
 def preferences(rows):

@@ -22,16 +22,6 @@ def chat_tokenizer(template):
     return tokenizer
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def words(tokenizer):
-    return sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
-
-
 @pytest.fixture
 def model(tokenizer):
     return make_model("llama", len(tokenizer))
