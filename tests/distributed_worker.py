@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
+from runs import end_process
 from test_classification import make_rows as make_classification_rows
 from tiny import WORDS, use_tiles
 from transformers import AutoTokenizer, TrainerCallback
@@ -204,7 +205,7 @@ def main():
         print(f"== {name}", file=sys.stderr)
         run(name, args.models, args.output_dir / name, args.max_steps, args.checkpoints)
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        end_process()
 
 
 if __name__ == "__main__":

@@ -381,6 +381,7 @@ class TestRivals:
 WORKER = """
 import sys
 import torch
+from runs import end_process
 from test_classification import make_rows, make_trainer
 
 trainer = make_trainer(
@@ -390,6 +391,8 @@ trainer.train()
 found = trainer.evaluate()
 if trainer.is_world_process_zero():
     torch.save((trainer.model.state_dict(), trainer.state.log_history[:2], found), sys.argv[1] + "/found.pt")
+trainer.accelerator.wait_for_everyone()
+end_process()
 """
 
 

@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from runs import end_process
 from tiny import tiny_model
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
@@ -206,7 +207,7 @@ def _ddp_process(rank, store, folder):
     model = DistributedDataParallel(make_model())
     _, _, gradients = run(model, make_batch(seed=rank), prompt_sharing="on" if rank else "auto")
     torch.save({name.removeprefix("module."): gradient for name, gradient in gradients.items()}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    end_process()
 
 
 class Work(TorchFunctionMode):
