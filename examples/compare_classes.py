@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from classification import RIVALS, Rows, add_label_noise, load_rows, make_model, train_teacher
+from classification import RIVALS
+from classification_data import Rows, add_label_noise, load_rows
+from classification_models import make_model, train_teacher
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging

@@ -1,5 +1,6 @@
 """The example of classifiers, on rows small enough to train on in seconds."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -18,13 +19,14 @@ TOPICS = {"animals": "cat dog horse cow", "food": "bread cheese apple rice", "ra
 
 @pytest.fixture(scope="module")
 def example():
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        import classification
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        yield importlib.import_module("classification")
 
-        yield classification
-    finally:
-        sys.path.remove(str(EXAMPLES))
+
+@pytest.fixture(scope="module")
+def ngrams(example):
+    return sys.modules["hashed_ngrams"]
 
 
 def write_csv(path, header, size):
@@ -115,16 +117,16 @@ class TestLabelNoise:
 
 
 class TestNgrams:
-    def test_words_come_first_and_zero_pads(self, example):
-        ids = example.hash_ngrams("Cat, dog cat", 64)
+    def test_words_come_first_and_zero_pads(self, ngrams):
+        ids = ngrams.hash_ngrams("Cat, dog cat", 64)
         assert len(ids) == 64 and ids[-1] == 0 and ids[0] == ids[3] and len(set(ids[:3])) == 3
-        assert ids[:3] == example.hash_ngrams("cat , dog", 3)
+        assert ids[:3] == ngrams.hash_ngrams("cat , dog", 3)
         assert all(0 < value < 2**31 for value in ids if value)
 
-    def test_inverse_document_frequency(self, example):
-        config = example.NgramConfig(num_buckets=50, hidden_size=4, num_labels=2)
+    def test_inverse_document_frequency(self, ngrams):
+        config = ngrams.NgramConfig(num_buckets=50, hidden_size=4, num_labels=2)
         rows = torch.tensor([[7, 7, 9], [7, 8, 0], [7, 0, 0]])
-        model = example.NgramForSequenceClassification(config).fit_idf(rows)
+        model = ngrams.NgramForSequenceClassification(config).fit_idf(rows)
         expected = {7: 3, 8: 1, 9: 1}
         for hashed, count in expected.items():
             assert model.idf[hashed + 1].item() == pytest.approx(np.log(4 / (1 + count)) + 1)
