@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
 from runs import end_process
-from test_classification import make_rows as make_classification_rows
+from runs_of_classifiers import make_rows as make_classification_rows
 from tiny import WORDS, use_tiles
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint

@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from test_classification import CLASSES, assert_same, make_model, make_rows, make_teacher, make_trainer, with_logits
+from runs_of_classifiers import CLASSES, assert_same, make_model, make_rows, make_teacher, make_trainer, with_logits
 
 from grkd_trl import (
     DistillationForClassificationConfig,

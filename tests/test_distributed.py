@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from distributed_worker import make_trainer
+from runs_of_classifiers import CLASSES
 from safetensors.torch import load_file
-from test_classification import CLASSES
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
