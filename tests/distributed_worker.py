@@ -17,6 +17,7 @@ from peft import LoraConfig
 from runs import end_process
 from runs_of_classifiers import make_rows as make_classification_rows
 from tiny import WORDS, use_tiles
+from torch._dynamo.utils import counters
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -35,6 +36,7 @@ FIELDS = {
     "mixed": {"completion_source": "mixed", "num_completions": 3, "max_completion_length": 6},
     "checkpointing": {"gradient_checkpointing": True},
     "short": {"max_completion_length": 6},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
 }
 
 
@@ -126,6 +128,9 @@ def make_trainer(name, models, folder, max_steps, *callbacks, **fields):
 
 def run(name, models, folder, max_steps, checkpoints=None):
     """Train, or go on from the checkpoint of a run in the folder `checkpoints`; evaluate and write what happened."""
+    counters.clear()
+    # else layers would run uncompiled, as they do between DeepSpeed's hooks on every module under ZeRO-3
+    torch._dynamo.config.fail_on_recompile_limit_hit = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") != "3"
     resumed, middle, logs = "resumed" in name.split("+"), max_steps * 3 // 4, Logs()
     saved = {"save_strategy": "steps", "save_steps": middle} if resumed else {}
     trainer = make_trainer(name, models, folder, max_steps, logs, **saved)
@@ -139,6 +144,7 @@ def run(name, models, folder, max_steps, checkpoints=None):
     facts = {"logs": logs.logs, "world": trainer.accelerator.num_processes}
     facts["student_numel"] = local_numel(trainer.model)
     facts["teacher_numel"] = None if teacher is None else local_numel(teacher)
+    facts["graphs"] = counters["stats"]["unique_graphs"]
     facts["own_teacher"] = teacher is not None and teacher is not trainer.model
     (folder / f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(facts))
     trainer.accelerator.wait_for_everyone()

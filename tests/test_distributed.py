@@ -25,6 +25,7 @@ RUNS = ["GRKD", "GRKD+lora", "GRKD+lora+base", "GRKD+scored+uneven", "GRKD+shard
 RUNS += ["GRKD+tiled", "GRKD+tiled+lora+base", "SimPO+uneven", "PRO", "KD", "SeqKD", "DPO"]
 RUNS += ["MiniLLM+short+text+uneven", "GRKD+student+scored+uneven", "GRKD+mixed+sharded"]
 RUNS += ["GRKD+scored+stream+uneven", "GRKDForClassification+uneven", "DistillationForClassification+stream+uneven"]
+RUNS += ["GRKD+compiled"]
 RESUMED = ["GRKD", "GRKD+lora"]
 OWN_TEACHER = ["GRKD", "GRKD+lora", "GRKD+sharded", "GRKD+replicated", "KD"]
 needs_deepspeed = pytest.mark.skipif(
@@ -202,6 +203,11 @@ class TestStudent:
         for rank in range(2):
             share = facts(results(launch), "GRKD", rank)["student_numel"] / whole
             assert share == pytest.approx(0.5 if launch in ("zero3", "fsdp2") else 1.0, abs=0.05)
+
+
+def test_layers_are_compiled_as_on_one_process(results, launch):
+    ours, one = (facts(results(name), "GRKD+compiled")["graphs"] for name in (launch, "one"))
+    assert ours > one > 0 if launch == "zero3" else ours == one > 0  # whose hooks part a layer
 
 
 class TestTeacher:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from runs import TOKENIZER, logged, make_rows, make_student, make_teacher, make_trainer, train, weights
-from tiny import use_tiles
+from runs import TOKENIZER, VOCAB, logged, make_rows, make_student, make_teacher, make_trainer, train, weights
+from tiny import tiny_model, use_tiles
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import ModelConfig, get_quantization_config
 
 from grkd_trl import GRKDConfig, GRKDTrainer
@@ -63,6 +63,25 @@ class TestCompiled:
         assert logged(compiled, "loss") == pytest.approx(logged(eager, "loss"), abs=1e-5)
         assert logged(compiled, "grad_norm") == pytest.approx(logged(eager, "grad_norm"), rel=1e-4)
         assert compiled.model.state_dict().keys() == eager.model.state_dict().keys()
+
+    def test_once_for_all_lengths(self, tmp_path, monkeypatch):
+        """Though `accelerate launch` says that shapes are static, and with layers of two kinds and a larger teacher."""
+        monkeypatch.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "False")
+        monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+        graphs = []
+
+        class Count(TrainerCallback):
+            def on_step_end(self, *args, **kwargs):
+                graphs.append(counters["stats"]["unique_graphs"])
+
+        torch._dynamo.reset()
+        counters.clear()
+        models = {
+            "model": tiny_model("gemma2", VOCAB),
+            "teacher_model": tiny_model("gemma2", VOCAB, hidden_size=96, num_hidden_layers=4),
+        }
+        train(tmp_path, make_rows(24), **models, torch_compile_backend="eager", callbacks=[Count()])
+        assert len(graphs) == 6 and 0 < graphs[0] == graphs[-1]
 
     @pytest.mark.parametrize("by_launch", [False, True])
     def test_every_trainer_compiles(self, tmp_path, monkeypatch, by_launch):

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 
+import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from peft import PeftConfig, PeftModel
 from transformers import DataCollator, PreTrainedModel
@@ -106,6 +107,10 @@ def _compile_layers(trainer: SFTTrainer, model: PreTrainedModel | PeftModel) -> 
     if plugin.backend == DynamoBackend.NO:
         return
     trainer.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # accelerate's own, which trainers share
+    # Past a limit, 8 by default, a layer's code would run uncompiled. It is traced for student and teacher, with and
+    # without gradients, for each kind of attention, all of it twice under FSDP2, and for each trainer of a process.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    plugin.dynamic = True  # each batch has its own length; `accelerate launch` says False where nobody asked
     layers = core_model(model)._no_split_modules or ()
     for layer in [module for module in model.modules() if type(module).__name__ in layers]:
         layer.compile(**plugin.to_kwargs())
