@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from good_input import make_trainer
 from peft import LoraConfig, get_peft_model
-from test_bad_input import make_trainer
 from tiny import tiny_model
 from transformers import BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
