@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import TrlParser
 
-from grkd_trl.groups import DataCollatorForGroups
+from grkd_trl.data import DataCollatorForGroups
 from grkd_trl.losses import group_relative_loss, token_soft_label_loss
 from grkd_trl.scoring import score_completions, sequence_scores, to_groups
 

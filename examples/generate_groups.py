@@ -24,14 +24,14 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
-from grkd_trl.groups import GroupsConfig, generate_groups, preview
+from grkd_trl.generation import GroupsConfig, generate_groups, preview
 from grkd_trl.teacher import CalibratedTeacher, LocalTeacher, ServerTeacher
 
 
 @dataclass
 class GenerateArguments:
     """
-    Arguments of this script beside those of [`~grkd_trl.groups.GroupsConfig`].
+    Arguments of this script beside those of [`~grkd_trl.generation.GroupsConfig`].
 
     Parameters:
         dataset_name (`str`, *optional*):

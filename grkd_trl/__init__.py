@@ -1,14 +1,16 @@
 """Group Relative Knowledge Distillation on TRL: distill a large language model into a small one by ranking."""
 
 from . import _trl  # noqa: F401 - first, to refuse an unsupported TRL before anything of it is used
-from .trainers import (
+from .classification import (
     DistillationForClassificationConfig,
     DistillationForClassificationTrainer,
+    GRKDForClassificationConfig,
+    GRKDForClassificationTrainer,
+)
+from .trainers import (
     DPOConfig,
     DPOTrainer,
     GRKDConfig,
-    GRKDForClassificationConfig,
-    GRKDForClassificationTrainer,
     GRKDTrainer,
     KDConfig,
     KDTrainer,

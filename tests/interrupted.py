@@ -7,7 +7,7 @@ from pathlib import Path
 from datasets import Dataset
 from tiny import tiny_model, tiny_tokenizer
 
-from grkd_trl.groups import GroupsConfig, generate_groups
+from grkd_trl.generation import GroupsConfig, generate_groups
 from grkd_trl.teacher import LocalTeacher
 
 

@@ -49,7 +49,7 @@ class Records(logging.Handler):
 @pytest.fixture
 def warnings():
     """Messages of the logger of groups, wherever transformers sends them."""
-    records, logger = Records(), logging.getLogger("grkd_trl.groups")
+    records, logger = Records(), logging.getLogger("grkd_trl.data")
     logger.addHandler(records)
     yield records.messages
     logger.removeHandler(records)

@@ -5,10 +5,7 @@ import copy
 import pytest
 from runs_of_classifiers import CLASSES, assert_same, make_model, make_rows, make_teacher, make_trainer, with_logits
 
-from grkd_trl import (
-    DistillationForClassificationConfig,
-    GRKDForClassificationTrainer,
-)
+from grkd_trl import DistillationForClassificationConfig, GRKDForClassificationTrainer
 
 
 def column(rows, name, row, value):

@@ -32,12 +32,8 @@ from transformers import (
     ViTConfig,
 )
 
-from grkd_trl import (
-    DistillationForClassificationTrainer,
-    GRKDForClassificationConfig,
-    GRKDForClassificationTrainer,
-)
-from grkd_trl.classifiers import classify
+from grkd_trl import DistillationForClassificationTrainer, GRKDForClassificationConfig, GRKDForClassificationTrainer
+from grkd_trl.classification.base import classify
 from grkd_trl.evaluation import classification_metrics
 from grkd_trl.losses import (
     dist_loss,
@@ -49,8 +45,8 @@ from grkd_trl.losses import (
     rkd_distance_loss,
     sample_classes,
 )
-from grkd_trl.metrics import rank_correlation
-from grkd_trl.training import step_generator
+from grkd_trl.trainers.metrics import rank_correlation
+from grkd_trl.trainers.step import step_generator
 
 
 class TestStep:

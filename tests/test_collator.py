@@ -5,11 +5,7 @@ import doctest
 import pytest
 import torch
 
-from grkd_trl.groups import (
-    DataCollatorForGroups,
-    collator,
-    count_items,
-)
+from grkd_trl.data import DataCollatorForGroups, collator, count_items
 
 
 def collate(examples, **kwargs):

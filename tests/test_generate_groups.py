@@ -17,8 +17,8 @@ from interrupted import config, make_prompts, make_teacher
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model, tiny_tokenizer
 
 from grkd_trl import GRKDConfig, GRKDTrainer
-from grkd_trl.groups import GroupsConfig, generate_groups, preview, unit_seed
-from grkd_trl.groups.select import drop_repeats, select_diverse
+from grkd_trl.generation import GroupsConfig, generate_groups, preview, unit_seed
+from grkd_trl.generation.select import drop_repeats, select_diverse
 from grkd_trl.teacher import CallableScorer, LocalTeacher
 
 

@@ -13,13 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from grkd_trl import GRKDConfig
-from grkd_trl.groups import (
-    DataCollatorForGroups,
-    bring_scores,
-    prepare_groups,
-    read_group,
-    tokenize_group,
-)
+from grkd_trl.data import DataCollatorForGroups, bring_scores, prepare_groups, read_group, tokenize_group
 
 
 # Where a tokenizer goes wrong: words cut at the boundary, whitespace on either side, empty text, other scripts, a
@@ -373,7 +367,7 @@ class Records(logging.Handler):
 @pytest.fixture
 def warnings():
     """Messages of the module's logger, wherever transformers sends them."""
-    records, logger = Records(), logging.getLogger("grkd_trl.groups")
+    records, logger = Records(), logging.getLogger("grkd_trl.data")
     logger.addHandler(records)
     yield records.messages
     logger.removeHandler(records)

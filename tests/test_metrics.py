@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from scipy.stats import kendalltau
 
-from grkd_trl.metrics import RunningMeans, add_length_metrics, add_rank_metrics
+from grkd_trl.trainers.metrics import RunningMeans, add_length_metrics, add_rank_metrics
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from test_losses_rivals import EOS, F64, INF, LENGTH, LETTERS, close, differentiate
 
-from grkd_trl.losses import (
-    clipped_policy_loss,
-    minillm_returns,
-    mixture_logps,
-    reverse_kl,
-)
+from grkd_trl.losses import clipped_policy_loss, minillm_returns, mixture_logps, reverse_kl
 
 
 STRINGS = [  # of the letters 1..2, each closed by EOS unless cut at three

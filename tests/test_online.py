@@ -13,9 +13,9 @@ from scipy.stats import chisquare
 from tiny import tiny_model, tiny_tokenizer
 
 from grkd_trl import GRKDConfig, GRKDTrainer
-from grkd_trl.groups import GroupsConfig, generate_groups
+from grkd_trl.data.sampler import RepeatedPrompts, places_of_process
+from grkd_trl.generation import GroupsConfig, generate_groups
 from grkd_trl.teacher import Completions, LocalTeacher
-from grkd_trl.training import RepeatedPrompts, places_of_process
 
 
 def make_model(seed, **kwargs):

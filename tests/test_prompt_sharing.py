@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-from grkd_trl.groups import DataCollatorForGroups
+from grkd_trl.data import DataCollatorForGroups
 from grkd_trl.scoring import packed_rows, score_completions
 from grkd_trl.scoring import rows as scoring_rows
 from grkd_trl.scoring.packed_rows import PackedRows, causal_pairs, read_rows

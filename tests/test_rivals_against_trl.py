@@ -11,7 +11,7 @@ from runs import FIELDS, TOKENIZER, VOCAB, logged, make_rows, make_student, make
 from test_rivals import relative_error, rows_for
 from tiny import tiny_tokenizer
 
-from grkd_trl.groups import pairs_of
+from grkd_trl.data import pairs_of
 
 
 def trl_fields(folder, **kwargs):

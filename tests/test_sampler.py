@@ -10,8 +10,8 @@ from shared_data import shared_data
 from tiny import byte_tokenizer
 from torch.utils.data import SequentialSampler
 
-from grkd_trl.groups import DataCollatorForGroups, prepare_groups
-from grkd_trl.training import BalancedSampler
+from grkd_trl.data import DataCollatorForGroups, prepare_groups
+from grkd_trl.data.sampler import BalancedSampler
 
 
 def batches_of(sampler, batch_size):

@@ -365,7 +365,7 @@ class TestToGroups:
 def test_peak_memory_sees_an_allocation():
     """In a process of its own, whose peak is near."""
     script = (
-        "import torch\nfrom accelerate import Accelerator\nfrom grkd_trl.metrics import peak_memory\n"
+        "import torch\nfrom accelerate import Accelerator\nfrom grkd_trl.trainers.metrics import peak_memory\n"
         "accelerator = Accelerator(cpu=True)\nprint(peak_memory(accelerator)['memory/peak_gib'])\n"
         "torch.ones(2**27).sum()\nprint(peak_memory(accelerator)['memory/peak_gib'])\n"  # half a GiB
     )

@@ -11,7 +11,7 @@ from interrupted import config, make_prompts
 from teacher_server import serve
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model
 
-from grkd_trl.groups import generate_groups
+from grkd_trl.generation import generate_groups
 from grkd_trl.teacher import LocalTeacher, ServerTeacher, TeacherError
 
 

@@ -8,7 +8,7 @@ from interrupted import make_prompts
 from tiny import tiny_model, tiny_tokenizer
 
 from grkd_trl import GRKDConfig, GRKDTrainer
-from grkd_trl.groups import DataCollatorForGroups
+from grkd_trl.data import DataCollatorForGroups
 from grkd_trl.losses import token_soft_label_loss, topk_soft_label_loss
 from grkd_trl.teacher import cache_soft_labels, score_groups
 

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from grkd_trl.groups import DataCollatorForGroups
+from grkd_trl.data import DataCollatorForGroups
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

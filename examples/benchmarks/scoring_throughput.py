@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from grkd_trl.groups import DataCollatorForGroups, tokenize_completions
+from grkd_trl.data import DataCollatorForGroups, tokenize_completions
 from grkd_trl.teacher import LocalTeacher
 
 

@@ -14,7 +14,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grkd_trl.groups import DataCollatorForGroups, tokenize_group
+from grkd_trl.data import DataCollatorForGroups, tokenize_group
 from grkd_trl.losses import token_soft_label_loss, topk_soft_label_loss
 from grkd_trl.scoring import score_completions
 

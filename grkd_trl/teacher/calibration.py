@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl import common_prefix_length, pad
-from ..groups import tokenize_completions
+from ..data import tokenize_completions
 from .local import LocalTeacher
 from .protocol import Completions, TeacherScores
 from .writing import evaluating

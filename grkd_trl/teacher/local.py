@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl import get_config_model_id
-from ..groups import DataCollatorForGroups, read_group
+from ..data import DataCollatorForGroups, read_group
 from ..scoring import score_completions, sequence_scores, to_groups, why_not_shared
 from .protocol import Completions, TeacherScores, prompt_seeds
 from .retokenize import encode_prompt, read_groups, template_columns, tokenizer_hash

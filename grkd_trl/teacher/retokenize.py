@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .._trl import tokenize
-from ..groups import tokenize_completions
+from ..data import tokenize_completions
 
 
 def template_columns(columns: Mapping[str, Sequence[Any]] | None, row: int) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def encode_prompt(
     chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[int]:
     """
-    Tokenize a prompt for writing, as [`~groups.tokenize_completions`] does for scoring.
+    Tokenize a prompt for writing, as [`~data.tokenize_completions`] does for scoring.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):

@@ -4,7 +4,7 @@ import torch
 from datasets import Dataset, Features, Sequence, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..groups import DataCollatorForGroups, tokenize_group
+from ..data import DataCollatorForGroups, tokenize_group
 from ..scoring import predicted_mask, score_completions, sequence_scores
 from .local import token_batches
 from .writing import evaluating, pad_token_id

@@ -1,6 +1,5 @@
-from .classification import GRKDForClassificationTrainer
-from .classification_config import GRKDForClassificationConfig
-from .distillation import DistillationForClassificationConfig, DistillationForClassificationTrainer
+"""Trainers, one file a method."""
+
 from .dpo import DPOConfig, DPOTrainer
 from .grkd import GRKDTrainer
 from .grkd_config import GRKDConfig
@@ -13,13 +12,9 @@ from .simpo import SimPOConfig, SimPOTrainer
 
 
 __all__ = [
-    "DistillationForClassificationConfig",
-    "DistillationForClassificationTrainer",
     "DPOConfig",
     "DPOTrainer",
     "GRKDConfig",
-    "GRKDForClassificationConfig",
-    "GRKDForClassificationTrainer",
     "GRKDTrainer",
     "KDConfig",
     "KDTrainer",

@@ -20,9 +20,9 @@ from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer as TRLTrainer
 
 from .. import training
-from ..annotation import rank_datasets
-from ..configs import check_choices, option
-from ..groups import pair_groups, prepare_groups
+from ..data import pair_groups, prepare_groups
+from ..generation.annotation import rank_datasets
+from .config import check_choices, option
 
 
 @dataclass

@@ -18,7 +18,8 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 
 from .. import training
-from ..groups import bring_scores, bring_soft_labels, count_items
+from ..data import bring_scores, bring_soft_labels, count_items
+from ..generation.online import OnlineGroups, prepare_prompts
 from ..losses import (
     alpha_at,
     group_relative_loss,
@@ -27,7 +28,6 @@ from ..losses import (
     token_soft_label_loss,
     topk_soft_label_loss,
 )
-from ..online import OnlineGroups, prepare_prompts
 from ..scoring import score_completions, sequence_scores, to_groups
 from .grkd_config import GRKDConfig
 
@@ -69,10 +69,10 @@ class GRKDTrainer(SFTTrainer):
         args ([`GRKDConfig`], *optional*):
             Configuration. A default one, writing to `<model>-GRKD`, if not given.
         data_collator ([`~transformers.DataCollator`], *optional*):
-            Makes a batch of tokenized groups. Defaults to [`~groups.DataCollatorForGroups`].
+            Makes a batch of tokenized groups. Defaults to [`~data.DataCollatorForGroups`].
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Groups, `{"prompt", "completions", "teacher_scores" (optional)}`, or TRL's preferences, standard or
-            conversational; see [`~groups.read_group`].
+            conversational; see [`~data.read_group`].
         eval_dataset (as `train_dataset`, [`~datasets.DatasetDict`] or `dict`, *optional*):
             Groups to evaluate on.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
@@ -138,7 +138,7 @@ class GRKDTrainer(SFTTrainer):
         if (completion_fn or score_fn) and not args.online:
             raise ValueError(
                 '`completion_fn` and `score_fn` are for online groups: set `completion_source` to "student", "teacher" or '
-                '"mixed", or write and score the groups beforehand with `grkd_trl.groups.generate_groups`.'
+                '"mixed", or write and score the groups beforehand with `grkd_trl.generation.generate_groups`.'
             )
         scored = score_fn is not None or bring_scores(train_dataset, eval_dataset)
         teacher_writes = args.completion_source in ("teacher", "mixed") and completion_fn is None

@@ -5,7 +5,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from ..configs import check_best_metric, check_choices, check_completion_fields, option
+from .config import check_best_metric, check_choices, check_completion_fields, option
 
 
 @dataclass

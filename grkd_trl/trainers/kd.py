@@ -20,10 +20,10 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTConfig, SFTTrainer
 
 from .. import training
-from ..configs import check_choices, check_completion_fields, option
 from ..losses import forward_kl
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
 from ..teacher import shared_vocabulary
+from .config import check_choices, check_completion_fields, option
 
 
 @dataclass

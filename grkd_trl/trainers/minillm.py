@@ -20,7 +20,8 @@ from trl import SFTTrainer
 
 from .. import training
 from .._trl import global_then_local_main_first, pad
-from ..groups import content_seed, first_groups, tokenize_prompt, unit_seed
+from ..data import first_groups, tokenize_prompt
+from ..generation import content_seed, unit_seed
 from ..losses import clipped_policy_loss, minillm_returns, mixture_logps, reverse_kl
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
 from ..teacher import sample_from_mixture, shared_vocabulary

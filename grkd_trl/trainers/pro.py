@@ -20,11 +20,11 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTConfig, SFTTrainer
 
 from .. import training
-from ..annotation import rank_datasets
-from ..configs import check_completion_fields, option
-from ..groups import require_scores
+from ..data import require_scores
+from ..generation.annotation import rank_datasets
 from ..losses import pro_loss
 from ..scoring import score_completions, sequence_scores, to_groups
+from .config import check_completion_fields, option
 
 
 @dataclass

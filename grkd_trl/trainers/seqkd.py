@@ -20,9 +20,9 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTConfig, SFTTrainer
 
 from .. import training
-from ..annotation import teacher_texts
-from ..configs import check_choices, check_completion_fields, option
+from ..generation.annotation import teacher_texts
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
+from .config import check_choices, check_completion_fields, option
 
 
 @dataclass
@@ -96,7 +96,7 @@ class SeqKDTrainer(SFTTrainer):
     r"""
     Trainer for [sequence-level knowledge distillation](https://huggingface.co/papers/1606.07947): the negative
     log-likelihood of what the teacher writes. Of groups that say who wrote them (`written_by`, as
-    [`~groups.generate_groups`] does) it takes the teacher's completions; for others the teacher writes one completion a
+    [`~generation.generate_groups`] does) it takes the teacher's completions; for others the teacher writes one completion a
     prompt before training, and those of the dataset are not read.
 
     Example:

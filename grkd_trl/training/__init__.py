@@ -1,7 +1,7 @@
 """What every trainer of groups does alike, as functions: the objective is the trainer's own, the bookkeeping is here."""
 
-from .checkpoints import train
-from .methods import (
+from ..data.sampler import BalancedSampler, OrderOfEpoch, RepeatedPrompts, balanced_sampler, places_of_process
+from ..trainers.base import (
     count_batch_samples,
     create_model_card,
     evaluation_loop,
@@ -11,14 +11,14 @@ from .methods import (
     prepare_dataset,
     set_signature_columns,
 )
-from .sampler import BalancedSampler, OrderOfEpoch, RepeatedPrompts, balanced_sampler, places_of_process
-from .setup import (
+from ..trainers.checkpoints import train
+from ..trainers.setup import (
     check_teacher,
     resolve_args,
     set_up_groups,
     set_up_teacher,
 )
-from .step import (
+from ..trainers.step import (
     add_group_metrics,
     add_router_loss,
     num_without_repeats,

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -14,14 +14,11 @@ from datasets import Dataset, Features, Sequence, Value
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..data import read_group
+from ..teacher import Teacher
 from .card import summary, write_card
-from .rows import read_group
 from .select import drop_repeats, select_diverse
 from .shards import Shards
-
-
-if TYPE_CHECKING:  # the teacher's room imports this one
-    from ..teacher import Teacher
 
 
 logger = logging.get_logger(__name__)
@@ -142,7 +139,7 @@ def content_seed(prompt: Any) -> int:
 
 def write_unit(
     prompts: list[Any],
-    writers: "dict[str, tuple[Teacher, int]]",
+    writers: dict[str, tuple[Teacher, int]],
     unit: int,
     *,
     seed: int,
@@ -201,9 +198,9 @@ def generate_groups(
     dataset: Dataset,
     config: GroupsConfig,
     *,
-    student: "Teacher | None" = None,
-    teacher: "Teacher | None" = None,
-    scorer: "Teacher | None" = None,
+    student: Teacher | None = None,
+    teacher: Teacher | None = None,
+    scorer: Teacher | None = None,
 ) -> Dataset:
     """
     Make a folder of groups from prompts: write completions, drop empty and repeated ones, keep those furthest apart,
@@ -282,7 +279,7 @@ def _content_hash(dataset: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def _features(dataset: Dataset, config: GroupsConfig, scorer: "Teacher | None") -> Features:
+def _features(dataset: Dataset, config: GroupsConfig, scorer: Teacher | None) -> Features:
     texts = dataset.features["completions"] if config.completion_source == "dataset" else Sequence(Value("string"))
     own = {"completions": texts, "clipped": Sequence(Value("bool")), "written_by": Sequence(Value("string"))}
     if scorer is not None:

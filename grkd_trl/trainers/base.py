@@ -14,9 +14,9 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
-from ..configs import add_objective
-from ..groups import count_items, prepare_groups
-from ..metrics import peak_memory
+from ..data import count_items, prepare_groups
+from .config import add_objective
+from .metrics import peak_memory
 from .step import set_remainder, without_repeats
 
 
@@ -29,7 +29,7 @@ def prepare_dataset(
     formatting_func: Any,
     dataset_name: str,
 ) -> Dataset | IterableDataset:
-    """For `_prepare_dataset`: check and tokenize groups, see [`~groups.prepare_groups`]."""
+    """For `_prepare_dataset`: check and tokenize groups, see [`~data.prepare_groups`]."""
     dataset = prepare_groups(
         dataset,
         processing_class,

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from .losses import ranked_pairs
+from ..losses import ranked_pairs
 
 
 def peak_memory(accelerator: Accelerator) -> dict[str, float]:

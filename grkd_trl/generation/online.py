@@ -14,11 +14,12 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_rich_available
 from trl import SFTTrainer
 
-from . import _trl, training
-from ._trl import print_prompt_completions_sample, unwrap_model_for_generation
-from .groups import DataCollatorForGroups, content_seed, tokenize_completions, write_unit
-from .teacher import CallableScorer, Completions, LocalTeacher
-from .teacher.retokenize import encode_prompt, template_columns
+from .. import _trl, training
+from .._trl import print_prompt_completions_sample, unwrap_model_for_generation
+from ..data import DataCollatorForGroups, tokenize_completions
+from ..teacher import CallableScorer, Completions, LocalTeacher
+from ..teacher.retokenize import encode_prompt, template_columns
+from . import content_seed, write_unit
 
 
 logger = logging.get_logger(__name__)
@@ -34,7 +35,7 @@ class OnlineGroups:
     Args:
         trainer ([`~trl.SFTTrainer`]):
             Trainer with a [`GRKDConfig`], its models placed.
-        collator ([`~groups.DataCollatorForGroups`]):
+        collator ([`~data.DataCollatorForGroups`]):
             Collator of groups.
         completion_fn (`Callable`, *optional*):
             Writes in place of student and teacher, see [`GRKDTrainer`].
@@ -95,7 +96,7 @@ class OnlineGroups:
                 Prompts.
 
         Returns:
-            [`~training.RepeatedPrompts`]: Sampler.
+            [`~data.sampler.RepeatedPrompts`]: Sampler.
 
         Raises:
             `ValueError`: If there are too few prompts.

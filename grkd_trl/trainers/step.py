@@ -9,10 +9,10 @@ from accelerate.data_loader import IterableDatasetShard
 from transformers import Trainer
 from trl import SFTTrainer
 
-from ..groups import count_items, first_groups
-from ..metrics import RunningMeans, add_length_metrics, add_rank_metrics
+from ..data import count_items, first_groups
 from ..scoring import predicted_mask, to_groups
 from ..teacher.writing import evaluating
+from .metrics import RunningMeans, add_length_metrics, add_rank_metrics
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def step_means(trainer: SFTTrainer) -> RunningMeans:
             Trainer, in training or in evaluation.
 
     Returns:
-        [`~metrics.RunningMeans`]: The means of training or those of evaluation.
+        [`~trainers.metrics.RunningMeans`]: The means of training or those of evaluation.
     """
     return trainer.running_means["train" if trainer.model.training else "eval"]
 
@@ -111,7 +111,7 @@ def without_repeats(trainer: SFTTrainer, batch: dict[str, torch.Tensor]) -> dict
             The batch read last.
 
     Returns:
-        `dict[str, torch.Tensor]`: The batch without repeats, see [`~groups.first_groups`].
+        `dict[str, torch.Tensor]`: The batch without repeats, see [`~data.first_groups`].
     """
     num_groups = num_without_repeats(trainer, batch)
     return batch if num_groups == len(batch["group_mask"]) else first_groups(batch, num_groups)
@@ -233,7 +233,7 @@ def add_group_metrics(
         trainer ([`~trl.SFTTrainer`]):
             Trainer.
         inputs (`dict[str, torch.Tensor]`):
-            Batch of [`~groups.DataCollatorForGroups`].
+            Batch of [`~data.DataCollatorForGroups`].
         student_scores (`torch.Tensor` of shape `(P, G)`):
             Student's scores.
         teacher_scores (`torch.Tensor` of shape `(P, G)`):

@@ -40,7 +40,7 @@ def select_diverse(texts: list[str], num: int) -> list[int]:
     Example:
 
     ```python
-    >>> from grkd_trl.groups.select import select_diverse
+    >>> from grkd_trl.generation.select import select_diverse
 
     >>> select_diverse(["aaaa", "aaab", "bbbb"], 2)
     [0, 2]

@@ -20,10 +20,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from .. import classifiers, training
-from ..classifiers import ClassifierOutputs
-from ..configs import option
-from ..metrics import add_class_metrics
+from .. import training
+from ..trainers.config import option
+from ..trainers.metrics import add_class_metrics
+from . import base as classifiers
+from .base import ClassifierOutputs
 
 
 @dataclass
@@ -82,7 +83,7 @@ class DistillationForClassificationTrainer(Trainer):
         args ([`DistillationForClassificationConfig`], *optional*):
             Configuration. A default one, writing to `<model>-DistillationForClassification`, if not given.
         loss_func (`Callable[[ClassifierOutputs, ClassifierOutputs, torch.Tensor], torch.Tensor]`):
-            The loss of student, teacher and labels, see [`~classifiers.ClassifierOutputs`]: one value an example `(B,)`.
+            The loss of student, teacher and labels, see [`~classification.ClassifierOutputs`]: one value an example `(B,)`.
             A loss that relates examples to each other sees those of a micro-batch on one process.
         data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers, peft_config
             (*optional*): As in [`GRKDForClassificationTrainer`].

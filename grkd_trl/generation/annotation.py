@@ -7,8 +7,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from trl import extract_prompt
 
-from .groups import bring_scores
-from .teacher import generate_completions, load_teacher, loading_whole, score_groups, tokenizer_of
+from ..data import bring_scores
+from ..teacher import generate_completions, load_teacher, loading_whole, score_groups, tokenizer_of
 
 
 def _load(args, model, teacher_model, processing_class) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -140,7 +140,7 @@ def teacher_texts(
         if isinstance(dataset, IterableDataset):
             raise ValueError(
                 "The teacher cannot write for a dataset that streams before training. Load it whole, or have the text "
-                "written beforehand (`grkd_trl.groups.generate_groups`)."
+                "written beforehand (`grkd_trl.generation.generate_groups`)."
             )
         if teacher is None:
             teacher, tokenizer = _load(args, model, teacher_model, processing_class)

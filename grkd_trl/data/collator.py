@@ -37,7 +37,7 @@ class DataCollatorForGroups(DataCollatorMixin):
     Example:
 
     ```python
-    >>> from grkd_trl.groups import DataCollatorForGroups
+    >>> from grkd_trl.data import DataCollatorForGroups
 
     >>> collator = DataCollatorForGroups(pad_token_id=0)
     >>> batch = collator(

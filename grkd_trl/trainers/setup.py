@@ -10,11 +10,11 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer import disable_dropout_in_model
 
 from .._trl import get_config_model_id
-from ..groups import DataCollatorForGroups
-from ..metrics import RunningMeans
+from ..data import DataCollatorForGroups
+from ..data.sampler import OrderOfEpoch
 from ..scoring import core_model
 from ..teacher import load_teacher, loading_whole, prepare_teacher, shared_vocabulary
-from .sampler import OrderOfEpoch
+from .metrics import RunningMeans
 
 
 def resolve_args(args: SFTConfig | None, config_class: type[SFTConfig], model: str | PreTrainedModel) -> SFTConfig:
@@ -77,7 +77,7 @@ def set_up_groups(trainer: SFTTrainer, data_collator: DataCollator | None) -> No
         trainer ([`~trl.SFTTrainer`]):
             Trainer.
         data_collator ([`~transformers.DataCollator`], *optional*):
-            Collator that the user gave, in place of [`~groups.DataCollatorForGroups`].
+            Collator that the user gave, in place of [`~data.DataCollatorForGroups`].
     """
     args = trainer.args
     # `SFTTrainer` settles the pad token, so the collator is made after it.

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..configs import check_best_metric, check_choices, option
+from ..trainers.config import check_best_metric, check_choices, option
 
 
 @dataclass

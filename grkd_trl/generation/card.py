@@ -19,7 +19,7 @@ tags:
 
 # Groups of completions
 
-{count} prompts, each with a group of completions, made by `grkd_trl.groups.generate_groups`. `GRKDTrainer` takes them as
+{count} prompts, each with a group of completions, made by `grkd_trl.generation.generate_groups`. `GRKDTrainer` takes them as
 they are: `load_dataset("<this folder>")`.
 
 {pictures}

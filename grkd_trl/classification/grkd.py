@@ -17,10 +17,11 @@ from transformers import (
     TrainerCallback,
 )
 
-from .. import classifiers, training
+from .. import training
 from ..losses import alpha_at, doubt_weights, group_relative_loss, group_soft_label_loss, sample_classes
-from ..metrics import add_class_metrics
-from .classification_config import GRKDForClassificationConfig
+from ..trainers.metrics import add_class_metrics
+from . import base as classifiers
+from .grkd_config import GRKDForClassificationConfig
 
 
 class GRKDForClassificationTrainer(Trainer):
@@ -53,7 +54,7 @@ class GRKDForClassificationTrainer(Trainer):
             Student: a classifier, or its hub id or path.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Classifier of the same classes that reads the same inputs. Not needed where the rows bring
-            `teacher_logits`; see [`~classifiers.add_teacher_outputs`].
+            `teacher_logits`; see [`~classification.add_teacher_outputs`].
         args ([`GRKDForClassificationConfig`], *optional*):
             Configuration. A default one, writing to `<model>-GRKDForClassification`, if not given.
         data_collator ([`~transformers.DataCollator`], *optional*):
