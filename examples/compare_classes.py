@@ -30,7 +30,7 @@ from grkd_trl import (
     GRKDForClassificationConfig,
     GRKDForClassificationTrainer,
 )
-from grkd_trl.classification.base import TEACHER_COLUMNS, classify
+from grkd_trl.classification.outputs import TEACHER_COLUMNS, classify
 from grkd_trl.evaluation import classification_metrics, compare
 
 

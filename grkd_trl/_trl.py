@@ -47,6 +47,9 @@ from trl.trainer.utils import get_config_model_id
 # The main process of the job, then of each node, runs `Dataset.map` first; the others read its cache (1.13).
 from trl.trainer.utils import global_then_local_main_first
 
+# Sets the rate of dropout modules to 0 (0.4).
+from trl.trainer.utils import disable_dropout_in_model
+
 # Pads a list of tensors, to a multiple of a length if asked (0.13).
 from trl.trainer.utils import pad
 

@@ -18,7 +18,7 @@ from grkd_trl import (
     GRKDForClassificationConfig,
     GRKDForClassificationTrainer,
 )
-from grkd_trl.classification.base import add_teacher_outputs
+from grkd_trl.classification import add_teacher_outputs
 from grkd_trl.evaluation import classification_metrics
 
 

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from grkd_trl import DistillationForClassificationTrainer, GRKDForClassificationConfig, GRKDForClassificationTrainer
-from grkd_trl.classification.base import classify
+from grkd_trl.classification.outputs import classify
 from grkd_trl.evaluation import classification_metrics
 from grkd_trl.losses import (
     dist_loss,
@@ -46,7 +46,6 @@ from grkd_trl.losses import (
     sample_classes,
 )
 from grkd_trl.trainers.metrics import rank_correlation
-from grkd_trl.trainers.step import step_generator
 
 
 class TestStep:
@@ -154,7 +153,7 @@ class TestStep:
         trainer, logits = make_trainer(tmp_path), torch.zeros(50, CLASSES)
 
         def drawn():
-            return sample_classes(logits, 3, generator=step_generator(trainer, logits.device))
+            return sample_classes(logits, 3, generator=trainer.step_generator(logits.device))
 
         trainer.model.train()
         first, second = drawn(), drawn()

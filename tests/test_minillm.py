@@ -12,7 +12,6 @@ from test_scoring import LargestTensor
 from tiny import use_tiles
 
 import grkd_trl
-from grkd_trl import training
 from grkd_trl.teacher import mixture as mixture_module
 from grkd_trl.teacher import sample_from_mixture
 
@@ -252,7 +251,7 @@ class TestWholeStep:
         trainer, _, steps = run(tmp_path, rows=make_rows(12), text_dataset=texts, **split)
         read = [TOKENIZER.decode(ids) for _, rows in steps for ids in rows]
         assert sorted(read) == sorted(text + " <eos>" for text in TEXTS)  # each once in three steps of four
-        shuffled = [TOKENIZER.decode(ids) for ids in trainer._text_ids]
+        shuffled = [TOKENIZER.decode(ids) for ids in trainer.rollouts.text_ids]
         assert read == shuffled
 
     def test_importance_weights_average_to_one(self, tmp_path):
@@ -280,7 +279,7 @@ class TestWholeStep:
         trainer, (gradients,), _ = run(tmp_path, model=model, teacher_model=model, peft_config=lora)
         assert trainer.teacher_model is trainer.model
         assert logged(trainer, "loss/single_step")[0] > 1e-4 and gradients
-        with training.teaching(trainer, trainer.model) as teacher:
+        with trainer.teaching(trainer.model) as teacher:
             again = teacher(input_ids=torch.tensor([[4, 5]])).logits
         torch.testing.assert_close(again, make_student()(input_ids=torch.tensor([[4, 5]])).logits)
         assert before
@@ -313,7 +312,7 @@ class TestLearning:
 
 class TestErrors:
     def test_no_teacher(self, tmp_path):
-        with pytest.raises(ValueError, match="`MiniLLMTrainer` samples with it.*`SeqKDTrainer` completions"):
+        with pytest.raises(ValueError, match="`MiniLLMTrainer` learns from its.*`SeqKDTrainer` completions"):
             make_trainer(tmp_path, method="MiniLLM", teacher_model=None)
 
     def test_across_tokenizers(self, tmp_path):

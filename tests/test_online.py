@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 from tiny import tiny_model, tiny_tokenizer
 
 from grkd_trl import GRKDConfig, GRKDTrainer
-from grkd_trl.data.sampler import RepeatedPrompts, places_of_process
+from grkd_trl.data.sampler import RepeatedPrompts, indices_of_process
 from grkd_trl.generation import GroupsConfig, generate_groups
 from grkd_trl.teacher import Completions, LocalTeacher
 
@@ -257,9 +257,9 @@ class TestSchedule:
 
     @pytest.mark.parametrize("processes, size, accumulation", [(1, 4, 1), (1, 2, 2), (2, 2, 1), (2, 1, 2), (4, 1, 1)])
     def test_a_step_has_the_same_prompts_on_any_number_of_processes(self, processes, size, accumulation):
-        """Two steps of four prompts, at their places."""
-        shares = [places_of_process(process, processes, size, 2 * accumulation) for process in range(processes)]
-        given = list(RepeatedPrompts(8, 8, 1, seed=0, places=[place for share in shares for place in share]))
+        """Two steps of four prompts, at their indices."""
+        shares = [indices_of_process(process, processes, size, 2 * accumulation) for process in range(processes)]
+        given = list(RepeatedPrompts(8, 8, 1, seed=0, indices=[index for share in shares for index in share]))
         whole = list(RepeatedPrompts(8, 8, 1, seed=0))
         of_step, of_process = accumulation * size, 2 * accumulation * size
         for step in range(2):

@@ -88,9 +88,11 @@ class TestCutOff:
         self.run(tmp_path)
         for step in range(1, 5):
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").unlink()
-        with pytest.raises(ValueError, match="checkpoint-2 is not whole.*Delete it, and set `resume_from_checkpoint`"):
+        with pytest.raises(
+            ValueError, match="checkpoint-2 is incomplete.*Delete it, and set `resume_from_checkpoint`"
+        ):
             self.run(tmp_path, str(tmp_path / "checkpoint-2"))
-        with pytest.raises(ValueError, match="No checkpoint in .* is whole.*checkpoint-4 was written"):
+        with pytest.raises(ValueError, match="Every checkpoint in .* is incomplete.*saving .*checkpoint-4"):
             self.run(tmp_path, True)
         with pytest.raises(ValueError, match="No valid checkpoint found"):  # of transformers
             self.run(tmp_path / "empty", True)

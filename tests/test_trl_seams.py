@@ -16,6 +16,7 @@ from transformers import Trainer
 from trl import DPOTrainer, SFTConfig, SFTTrainer
 
 from grkd_trl import GRKDConfig, GRKDTrainer, _trl
+from grkd_trl.trainers import GroupTrainer
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +30,7 @@ CALLS = {
             ["add_generation_prompt", "continue_final_message", "tools", "enable_thinking"],
         ),
     ],
+    "disable_dropout_in_model": [(["model"], [])],
     "common_prefix_length": [(["ids", "other_ids"], [])],
     "create_model_from_path": [(["path"], ["dtype", "attn_implementation", "revision"])],
     "get_config_model_id": [(["config"], [])],
@@ -107,10 +109,10 @@ class TestSFTTrainer:
     def test_prepare_dataset(self):
         theirs = names(SFTTrainer._prepare_dataset)
         assert theirs == "self dataset processing_class args packing formatting_func dataset_name".split()
-        assert names(GRKDTrainer._prepare_dataset) == theirs
+        assert names(GroupTrainer._prepare_dataset) == theirs
 
     def test_constructor_takes_every_keyword_we_pass(self):
-        tree = ast.parse(textwrap.dedent(inspect.getsource(GRKDTrainer.__init__)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(GroupTrainer.__init__)))
         (call,) = (
             node
             for node in ast.walk(tree)

@@ -76,6 +76,7 @@ class TestImports:
         assert ("grkd_trl", "_trl") in imports(ROOT / "grkd_trl/__init__.py")
         assert "_trl" in rooms(ROOT / "grkd_trl/__init__.py")
         assert "losses" in rooms(ROOT / "grkd_trl/trainers/grkd.py")
+        assert "trainers.base" in rooms(ROOT / "grkd_trl/trainers/grkd.py")
 
     @each(LOSSES)
     def test_losses_import_torch_alone(self, path):
@@ -84,9 +85,8 @@ class TestImports:
 
     @each([path for path in PACKAGE if path.name != "_trl.py"])
     def test_inside_of_trl_is_reached_through_one_module(self, path):
-        allowed = {("trl.trainer", "add_fused_lm_head"), ("trl.trainer", "disable_dropout_in_model")}
         inside = {(module, name) for module, name in imports(path) if module.split(".")[0] == "trl"}
-        inside = {(module, name) for module, name in inside - allowed if module != "trl" or not name}
+        inside = {(module, name) for module, name in inside if module != "trl" or not name}
         assert not inside, "import it in grkd_trl/_trl.py, with the reason"
         assert not [name for module, name in imports(path) if module == "trl" and name.startswith("_")]
 
@@ -96,12 +96,12 @@ class TestImports:
         others = {method.stem for method in METHODS} - {path.stem}
         assert not {room.split("_")[0] for room in entered} & others
 
-    @each([path for path in PACKAGE if path.parent.name not in ("grkd_trl", "training")])
+    @each([path for path in PACKAGE if path.parent.name != "grkd_trl"])
     def test_a_room_is_entered_from_those_after_it_alone(self, path):
         """Imports inside functions and under TYPE_CHECKING count."""
         own = path.relative_to(ROOT / "grkd_trl").parts[0]
         entered = {room.split(".")[0] for room in rooms(path)}
-        assert entered <= {*ROOMS[: ROOMS.index(own) + 1], "training"}
+        assert entered <= {*ROOMS[: ROOMS.index(own) + 1]}
 
     @each([path for path in PACKAGE if path.parent.name == "grkd_trl" and path.name != "__init__.py"])
     def test_no_file_outside_the_rooms_is_a_back_door(self, path):
@@ -188,7 +188,7 @@ class TestDocstrings:
 class TestSize:
     @each(PACKAGE)
     def test_a_file_is_read_in_one_sitting(self, path):
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 380
 
     @each(PACKAGE)
     def test_a_constructor_is_one_screen(self, path):

@@ -15,16 +15,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
-from .. import training
 from ..trainers.config import option
 from ..trainers.metrics import add_class_metrics
-from . import base as classifiers
-from .base import ClassifierOutputs
+from .base import ClassifierTrainer
+from .outputs import ClassifierOutputs, classify
 
 
 @dataclass
@@ -58,7 +56,7 @@ class DistillationForClassificationConfig(TrainingArguments):
         super().__post_init__()
 
 
-class DistillationForClassificationTrainer(Trainer):
+class DistillationForClassificationTrainer(ClassifierTrainer):
     r"""
     Trainer for a classifier that learns from labels and from a teacher by a loss that you name:
 
@@ -95,6 +93,8 @@ class DistillationForClassificationTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
+    config_class = DistillationForClassificationConfig
+
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -115,9 +115,10 @@ class DistillationForClassificationTrainer(Trainer):
                 f"`loss_func` must be a function of student, teacher and labels, got {loss_func!r}; e.g. `lambda student, "
                 "teacher, labels: dist_loss(student.logits, teacher.logits)` with a loss of `grkd_trl.losses`."
             )
-        args = training.resolve_args(args, DistillationForClassificationConfig, model)
+        self.loss_func = loss_func
         super().__init__(
-            model=classifiers.load_student(model, peft_config),
+            model=model,
+            teacher_model=teacher_model,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
@@ -126,35 +127,17 @@ class DistillationForClassificationTrainer(Trainer):
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
+            peft_config=peft_config,
         )
-        self.loss_func = loss_func
-        classifiers.set_up_teacher(self, teacher_model)
 
-    _set_signature_columns_if_needed = classifiers.set_signature_columns
-    get_batch_samples = classifiers.count_batch_samples
-    train = training.train
-    prediction_step = classifiers.prediction_step
-    evaluation_loop = training.evaluation_loop
-    log = classifiers.log
-
-    def objective(self, means: dict[str, float]) -> float:
-        """
-        The loss from the means it is made of.
-
-        Args:
-            means (`dict[str, float]`):
-                What `compute_loss` logs.
-
-        Returns:
-            `float`: The loss.
-        """
+    def objective(self, means):
         hard = self.args.hard_label_weight * means.get("loss/hard", 0.0)
         return hard + self.args.distillation_weight * means["loss/distillation"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        args, means, labels = self.args, training.step_means(self), inputs.get("labels")
-        teacher = classifiers.teach(self, inputs)
-        student = classifiers.classify(model, inputs, self.model)
+        args, means, labels = self.args, self.means, inputs.get("labels")
+        teacher = self.teach(inputs)
+        student = classify(model, inputs, self.model)
 
         distillation = self.loss_func(student, teacher, labels)
         losses = args.distillation_weight * distillation
@@ -164,7 +147,7 @@ class DistillationForClassificationTrainer(Trainer):
             )
             losses = losses + args.hard_label_weight * hard
             means.add("loss/hard", hard)
-        loss = losses.sum() / classifiers.count_rows(self, student.logits, num_items_in_batch)
+        loss = losses.sum() / self.count_rows(student.logits, num_items_in_batch)
 
         means.add("loss/distillation", distillation)
         add_class_metrics(means, student.logits, teacher.logits, correlation=not self.model.training)

@@ -1,30 +1,16 @@
 """Group Relative Knowledge Distillation over the classes of a classifier (https://huggingface.co/papers/2504.20482)."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
-from peft import PeftConfig, PeftModel
-from transformers import (
-    BaseImageProcessor,
-    DataCollator,
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-    Trainer,
-    TrainerCallback,
-)
 
-from .. import training
 from ..losses import alpha_at, doubt_weights, group_relative_loss, group_soft_label_loss, sample_classes
 from ..trainers.metrics import add_class_metrics
-from . import base as classifiers
+from .base import ClassifierTrainer
 from .grkd_config import GRKDForClassificationConfig
+from .outputs import classify
 
 
-class GRKDForClassificationTrainer(Trainer):
+class GRKDForClassificationTrainer(ClassifierTrainer):
     r"""
     Trainer for Group Relative Knowledge Distillation (GRKD), introduced in [Group Relative Knowledge Distillation:
     Learning from Teacher's Relational Inductive Bias](https://huggingface.co/papers/2504.20482), where the group is the
@@ -50,70 +36,16 @@ class GRKDForClassificationTrainer(Trainer):
     ```
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Student: a classifier, or its hub id or path.
-        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Classifier of the same classes that reads the same inputs. Not needed where the rows bring
-            `teacher_logits`; see [`~classification.add_teacher_outputs`].
-        args ([`GRKDForClassificationConfig`], *optional*):
-            Configuration. A default one, writing to `<model>-GRKDForClassification`, if not given.
-        data_collator ([`~transformers.DataCollator`], *optional*):
-            As in [`~transformers.Trainer`].
-        train_dataset ([`~datasets.Dataset`] or [`~torch.utils.data.Dataset`]):
-            Rows as the student takes them, with `labels` where `hard_label_weight` is above 0 and `teacher_logits` `(C,)`
-            where there is no teacher. Rows of a [`~datasets.Dataset`] are checked before the first step.
-        eval_dataset (as `train_dataset`, or `dict`, *optional*):
-            Rows to evaluate on.
-        processing_class (*optional*):
-            Tokenizer or image processor, as in [`~transformers.Trainer`].
-        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
-            Metrics from `predictions`, the student's logits `(N, C)`, and `label_ids`, e.g.
-            [`~evaluation.classification_metrics`].
-        callbacks, optimizers, peft_config (*optional*):
-            As in [`~trl.DPOTrainer`].
+        model, teacher_model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics,
+        callbacks, optimizers, peft_config:
+            As in [`~classification.base.ClassifierTrainer`].
 
     Raises:
         `ValueError`: Before the first step, if a row is bad, if a teacher is missing, or if its classes are not the
             student's.
     """
 
-    # `compute_loss` divides by the examples of the whole optimizer step, on all processes.
-    loss_is_scaled_for_ga = True
-
-    def __init__(
-        self,
-        model: str | PreTrainedModel | PeftModel,
-        teacher_model: str | PreTrainedModel | None = None,
-        args: GRKDForClassificationConfig | None = None,
-        data_collator: DataCollator | None = None,
-        train_dataset: Dataset | torch.utils.data.Dataset | None = None,
-        eval_dataset: Dataset | torch.utils.data.Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | BaseImageProcessor | ProcessorMixin | None = None,
-        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        peft_config: PeftConfig | None = None,
-    ):
-        args = training.resolve_args(args, GRKDForClassificationConfig, model)
-        super().__init__(
-            model=classifiers.load_student(model, peft_config),
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        classifiers.set_up_teacher(self, teacher_model)
-
-    _set_signature_columns_if_needed = classifiers.set_signature_columns
-    get_batch_samples = classifiers.count_batch_samples
-    train = training.train
-    prediction_step = classifiers.prediction_step
-    evaluation_loop = training.evaluation_loop
-    log = classifiers.log
+    config_class = GRKDForClassificationConfig
 
     @property
     def alpha(self) -> float:
@@ -125,26 +57,16 @@ class GRKDForClassificationTrainer(Trainer):
             schedule=self.args.alpha_schedule,
         )
 
-    def objective(self, means: dict[str, float]) -> float:
-        """
-        The loss from the means it is made of.
-
-        Args:
-            means (`dict[str, float]`):
-                What `compute_loss` logs.
-
-        Returns:
-            `float`: The loss at this point of the run.
-        """
+    def objective(self, means):
         distillation = (1 - self.alpha) * means["loss/soft"] + self.alpha * means["loss/relative"]
         share = self.args.hard_label_weight
         return share * means.get("loss/hard", 0.0) + (1 - share) * distillation
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, alpha, share = self.args, self.alpha, self.args.hard_label_weight
-        means = training.step_means(self)
-        teacher_logits = classifiers.teach(self, inputs).logits
-        logits = classifiers.classify(model, inputs, self.model).logits
+        means = self.means
+        teacher_logits = self.teach(inputs).logits
+        logits = classify(model, inputs, self.model).logits
 
         # Equations 1 and 2: one value an example
         ranked, ranked_teacher = logits, teacher_logits
@@ -153,7 +75,7 @@ class GRKDForClassificationTrainer(Trainer):
                 teacher_logits,
                 args.sampled_classes,
                 temperature=args.sampling_temperature,
-                generator=training.step_generator(self, teacher_logits.device),
+                generator=self.step_generator(teacher_logits.device),
             )
             ranked, ranked_teacher = logits.gather(-1, drawn), teacher_logits.gather(-1, drawn)
         relative = group_relative_loss(
@@ -175,7 +97,7 @@ class GRKDForClassificationTrainer(Trainer):
             )
             losses = losses + share * hard
             means.add("loss/hard", hard)
-        loss = losses.sum() / classifiers.count_rows(self, logits, num_items_in_batch)
+        loss = losses.sum() / self.count_rows(logits, num_items_in_batch)
 
         means.add("loss/relative", relative)
         means.add("loss/soft", soft)

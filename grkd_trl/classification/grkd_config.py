@@ -81,7 +81,7 @@ class GRKDForClassificationConfig(TrainingArguments):
     weigh_by_doubt: bool = option(False, "Weigh examples of which the teacher is unsure as much as the others.")
 
     def __post_init__(self):
-        check_choices(self, GRKDForClassificationConfig)
+        check_choices(self)
         for name in ("sampling_temperature", "ranking_temperature", "soft_label_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
-from torch.utils.data import RandomSampler, Sampler
-from transformers import TrainerCallback
-from trl import SFTTrainer
+from torch.utils.data import Sampler
+from transformers import TrainingArguments
 
 
 class BalancedSampler(Sampler[int]):
@@ -82,28 +81,39 @@ class BalancedSampler(Sampler[int]):
         return sum(self.num_rows[row] for row in rows) * max(self.lengths[row] for row in rows)
 
 
-def balanced_sampler(self: SFTTrainer, train_dataset: Dataset | None = None) -> Sampler | None:
-    """For `_get_train_sampler`: on several processes, random order comes as [`BalancedSampler`] arranges it."""
-    sampler = SFTTrainer._get_train_sampler(self, train_dataset)
-    if not isinstance(sampler, RandomSampler) or self.args.world_size == 1:
+def balance(sampler: Sampler[int], groups: Dataset, args: TrainingArguments, batch_size: int) -> Sampler[int]:
+    """
+    A random order as [`BalancedSampler`] arranges it, on several processes.
+
+    Args:
+        sampler ([`~torch.utils.data.Sampler`]):
+            Random order.
+        groups ([`~datasets.Dataset`]):
+            Tokenized groups, with their `num_completions` and `length`.
+        args ([`~trl.SFTConfig`]):
+            Configuration.
+        batch_size (`int`):
+            Groups of a micro-batch.
+
+    Returns:
+        [`~torch.utils.data.Sampler`]: The order; on one process as it was.
+    """
+    if args.world_size == 1:
         return sampler
-    groups = self.train_dataset  # with the columns that the collator does not read
-    if "num_completions" not in groups.column_names:  # tokenized by the user
-        return sampler
-    longest = self.args.max_length or math.inf
+    longest = args.max_length or math.inf
     return BalancedSampler(
-        SeedableRandomSampler(sampler.data_source, data_seed=self.args.data_seed),  # as accelerate makes it
+        SeedableRandomSampler(sampler.data_source, data_seed=args.data_seed),  # as accelerate makes it
         groups["num_completions"],
         [min(length, longest) for length in groups["length"]],
-        batch_size=self._train_batch_size,
-        num_processes=self.args.world_size,
-        accumulation_steps=self.args.gradient_accumulation_steps,
+        batch_size=batch_size,
+        num_processes=args.world_size,
+        accumulation_steps=args.gradient_accumulation_steps,
     )
 
 
-def places_of_process(process: int, num_processes: int, batch_size: int, num_batches: int) -> list[int]:
+def indices_of_process(process: int, num_processes: int, batch_size: int, num_batches: int) -> list[int]:
     """
-    Places, in the order of the steps, of the rows of one process: each micro-batch of all processes is shared out in
+    Indices, in the order of the steps, of the rows of one process: each micro-batch of all processes is shared out in
     order.
 
     Args:
@@ -117,10 +127,10 @@ def places_of_process(process: int, num_processes: int, batch_size: int, num_bat
             Micro-batches of each process.
 
     Returns:
-        `list[int]`: Places.
+        `list[int]`: Indices.
     """
     firsts = range(process * batch_size, num_batches * num_processes * batch_size, num_processes * batch_size)
-    return [place for first in firsts for place in range(first, first + batch_size)]
+    return [index for first in firsts for index in range(first, first + batch_size)]
 
 
 class RepeatedPrompts(Sampler[int]):
@@ -138,15 +148,15 @@ class RepeatedPrompts(Sampler[int]):
             Times that a chunk is given.
         seed (`int`):
             Seed of the order.
-        places (`list[int]`, *optional*):
-            Places in the chunk in the order they are given in.
+        indices (`list[int]`, *optional*):
+            Indices in the chunk in the order they are given in.
     """
 
     def __init__(
-        self, num_prompts: int, chunk_size: int, repeat_count: int, seed: int, places: list[int] | None = None
+        self, num_prompts: int, chunk_size: int, repeat_count: int, seed: int, indices: list[int] | None = None
     ):
         self.num_prompts, self.chunk_size, self.repeat_count, self.seed = num_prompts, chunk_size, repeat_count, seed
-        self.places = list(range(chunk_size)) if places is None else places
+        self.indices = list(range(chunk_size)) if indices is None else indices
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -164,17 +174,7 @@ class RepeatedPrompts(Sampler[int]):
         order = torch.randperm(self.num_prompts, generator=generator).tolist()
         for start in range(0, self.num_prompts - self.chunk_size + 1, self.chunk_size):
             for _ in range(self.repeat_count):
-                yield from (order[start + place] for place in self.places)
+                yield from (order[start + index] for index in self.indices)
 
     def __len__(self) -> int:
         return self.num_prompts // self.chunk_size * self.chunk_size * self.repeat_count
-
-
-class OrderOfEpoch(TrainerCallback):
-    """
-    Tells the sampler which epoch begins. On several processes accelerate 1.15 does not where an epoch is resumed in its
-    middle, and then that epoch has the order of the first.
-    """
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        train_dataloader.set_epoch(int(state.epoch))

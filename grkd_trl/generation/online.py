@@ -14,9 +14,10 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_rich_available
 from trl import SFTTrainer
 
-from .. import _trl, training
+from .. import _trl
 from .._trl import print_prompt_completions_sample, unwrap_model_for_generation
 from ..data import DataCollatorForGroups, tokenize_completions
+from ..data.sampler import RepeatedPrompts, indices_of_process
 from ..teacher import CallableScorer, Completions, LocalTeacher
 from ..teacher.retokenize import encode_prompt, template_columns
 from . import content_seed, write_unit
@@ -86,7 +87,7 @@ class OnlineGroups:
         """
         return self.collator(rows) if "completion_ids" in rows[0] else rows
 
-    def sampler(self, dataset: Any) -> training.RepeatedPrompts:
+    def sampler(self, dataset: Any) -> RepeatedPrompts:
         """
         Order of the prompts. Each batch holds all prompts that groups are made for at once, and comes once for each
         micro-batch that is trained on them.
@@ -109,12 +110,12 @@ class OnlineGroups:
             )
         repeat_count = args.gradient_accumulation_steps * args.generate_every * args.reuse_groups
         places = [place for process in range(args.world_size) for place in self._places(process)]
-        return training.RepeatedPrompts(len(dataset), size, repeat_count, args.seed, places)
+        return RepeatedPrompts(len(dataset), size, repeat_count, args.seed, places)
 
     def _places(self, process: int) -> list[int]:
         args = self.trainer.args
         num_batches = args.gradient_accumulation_steps * args.generate_every
-        return training.places_of_process(process, args.world_size, args.per_device_train_batch_size, num_batches)
+        return indices_of_process(process, args.world_size, args.per_device_train_batch_size, num_batches)
 
     @property
     def batch_size(self) -> int:
@@ -276,7 +277,7 @@ class OnlineGroups:
     @contextmanager
     def _teacher(self) -> Iterator[LocalTeacher]:
         trainer = self.trainer
-        with training.teaching(trainer, trainer.model_wrapped) as model:
+        with trainer.teaching(trainer.model_wrapped) as model:
             checkpointing = trainer.args.gradient_checkpointing_kwargs
             with unwrap_model_for_generation(
                 model, trainer.accelerator, gradient_checkpointing_kwargs=checkpointing

@@ -3,7 +3,15 @@
 from .calibration import SELECTION_TEMPLATE, CalibratedTeacher, calibrate_scores, selection_probs
 from .local import LocalTeacher, score_groups
 from .mixture import sample_from_mixture
-from .models import load_teacher, loading_whole, prepare_teacher, shared_vocabulary, tokenizer_of
+from .models import (
+    disable_dropout,
+    is_base_of,
+    load_teacher,
+    loading_whole,
+    prepare_teacher,
+    shared_vocabulary,
+    tokenizer_of,
+)
 from .protocol import Completions, Teacher, TeacherScores
 from .scorer import CallableScorer
 from .server import ServerTeacher, TeacherError
@@ -23,7 +31,9 @@ __all__ = [
     "TeacherScores",
     "cache_soft_labels",
     "calibrate_scores",
+    "disable_dropout",
     "generate_completions",
+    "is_base_of",
     "load_teacher",
     "loading_whole",
     "prepare_teacher",

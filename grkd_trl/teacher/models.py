@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import (
@@ -19,9 +20,14 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.utils import logging
-from trl.trainer import disable_dropout_in_model
 
-from .._trl import create_model_from_path, get_config_model_id, prepare_deepspeed, prepare_fsdp
+from .._trl import (
+    create_model_from_path,
+    disable_dropout_in_model,
+    get_config_model_id,
+    prepare_deepspeed,
+    prepare_fsdp,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -44,8 +50,49 @@ def load_teacher(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | Non
         model = create_model_from_path(model, **(init_kwargs or {}))
     elif init_kwargs:
         logger.warning("`teacher_model_init_kwargs` is ignored: `teacher_model` is a model already.")
-    disable_dropout_in_model(model)
+    disable_dropout(model)
     return model.requires_grad_(False).eval()
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """
+    Set every dropout of a model to 0, in place.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model.
+    """
+    disable_dropout_in_model(model)
+    for module in model.modules():  # attention holds its rate as a number, which TRL's function leaves
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def is_base_of(
+    student: PreTrainedModel | PeftModel, teacher_model: str | PreTrainedModel, args: TrainingArguments
+) -> bool:
+    """
+    Whether a teacher is the base of the student's adapters, as an object or as the id or path that both name. It need
+    not be loaded again then.
+
+    Args:
+        student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Student.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`]):
+            Teacher.
+        args ([`~transformers.TrainingArguments`]):
+            Configuration with `model_init_kwargs` and `teacher_model_init_kwargs`.
+
+    Returns:
+        `bool`: `True` if both have the same weights, loaded in the same way.
+    """
+    if not isinstance(student, PeftModel):
+        return False
+    if not isinstance(teacher_model, str):
+        return teacher_model is student or teacher_model is student.get_base_model()
+    same_weights = not hasattr(student.config, "quantization_config")
+    same_kwargs = args.teacher_model_init_kwargs in (None, args.model_init_kwargs)
+    return teacher_model == get_config_model_id(student.config) and same_weights and same_kwargs
 
 
 def prepare_teacher(model: PreTrainedModel, accelerator: Accelerator, *, sharding: str = "auto") -> torch.nn.Module:

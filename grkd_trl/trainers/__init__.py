@@ -1,5 +1,7 @@
 """Trainers, one file a method."""
 
+from .base import GroupTrainer
+from .config import GroupConfig
 from .dpo import DPOConfig, DPOTrainer
 from .grkd import GRKDTrainer
 from .grkd_config import GRKDConfig
@@ -12,6 +14,8 @@ from .simpo import SimPOConfig, SimPOTrainer
 
 
 __all__ = [
+    "GroupConfig",
+    "GroupTrainer",
     "DPOConfig",
     "DPOTrainer",
     "GRKDConfig",

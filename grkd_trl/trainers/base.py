@@ -1,144 +1,334 @@
-"""Methods that a trainer takes as its own, `prediction_step = training.prediction_step`.
+"""What every method that trains on groups shares: constructor, data, counts, logging, resume and card."""
 
-Each overrides a method of `Trainer` or `SFTTrainer`, whose arguments are described there. The trainer has
-`objective(means)`, the loss from the means that are logged, and the `equation` for its card.
-"""
-
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTConfig, SFTTrainer
+from peft import PeftConfig, PeftModel
+from torch.utils.data import RandomSampler
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from transformers.trainer_utils import EvalPrediction
+from trl import SFTTrainer
 
-from ..data import count_items, prepare_groups
-from .config import add_objective
-from .metrics import peak_memory
-from .step import set_remainder, without_repeats
-
-
-def prepare_dataset(
-    self: SFTTrainer,
-    dataset: Dataset | IterableDataset,
-    processing_class: Any,
-    args: SFTConfig,
-    packing: bool,
-    formatting_func: Any,
-    dataset_name: str,
-) -> Dataset | IterableDataset:
-    """For `_prepare_dataset`: check and tokenize groups, see [`~data.prepare_groups`]."""
-    dataset = prepare_groups(
-        dataset,
-        processing_class,
-        max_length=args.max_length,
-        truncation_mode=args.truncation_mode,
-        min_gap=getattr(args, "min_gap", 0.0),
-        min_completions=getattr(self, "min_completions", 2),
-        num_proc=args.dataset_num_proc,
-        name=dataset_name,
-    )
-    return number_rows(dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset)
+from ..data import DataCollatorForGroups, count_items, prepare_groups
+from ..data.repeats import number_rows, reduce_remainder, without_repeats
+from ..data.sampler import balance
+from ..scoring import predicted_mask, to_groups
+from ..teacher import disable_dropout, is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary
+from ..teacher.writing import evaluating
+from .card import add_objective
+from .checkpoints import OrderOfEpoch, prepare_resume
+from .compile import compile_layers, take_over_compilation
+from .config import GroupConfig, resolve_args
+from .metrics import RunningMeans, add_length_metrics, add_rank_metrics, peak_memory
 
 
-def number_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """
-    Number the rows of a stream in a column `row`, by which [`without_repeats`] knows those that several processes repeat.
+class GroupTrainer(SFTTrainer):
+    r"""
+    Base class of the methods that train on groups. A method defines `config_class`, `equation`, `objective` and
+    `compute_loss`, and where it needs them [`~GroupTrainer.bring_teacher`] and [`~GroupTrainer.arrange`].
 
     Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Dataset, or a stream in its final order.
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Student: a hub id or path, loaded in float32 unless `args.model_init_kwargs` says otherwise, or a model.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Teacher: a hub id or path, or a model. Each method says what it is needed for.
+        args ([`GroupConfig`], *optional*):
+            Configuration, of the method's `config_class`. A default one, writing to `<model>-<method>`, if not given.
+        data_collator ([`~transformers.DataCollator`], *optional*):
+            Makes a batch of tokenized groups. Defaults to [`~data.DataCollatorForGroups`].
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Groups, `{"prompt", "completions", "teacher_scores" (optional)}`, or TRL's preferences, standard or
+            conversational; see [`~data.read_group`].
+        eval_dataset (as `train_dataset`, [`~datasets.DatasetDict`] or `dict`, *optional*):
+            Groups to evaluate on.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            Student's tokenizer, loaded from the student's id or path if not given.
+        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
+            Further metrics from `predictions`, the student's scores `(P, G)`, and `label_ids`, the teacher's, both
+            -100 where a group has no completion.
+        callbacks, optimizers, quantization_config, peft_config (*optional*):
+            As in [`~trl.DPOTrainer`].
 
-    Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset as it was, or the stream with the column.
+    Attributes:
+        teacher_model (`torch.nn.Module`, *optional*): Frozen teacher of the training step; `None` where the step needs
+            none. The student itself where its base is the teacher, see [`~GroupTrainer.teaching`].
+        vocab_size (`int`, *optional*): Number of leading token ids that student and teacher share.
+        running_means (`dict[str, RunningMeans]`): What is logged, of `"train"` and of `"eval"`.
     """
-    if not isinstance(dataset, IterableDataset):
+
+    config_class: ClassVar[type[GroupConfig]] = GroupConfig
+    equation: ClassVar[str]
+
+    # Fewest completions of a group. 1 for a method that does not compare.
+    min_completions: ClassVar[int] = 2
+
+    # `compute_loss` divides by the groups or tokens of the whole optimizer step, on all processes.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: GroupConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+    ):
+        args = resolve_args(args, self.config_class, model)
+        if teacher_model is model and not isinstance(model, str | PeftModel) and peft_config is None:
+            raise ValueError(
+                "`model` and `teacher_model` cannot be the same object: the teacher is frozen. With adapters "
+                "(`peft_config`) they can, and the student's base is the teacher."
+            )
+        teacher_model, train_dataset, eval_dataset = self.bring_teacher(
+            args, model, teacher_model, processing_class, train_dataset, eval_dataset
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        # `SFTTrainer` settles the pad token, so the collator is made after it.
+        self.data_collator = data_collator or DataCollatorForGroups(
+            pad_token_id=self._tokenizer.pad_token_id,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+        )
+        if args.disable_dropout:
+            disable_dropout(self.model)
+        # A batch has more rows than groups, so no process can slice another's: each reads its own from a stream too.
+        self.accelerator.dataloader_config.dispatch_batches = False
+        self.compile_plugin = take_over_compilation(self.accelerator, args)
+        compile_layers(self.model, self.compile_plugin)
+        self.running_means = {"train": RunningMeans(), "eval": RunningMeans()}
+        self.teacher_model, self.vocab_size = None, None
+        if teacher_model is not None:
+            self.teacher_model, self.vocab_size = self._place_teacher(teacher_model)
+        self.add_callback(OrderOfEpoch())
+
+    # The teacher
+
+    def bring_teacher(self, args, model, teacher_model, processing_class, *datasets) -> tuple:
+        """
+        What the teacher does before the student is loaded. Returns the teacher of the training step, or `None` where the
+        step needs none, and the datasets. By default the step needs it.
+        """
+        if teacher_model is None:
+            raise ValueError(
+                f"No `teacher_model` was given, and `{type(self).__name__}` learns from its next-token distributions. "
+                "Pass a teacher. Without one, `DPOTrainer`, `SimPOTrainer` and `PROTrainer` accept groups with "
+                "`teacher_scores`, and `SeqKDTrainer` completions that the teacher wrote."
+            )
+        shared_vocabulary(model, teacher_model, processing_class)  # before either is loaded
+        return teacher_model, *datasets
+
+    def _place_teacher(self, teacher_model: str | PreTrainedModel) -> tuple[torch.nn.Module, int]:
+        args, student = self.args, self.model
+        if is_base_of(student, teacher_model, args):
+            return student, student.config.get_text_config().vocab_size
+        with loading_whole(args) if args.teacher_sharding == "replicated" else nullcontext():
+            teacher = load_teacher(teacher_model, args.teacher_model_init_kwargs)
+        vocab_size = shared_vocabulary(student, teacher, self._tokenizer)
+        compile_layers(teacher, self.compile_plugin)
+        return prepare_teacher(teacher, self.accelerator, sharding=args.teacher_sharding), vocab_size
+
+    @contextmanager
+    def teaching(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+        """
+        The teacher for a forward without gradients, given the student as `compute_loss` gets it: the teacher, or the
+        student in evaluation mode with its adapters off, where its base is the teacher.
+        """
+        if self.teacher_model is not self.model:
+            with torch.no_grad():
+                yield self.teacher_model
+            return
+        with evaluating(model), torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+            yield model
+
+    # The data
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        dataset = self.read(dataset, processing_class, args, dataset_name)
+        dataset = self.arrange(
+            dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset, args, dataset_name
+        )
+        return number_rows(dataset)  # last: a repeated row is known by its index
+
+    def read(self, dataset: Dataset | IterableDataset, processing_class: Any, args: GroupConfig, name: str):
+        """Check and tokenize a dataset that the user gave; `name` is for messages. See [`~data.prepare_groups`]."""
+        return prepare_groups(
+            dataset,
+            processing_class,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            min_gap=getattr(args, "min_gap", 0.0),
+            min_completions=self.min_completions,
+            num_proc=args.dataset_num_proc,
+            name=name,
+        )
+
+    def arrange(self, dataset: Dataset | IterableDataset, args: GroupConfig, name: str):
+        """What the method makes of tokenized groups, such as pairs; `name` is for messages."""
         return dataset
-    return dataset.map(lambda _, number: {"row": number}, with_indices=True)
 
+    def _set_signature_columns_if_needed(self):
+        # The columns of a tokenized group are what the collator sees.
+        soft_labels = ["teacher_top_ids", "teacher_top_logps"]
+        self._signature_columns = ["prompt_ids", "completion_ids", "teacher_scores", "clipped", "row", *soft_labels]
+        if self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            self._signature_columns.append(self.args.length_column_name)  # the sampler reads it after the others go
 
-def set_signature_columns(self: SFTTrainer) -> None:
-    """For `_set_signature_columns_if_needed`: the columns of a tokenized group are what the collator sees."""
-    soft_labels = ["teacher_top_ids", "teacher_top_logps"]
-    self._signature_columns = ["prompt_ids", "completion_ids", "teacher_scores", "clipped", "row", *soft_labels]
-    if self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-        self._signature_columns.append(self.args.length_column_name)  # the sampler reads it after the others are gone
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        # Groups with the columns that the collator does not read; those that the user tokenized are not measured.
+        if not isinstance(sampler, RandomSampler) or "num_completions" not in self.train_dataset.column_names:
+            return sampler
+        return balance(sampler, self.train_dataset, self.args, self._train_batch_size)
 
+    # The step
 
-def count_batch_samples(
-    self: SFTTrainer, epoch_iterator: Iterator, num_batches: int, device: torch.device
-) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
-    """For `get_batch_samples`: the micro-batches of an optimizer step, and its groups and completion tokens `(2,)`."""
-    batches, _ = Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
-    if batches:
-        batches[-1] = without_repeats(self, batches[-1])
-    return batches, self.accelerator.reduce(count_items(batches).to(device), reduction="sum")
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of an optimizer step without repeated groups, and its groups and completion tokens `(2,)`."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            batches[-1] = without_repeats(self.accelerator, batches[-1])
+        return batches, self.accelerator.reduce(count_items(batches).to(device), reduction="sum")
 
+    def step_counts(self, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
+        """
+        What a `compute_loss` divides its sums by, so that neither gradient accumulation nor the number of processes
+        changes the loss: the groups and completion tokens of the whole optimizer step. DDP and its kin average the
+        gradients of the processes, so each gets its share of the count.
 
-def prediction_step(
-    self: SFTTrainer,
-    model: torch.nn.Module,
-    inputs: dict[str, torch.Tensor],
-    prediction_loss_only: bool,
-    ignore_keys: list[str] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """
-    For `prediction_step`: loss, student's scores and teacher's scores `(P, G)`, -100 where a completion is absent. A
-    method that has no scores of the teacher gives none.
-    """
-    inputs = self._prepare_inputs(inputs)
-    whole_mask = inputs["group_mask"]
-    set_remainder(self, inputs)
-    inputs = without_repeats(self, inputs)
-    with torch.no_grad(), self.compute_loss_context_manager():
-        loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-    if prediction_loss_only:
-        return loss, None, None
+        Args:
+            inputs (`dict[str, torch.Tensor]`):
+                Micro-batch, whose own counts are taken in evaluation.
+            num_items_in_batch (`torch.Tensor` of shape `(2,)`, *optional*):
+                As `get_batch_samples` gives it, in training.
 
-    def padded(values: torch.Tensor | None) -> torch.Tensor | None:
-        if values is None:
-            return None
-        whole = values.new_full(whole_mask.shape, -100.0)  # `Trainer` joins what is alike on every process
-        whole[: len(values)] = values.masked_fill(~inputs["group_mask"], -100.0)
-        return whole
+        Returns:
+            `torch.Tensor` of shape `(2,)`: Number of groups and of completion tokens, at least 1 in the whole step.
+        """
+        if num_items_in_batch is None:
+            return count_items([inputs]).clamp(min=1)
+        return num_items_in_batch.clamp(min=1) / self.accelerator.num_processes
 
-    return loss, padded(outputs["student_scores"]), padded(outputs.get("teacher_scores"))
+    @property
+    def router_kwargs(self) -> dict[str, bool]:
+        """What the student's forward is asked for where it is a mixture of experts with a load-balancing loss."""
+        return {"output_router_logits": True} if self.aux_loss_enabled else {}
 
+    def add_router_loss(self, loss, aux_loss, num_items_in_batch):
+        """
+        Add the load-balancing loss of a mixture of experts, a scalar that the student's forward gave, to the loss of a
+        micro-batch: a mean over micro-batches, as `SFTTrainer` has it.
+        """
+        if not self.aux_loss_enabled:
+            return loss
+        self.means.add("aux_loss", aux_loss.detach())
+        steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+        return loss + self.router_aux_loss_coef * aux_loss / steps
 
-def evaluation_loop(
-    self: SFTTrainer,
-    dataloader: torch.utils.data.DataLoader,
-    description: str,
-    prediction_loss_only: bool | None = None,
-    ignore_keys: list[str] | None = None,
-    metric_key_prefix: str = "eval",
-) -> EvalLoopOutput:
-    """For `evaluation_loop`: the logged means join the metrics, and the loss is that of the groups, not of batches."""
-    output = Trainer.evaluation_loop(
-        self, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-    )
-    means = self.running_means["eval"].read(self.accelerator)
-    means["loss"] = self.objective(means)
-    output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-    return output
+    # What is logged
 
+    def objective(self, means: dict[str, float]) -> float:
+        """The loss at this point of the run, from the means that `compute_loss` logs."""
+        raise NotImplementedError
 
-def log(self: SFTTrainer, logs: dict[str, float], start_time: float | None = None) -> None:
-    """For `log`: the means of training since the last log join it, and the peak of memory."""
-    if self.model.training and (means := self.running_means["train"].read(self.accelerator)):
-        logs.update(means | peak_memory(self.accelerator))
-    SFTTrainer.log(self, logs, start_time)
+    @property
+    def means(self) -> RunningMeans:
+        """Where `compute_loss` adds what it logs: the means of training or those of evaluation."""
+        return self.running_means["train" if self.model.training else "eval"]
 
+    def add_group_metrics(
+        self, inputs: dict[str, torch.Tensor], student_scores: torch.Tensor, teacher_scores: torch.Tensor
+    ) -> None:
+        """
+        Add what is logged of groups whatever the method: ranks and lengths.
 
-def create_model_card(
-    self: SFTTrainer,
-    model_name: str | None = None,
-    dataset_name: str | None = None,
-    tags: str | list[str] | None = None,
-) -> None:
-    """For `create_model_card`: the card of TRL, with the equation and the fields of the method."""
-    SFTTrainer.create_model_card(self, model_name, dataset_name, tags)
-    if self.is_world_process_zero():
-        add_objective(Path(self.args.output_dir) / "README.md", self.equation, self.args, type(self.args))
+        Args:
+            inputs (`dict[str, torch.Tensor]`):
+                Batch of [`~data.DataCollatorForGroups`].
+            student_scores (`torch.Tensor` of shape `(P, G)`):
+                Student's scores.
+            teacher_scores (`torch.Tensor` of shape `(P, G)`):
+                Teacher's scores.
+        """
+        means, group_mask, min_gap = self.means, inputs["group_mask"], getattr(self.args, "min_gap", 0.0)
+        lengths = to_groups(predicted_mask(inputs["completion_mask"]).sum(-1), group_mask)
+        add_rank_metrics(means, student_scores, teacher_scores, min_gap=min_gap, mask=group_mask)
+        add_length_metrics(means, lengths, inputs["clipped"], teacher_scores, mask=group_mask)
+        means.add("completions/padding_ratio", inputs["attention_mask"] == 0)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """
+        Loss, student's scores and teacher's scores `(P, G)`, -100 where a completion is absent. A method that has no
+        scores of the teacher gives none.
+        """
+        inputs = self._prepare_inputs(inputs)
+        whole_mask = inputs["group_mask"]
+        reduce_remainder(self.accelerator, inputs)
+        inputs = without_repeats(self.accelerator, inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+
+        def padded(values: torch.Tensor | None) -> torch.Tensor | None:
+            if values is None:
+                return None
+            whole = values.new_full(whole_mask.shape, -100.0)  # `Trainer` joins what is alike on every process
+            whole[: len(values)] = values.masked_fill(~inputs["group_mask"], -100.0)
+            return whole
+
+        return loss, padded(outputs["student_scores"]), padded(outputs.get("teacher_scores"))
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        means = self.running_means["eval"].read(self.accelerator)
+        means["loss"] = self.objective(means)  # that of the groups, not of batches
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def log(self, logs, start_time=None):
+        if self.model.training and (means := self.running_means["train"].read(self.accelerator)):
+            logs.update(means | peak_memory(self.accelerator))
+        super().log(logs, start_time)
+
+    # The run
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        resume_from_checkpoint = prepare_resume(self, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            add_objective(Path(self.args.output_dir) / "README.md", self.equation, self.args, type(self.args))

@@ -1,67 +1,75 @@
-"""From which checkpoint a run goes on, and whether this launch can read it."""
+"""From which checkpoint a run resumes, and whether this launch can read it."""
 
 import json
 from pathlib import Path
-from typing import Any
 
-from transformers import Trainer
-from transformers.trainer_utils import TrainOutput, sort_checkpoints
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
 
 
-def train(
-    self: Trainer,
-    resume_from_checkpoint: str | bool | None = None,
-    trial: Any = None,
-    ignore_keys_for_eval: list[str] | None = None,
-) -> TrainOutput:
-    """For `train`: a checkpoint to go on from is whole, and one that this launch can read."""
-    if resume_from_checkpoint and (checkpoint := find_checkpoint(resume_from_checkpoint, self.args.output_dir)):
-        _check_deepspeed(self, Path(checkpoint))
-        resume_from_checkpoint = checkpoint
-    return Trainer.train(self, resume_from_checkpoint, trial, ignore_keys_for_eval)
+def prepare_resume(trainer: Trainer, resume_from_checkpoint: str | bool | None) -> str | bool | None:
+    """
+    Find the checkpoint that a run resumes from, and tell DeepSpeed where it is universal.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer, whose DeepSpeed configuration is told.
+        resume_from_checkpoint (`str` or `bool`, *optional*):
+            A checkpoint, or `True` for the last complete one.
+
+    Returns:
+        `str` or `bool`, *optional*: What `Trainer.train` is given.
+
+    Raises:
+        `ValueError`: If the checkpoint is incomplete, or this launch cannot read it.
+    """
+    if resume_from_checkpoint and (checkpoint := find_checkpoint(resume_from_checkpoint, trainer.args.output_dir)):
+        _prepare_deepspeed(trainer, Path(checkpoint))
+        return checkpoint
+    return resume_from_checkpoint
 
 
 def find_checkpoint(resume_from_checkpoint: str | bool, output_dir: str) -> str | None:
     """
-    The checkpoint that a run goes on from. A kill in the middle of its writing leaves a folder without
-    `trainer_state.json`, which `Trainer` writes last; transformers 5.23 would pick it as the last checkpoint.
+    The checkpoint that a run resumes from. A process killed while saving leaves a folder without `trainer_state.json`,
+    which `Trainer` writes last; transformers 5.23 would pick that folder as the last checkpoint.
 
     Args:
         resume_from_checkpoint (`str` or `bool`):
-            A checkpoint, or `True` for the last one that is whole.
+            A checkpoint, or `True` for the last complete one.
         output_dir (`str`):
             Where `True` looks.
 
     Returns:
-        `str`, *optional*: The checkpoint; `None` where there is none, which `Trainer` says.
+        `str`, *optional*: The checkpoint; `None` where there is none, which `Trainer` reports.
 
     Raises:
-        `ValueError`: If the checkpoint, or every one there is, was cut off.
+        `ValueError`: If the checkpoint, or every checkpoint, is incomplete.
     """
     if resume_from_checkpoint is not True:
-        if Path(resume_from_checkpoint).is_dir() and not _is_whole(resume_from_checkpoint):
+        if Path(resume_from_checkpoint).is_dir() and not _is_complete(resume_from_checkpoint):
             raise ValueError(
-                f"The checkpoint {resume_from_checkpoint} is not whole: the run ended while it was written. Delete it, "
-                "and set `resume_from_checkpoint` to the one before it, or to `True`, which finds the last whole one."
+                f"The checkpoint {resume_from_checkpoint} is incomplete: the run stopped while saving it. Delete it, and set "
+                "`resume_from_checkpoint` to the one before it, or to `True`, which finds the last complete one."
             )
         return resume_from_checkpoint
     checkpoints = sort_checkpoints(output_dir)
-    whole = [checkpoint for checkpoint in checkpoints if _is_whole(checkpoint)]
-    if checkpoints and not whole:
+    complete = [checkpoint for checkpoint in checkpoints if _is_complete(checkpoint)]
+    if checkpoints and not complete:
         raise ValueError(
-            f"No checkpoint in {output_dir} is whole: the run ended while {checkpoints[-1]} was written. Delete them, "
+            f"Every checkpoint in {output_dir} is incomplete: the run stopped while saving {checkpoints[-1]}. Delete them, "
             "and start without `resume_from_checkpoint`."
         )
-    if whole and whole[-1] != checkpoints[-1]:
-        logger.warning(f"{checkpoints[-1]} is not whole; the run goes on from {whole[-1]}.")
-    return whole[-1] if whole else None
+    if complete and complete[-1] != checkpoints[-1]:
+        logger.warning(f"{checkpoints[-1]} is incomplete; resuming from {complete[-1]}.")
+    return complete[-1] if complete else None
 
 
-def _is_whole(checkpoint: str) -> bool:
+def _is_complete(checkpoint: str) -> bool:
     state = Path(checkpoint) / "trainer_state.json"
     begun = Path(checkpoint) / "checkpoint-is-incomplete.txt"  # stands there while a checkpoint at SIGTERM is written
     try:
@@ -71,15 +79,17 @@ def _is_whole(checkpoint: str) -> bool:
     return not begun.exists() or begun.stat().st_mtime < state.stat().st_mtime
 
 
-def _check_deepspeed(trainer: Trainer, checkpoint: Path) -> None:
+def _prepare_deepspeed(trainer: Trainer, checkpoint: Path) -> None:
     # DeepSpeed's optimizer states lie in one file a process, and only as many processes can read them as wrote them.
-    # Where there is no DeepSpeed, `Trainer` would go on with the weights and, in silence, a new optimizer.
+    # Where there is no DeepSpeed, `Trainer` would resume the weights and, in silence, start a new optimizer.
     if not (checkpoint / "latest").is_file():
         return
     tag = (checkpoint / "latest").read_text(encoding="utf-8").strip()
     wrote = len(list((checkpoint / tag).glob("*zero_pp_rank_*_optim_states.pt")))
     reads = trainer.accelerator.num_processes
-    weights = "or train the weights anew: without `resume_from_checkpoint`, and with the checkpoint as `model`"
+    weights = (
+        "or start a new run from the weights: without `resume_from_checkpoint`, and with the checkpoint as `model`"
+    )
     if not trainer.is_deepspeed_enabled:
         raise ValueError(
             f"The checkpoint {checkpoint} was written under DeepSpeed, on {wrote} processes, and only DeepSpeed can read "
@@ -93,7 +103,7 @@ def _check_deepspeed(trainer: Trainer, checkpoint: Path) -> None:
         if wrote != reads or config.get("checkpoint", {}).get("load_universal"):
             raise ValueError(
                 f"The checkpoint {checkpoint} was written under ZeRO-3 on {wrote} processes; this launch has {reads}, "
-                "and neither ZeRO-3 nor its universal checkpoints go on from it with the same numbers. Launch "
+                "and neither ZeRO-3 nor its universal checkpoints resume it with the same numbers. Launch "
                 f'{wrote} processes (without "load_universal"), {weights}.'
             )
     elif wrote != reads:
@@ -106,3 +116,13 @@ def _check_deepspeed(trainer: Trainer, checkpoint: Path) -> None:
                 f"--output_folder {tag}_universal`."
             )
         config.setdefault("checkpoint", {})["load_universal"] = True
+
+
+class OrderOfEpoch(TrainerCallback):
+    """
+    Tells the sampler which epoch begins. On several processes accelerate 1.15 does not when it resumes in the middle of
+    an epoch, which then has the order of the first.
+    """
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        train_dataloader.set_epoch(int(state.epoch))

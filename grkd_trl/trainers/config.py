@@ -1,13 +1,13 @@
-"""What the methods' configurations share: checks of their fields, and their place in the model card."""
+"""What the methods' configurations share."""
 
-from dataclasses import field, fields
-from importlib.metadata import version
-from pathlib import Path
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 from trl import SFTConfig
+
+from .._trl import get_config_model_id
 
 
 logger = logging.get_logger(__name__)
@@ -31,23 +31,39 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
-def check_choices(args: SFTConfig, config_class: type[SFTConfig]) -> None:
+def own_fields(config_class: type[TrainingArguments]) -> list[str]:
     """
-    Check every field of `config_class` that names its choices.
+    Fields that a configuration of this package adds to a library's, or gives another default.
 
     Args:
-        args ([`~trl.SFTConfig`]):
-            Configuration.
         config_class (`type`):
-            Class whose own fields are checked.
+            Configuration class.
+
+    Returns:
+        `list[str]`: Their names.
+    """
+    bases = [
+        base for base in config_class.__mro__ if is_dataclass(base) and not base.__module__.startswith("grkd_trl.")
+    ]
+    given = bases[0].__dataclass_fields__ if bases else {}
+    return [own.name for own in fields(config_class) if given.get(own.name) is not own]
+
+
+def check_choices(args: Any) -> None:
+    """
+    Check every own field of a configuration that names its choices.
+
+    Args:
+        args ([`~transformers.TrainingArguments`] or [`~generation.GroupsConfig`]):
+            Configuration.
 
     Raises:
         `ValueError`: If a value is none of the field's choices.
     """
-    for own in fields(config_class):
-        choices = own.metadata.get("choices")
-        if own.name in config_class.__annotations__ and choices and getattr(args, own.name) not in choices:
-            raise ValueError(f"`{own.name}` must be one of {choices}, got {getattr(args, own.name)!r}.")
+    for name in own_fields(type(args)):
+        choices = args.__dataclass_fields__[name].metadata.get("choices")
+        if choices and getattr(args, name) not in choices:
+            raise ValueError(f"`{name}` must be one of {choices}, got {getattr(args, name)!r}.")
 
 
 def check_completion_fields(args: SFTConfig) -> None:
@@ -94,24 +110,80 @@ def check_best_metric(args: TrainingArguments) -> None:
         )
 
 
-def add_objective(card: Path, equation: str, args: SFTConfig, config_class: type[SFTConfig]) -> None:
+@dataclass
+class GroupConfig(SFTConfig):
+    r"""
+    Base class of the configurations of methods that train on groups.
+
+    Only the parameters that [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`] do not have are listed, or have
+    with another default.
+
+    Parameters:
+        learning_rate (`float`, *optional*, defaults to `1e-6`):
+            Initial learning rate, as in [`~trl.DPOConfig`].
+        teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path.
+        teacher_sharding (`str`, *optional*, defaults to `"auto"`):
+            Where the parameters of a teacher in the training step are on several processes: `"replicated"`, whole on
+            each; `"sharded"`, sharded and gathered layer by layer; `"auto"`, sharded where the student is (ZeRO-3, FSDP).
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether to disable dropout in the student. The teacher never has any.
+        prompt_sharing (`str`, *optional*, defaults to `"auto"`):
+            Whether student and teacher encode each prompt once for all its completions, without padding: `"auto"` where
+            it is faster, `"on"`, or `"off"`; see [`~scoring.score_completions`]. It changes the time, not the loss.
+
+    > [!NOTE]
+    > Fields of [`~trl.SFTConfig`] that would train on anything but whole completions (`packing`, `padding_free`,
+    > `assistant_only_loss`, `completion_only_loss=False`, `loss_type`, `label_smoothing_factor`) are refused.
     """
-    Add to a model card what was minimised, and by which version of this package: the equation, and the method's own
-    fields with their values.
+
+    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+
+    learning_rate: float = option(1e-6, "The initial learning rate for AdamW.")
+    teacher_model_init_kwargs: dict[str, Any] | str | None = option(
+        None, "Keyword arguments for `from_pretrained` of the teacher, when it is an id or a path."
+    )
+    teacher_sharding: str = option(
+        "auto",
+        "Teacher on several processes: 'replicated', 'sharded', or 'auto', sharded where the student is.",
+        choices=["auto", "replicated", "sharded"],
+    )
+    disable_dropout: bool = option(True, "Whether to disable dropout in the student.")
+    prompt_sharing: str = option(
+        "auto",
+        "Whether each prompt is encoded once for all its completions: 'auto' (where it is faster), 'on' or 'off'.",
+        choices=["auto", "on", "off"],
+    )
+
+    def __post_init__(self):
+        check_choices(self)
+        check_completion_fields(self)
+        super().__post_init__()
+
+
+def resolve_args(
+    args: TrainingArguments | None, config_class: type[TrainingArguments], model: str | PreTrainedModel
+) -> TrainingArguments:
+    """
+    The configuration given, or a default one that writes to `<model>-<method>`.
 
     Args:
-        card (`Path`):
-            Model card, which exists.
-        equation (`str`):
-            LaTeX of the loss.
-        args ([`~trl.SFTConfig`]):
-            Configuration of the run.
+        args ([`~transformers.TrainingArguments`], *optional*):
+            Configuration that was given.
         config_class (`type`):
-            Class whose own fields are listed.
+            The method's own, named `<method>Config`.
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Student, which names the default output folder.
+
+    Returns:
+        [`~transformers.TrainingArguments`]: An instance of `config_class`.
+
+    Raises:
+        `TypeError`: If `args` is of another class.
     """
-    rows = "\n".join(f"| `{name}` | `{getattr(args, name)}` |" for name in config_class.__annotations__)
-    section = (
-        f"\n\n## Objective\n\nMinimised with grkd_trl {version('grkd_trl')}:\n\n$$ {equation} $$\n\n"
-        f"| field | value |\n|---|---|\n{rows}\n"
-    )
-    card.write_text(card.read_text(encoding="utf-8") + section, encoding="utf-8")
+    if args is None:
+        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        return config_class(f"{model_id.split('/')[-1]}-{config_class.__name__.removesuffix('Config')}")
+    if not isinstance(args, config_class):
+        raise TypeError(f"`args` must be a `{config_class.__name__}`, got `{type(args).__name__}`.")
+    return args

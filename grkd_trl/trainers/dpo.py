@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from transformers.trainer_utils import EvalPrediction
 from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer as TRLTrainer
 
-from .. import training
 from ..data import pair_groups, prepare_groups
 from ..generation.annotation import rank_datasets
-from .config import check_choices, option
+from .card import add_objective
+from .checkpoints import OrderOfEpoch, prepare_resume
+from .config import check_choices, option, resolve_args
 
 
 @dataclass
@@ -52,7 +54,7 @@ class DPOConfig(TRLConfig):
     )
 
     def __post_init__(self):
-        check_choices(self, DPOConfig)
+        check_choices(self)
         super().__post_init__()
 
 
@@ -116,7 +118,7 @@ class DPOTrainer(TRLTrainer):
         peft_config: PeftConfig | None = None,
         ref_model: PreTrainedModel | None = None,
     ):
-        args = training.resolve_args(args, DPOConfig, model)
+        args = resolve_args(args, DPOConfig, model)
         train_dataset, eval_dataset = rank_datasets(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
         )
@@ -135,10 +137,16 @@ class DPOTrainer(TRLTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        self.add_callback(training.OrderOfEpoch())
+        self.add_callback(OrderOfEpoch())
 
-    train = training.train
-    create_model_card = training.create_model_card
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        resume_from_checkpoint = prepare_resume(self, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            add_objective(Path(self.args.output_dir) / "README.md", self.equation, self.args, type(self.args))
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if "chosen_ids" in (dataset.column_names or next(iter(dataset))):

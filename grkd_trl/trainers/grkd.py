@@ -15,9 +15,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_utils import EvalPrediction
-from trl import SFTTrainer
 
-from .. import training
 from ..data import bring_scores, bring_soft_labels, count_items
 from ..generation.online import OnlineGroups, prepare_prompts
 from ..losses import (
@@ -29,10 +27,11 @@ from ..losses import (
     topk_soft_label_loss,
 )
 from ..scoring import score_completions, sequence_scores, to_groups
+from .base import GroupTrainer
 from .grkd_config import GRKDConfig
 
 
-class GRKDTrainer(SFTTrainer):
+class GRKDTrainer(GroupTrainer):
     r"""
     Trainer for Group Relative Knowledge Distillation (GRKD), introduced in [Group Relative Knowledge Distillation:
     Learning from Teacher's Relational Inductive Bias](https://huggingface.co/papers/2504.20482): for each prompt a
@@ -60,28 +59,13 @@ class GRKDTrainer(SFTTrainer):
     ```
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Student: a hub id or path, loaded in float32 unless `args.model_init_kwargs` says otherwise, or a model.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Teacher. Needed when the rows bring no `teacher_scores`, and when the loss reads the teacher's logits
-            (`soft_label="token"` or `relative_level="tokens"`); not loaded otherwise. If it is the base of the
-            student's adapters it is not loaded again: they are switched off.
-        args ([`GRKDConfig`], *optional*):
-            Configuration. A default one, writing to `<model>-GRKD`, if not given.
-        data_collator ([`~transformers.DataCollator`], *optional*):
-            Makes a batch of tokenized groups. Defaults to [`~data.DataCollatorForGroups`].
-        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Groups, `{"prompt", "completions", "teacher_scores" (optional)}`, or TRL's preferences, standard or
-            conversational; see [`~data.read_group`].
-        eval_dataset (as `train_dataset`, [`~datasets.DatasetDict`] or `dict`, *optional*):
-            Groups to evaluate on.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
-            Student's tokenizer, loaded from the student's id or path if not given.
-        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*):
-            Further metrics from `predictions`, the student's scores `(P, G)`, and `label_ids`, the teacher's, both
-            -100 where a group has no completion.
-        callbacks, optimizers, quantization_config, peft_config (*optional*):
-            As in [`~trl.DPOTrainer`].
+            Teacher. Needed when the rows have no `teacher_scores`, and when the loss reads the teacher's logits
+            (`soft_label="token"` or `relative_level="tokens"`); not loaded otherwise. If it is the base of the student's
+            adapters it is not loaded again: they are switched off.
+        model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks,
+        optimizers, quantization_config, peft_config:
+            As in [`~trainers.GroupTrainer`].
         completion_fn (`Callable`, *optional*):
             Writes online groups in place of student and teacher: `completion_fn(prompts, num_completions, **columns)`
             gives as many texts for each prompt, or [`~teacher.Completions`] to say which were cut.
@@ -99,9 +83,7 @@ class GRKDTrainer(SFTTrainer):
         r"L_{relative} = \mathrm{mean}_{(i, j): s^T_i - s^T_j > g} -\log \sigma((s^S_i - s^S_j) / \tau)"
     )
 
-    # `compute_loss` divides by the groups and tokens of the whole optimizer step, on all processes.
-    loss_is_scaled_for_ga = True
-
+    config_class = GRKDConfig
     _tag_names = ["trl", "grkd"]
     _name = "GRKD"
     _paper = {
@@ -133,27 +115,12 @@ class GRKDTrainer(SFTTrainer):
         completion_fn: Callable[..., list[list[str]]] | None = None,
         score_fn: Callable[..., list[list[float]]] | None = None,
     ):
-        args = training.resolve_args(args, GRKDConfig, model)
-        training.check_teacher(model, teacher_model, peft_config)
-        if (completion_fn or score_fn) and not args.online:
-            raise ValueError(
-                '`completion_fn` and `score_fn` are for online groups: set `completion_source` to "student", "teacher" or '
-                '"mixed", or write and score the groups beforehand with `grkd_trl.generation.generate_groups`.'
-            )
-        scored = score_fn is not None or bring_scores(train_dataset, eval_dataset)
-        teacher_writes = args.completion_source in ("teacher", "mixed") and completion_fn is None
-        cached = args.relative_level == "completions" and bring_soft_labels(train_dataset, eval_dataset)
-        needs_teacher = not scored or teacher_writes or (args.needs_teacher_logits and not cached)
-        if needs_teacher and teacher_model is None:
-            raise ValueError(
-                'No `teacher_model` was given. It is needed for `soft_label="token"` and `relative_level="tokens"`, '
-                "and to score groups without `teacher_scores`. Pass a teacher, or score the groups beforehand and set "
-                '`soft_label="group"` or `"none"`, or cache the soft labels (`grkd_trl.teacher.cache_soft_labels`).'
-            )
-
+        self.completion_fn, self.score_fn, self.online = completion_fn, score_fn, None
         super().__init__(
             model=model,
+            teacher_model=teacher_model,
             args=args,
+            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -163,25 +130,32 @@ class GRKDTrainer(SFTTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        training.set_up_groups(self, data_collator)
-        training.set_up_teacher(self, teacher_model if needs_teacher else None)
-        self.online = None
-        if args.online:
+        if self.args.online:
             self.online = OnlineGroups(self, self.data_collator, completion_fn, score_fn)
             self.data_collator = self.online.collate
 
-    _set_signature_columns_if_needed = training.set_signature_columns
-    _get_train_sampler = training.balanced_sampler
-    train = training.train
-    prediction_step = training.prediction_step
-    evaluation_loop = training.evaluation_loop
-    log = training.log
-    create_model_card = training.create_model_card
+    def bring_teacher(self, args, model, teacher_model, processing_class, *datasets):
+        if (self.completion_fn or self.score_fn) and not args.online:
+            raise ValueError(
+                '`completion_fn` and `score_fn` are for online groups: set `completion_source` to "student", "teacher" or '
+                '"mixed", or write and score the groups beforehand with `grkd_trl.generation.generate_groups`.'
+            )
+        scored = self.score_fn is not None or bring_scores(*datasets)
+        teacher_writes = args.completion_source in ("teacher", "mixed") and self.completion_fn is None
+        cached = args.relative_level == "completions" and bring_soft_labels(*datasets)
+        needs_teacher = not scored or teacher_writes or (args.needs_teacher_logits and not cached)
+        if needs_teacher and teacher_model is None:
+            raise ValueError(
+                'No `teacher_model` was given. It is needed for `soft_label="token"` and `relative_level="tokens"`, '
+                "and to score groups without `teacher_scores`. Pass a teacher, or score the groups beforehand and set "
+                '`soft_label="group"` or `"none"`, or cache the soft labels (`grkd_trl.teacher.cache_soft_labels`).'
+            )
+        return teacher_model if needs_teacher else None, *datasets
 
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+    def read(self, dataset, processing_class, args, name):
         if args.online and dataset.column_names and not {"completions", "chosen"}.intersection(dataset.column_names):
-            return prepare_prompts(dataset, args, processing_class, dataset_name)
-        return training.prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name)
+            return prepare_prompts(dataset, args, processing_class, name)
+        return super().read(dataset, processing_class, args, name)
 
     def get_train_dataloader(self):
         if self.online is None:
@@ -196,7 +170,7 @@ class GRKDTrainer(SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.online is None:
-            return training.count_batch_samples(self, epoch_iterator, num_batches, device)
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = list(self.online.batches(epoch_iterator, num_batches))
         return batches, self.accelerator.reduce(count_items(batches).to(device), reduction="sum")
 
@@ -217,17 +191,7 @@ class GRKDTrainer(SFTTrainer):
             schedule=self.args.alpha_schedule,
         )
 
-    def objective(self, means: dict[str, float]) -> float:
-        """
-        The loss from the means it is made of.
-
-        Args:
-            means (`dict[str, float]`):
-                What `compute_loss` logs.
-
-        Returns:
-            `float`: Equation 4 at this point of the run, and `sft_weight` times the loss of the best completions.
-        """
+    def objective(self, means):  # equation 4, and `sft_weight` times the loss of the best completions
         loss = self.alpha * means["loss/relative"] + (1 - self.alpha) * means.get("loss/soft", 0.0)
         return loss + self.args.sft_weight * means.get("loss/sft", 0.0)
 
@@ -238,7 +202,7 @@ class GRKDTrainer(SFTTrainer):
         sharing = {"prompt_sharing": args.prompt_sharing}
 
         if self.teacher_model is not None:
-            with training.teaching(self, model) as teacher_model:
+            with self.teaching(model) as teacher_model:
                 teacher = score_completions(teacher_model, inputs, return_logits=args.needs_teacher_logits, **sharing)
             if teacher_scores is None:
                 scores = sequence_scores(teacher.per_token_logps, completion_mask, score=args.score)
@@ -260,9 +224,8 @@ class GRKDTrainer(SFTTrainer):
                 losses["soft"] = token_soft_label_loss(student_logits, teacher_logits, **softening)
             return losses
 
-        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         needed = token_losses if args.needs_teacher_logits else None
-        student = score_completions(model, inputs, token_losses=needed, **sharing, **router)
+        student = score_completions(model, inputs, token_losses=needed, **sharing, **self.router_kwargs)
         scores = sequence_scores(student.per_token_logps, completion_mask, score=args.score)
         student_scores = to_groups(scores, group_mask)
 
@@ -275,7 +238,7 @@ class GRKDTrainer(SFTTrainer):
         relative, soft = losses["relative"], losses.get("soft", student_scores.new_zeros(0))
 
         # Equation 4: sums over the micro-batch, divided by the counts of the whole optimizer step
-        num_groups, num_tokens = training.step_counts(self, inputs, num_items_in_batch)
+        num_groups, num_tokens = self.step_counts(inputs, num_items_in_batch)
         relative_count = num_groups if args.relative_level == "completions" else num_tokens
         soft_count = num_tokens if args.soft_label == "token" else num_groups
         loss = alpha * relative.sum() / relative_count + (1 - alpha) * soft.sum() / soft_count
@@ -283,13 +246,13 @@ class GRKDTrainer(SFTTrainer):
             best = teacher_scores.masked_fill(~group_mask, -torch.inf).argmax(-1, keepdim=True)
             sft = -student_scores.gather(-1, best).squeeze(-1)
             loss = loss + args.sft_weight * sft.sum() / num_groups
-            training.step_means(self).add("loss/sft", sft)
-        loss = training.add_router_loss(self, loss, student.aux_loss, num_items_in_batch)
+            self.means.add("loss/sft", sft)
+        loss = self.add_router_loss(loss, student.aux_loss, num_items_in_batch)
 
-        means = training.step_means(self)
+        means = self.means
         means.add("loss/relative", relative)
         means.add("loss/soft", soft)
         means.add("alpha", torch.tensor(alpha, dtype=torch.float64))
-        training.add_group_metrics(self, inputs, student_scores, teacher_scores, min_gap=args.min_gap)
+        self.add_group_metrics(inputs, student_scores, teacher_scores)
         outputs = {"student_scores": student_scores, "teacher_scores": teacher_scores}
         return (loss, outputs) if return_outputs else loss

@@ -1,35 +1,19 @@
 """Configuration of Group Relative Knowledge Distillation (https://huggingface.co/papers/2504.20482)."""
 
 from dataclasses import dataclass
-from typing import Any
 
-from trl import SFTConfig
-
-from .config import check_best_metric, check_choices, check_completion_fields, option
+from .config import GroupConfig, check_best_metric, option
 
 
 @dataclass
-class GRKDConfig(SFTConfig):
+class GRKDConfig(GroupConfig):
     r"""
     Configuration class for the [`GRKDTrainer`].
 
-    Only the parameters of GRKD are listed. For the others see [`~trl.SFTConfig`] and
+    Only the parameters of GRKD are listed. For the others see [`GroupConfig`], [`~trl.SFTConfig`] and
     [`~transformers.TrainingArguments`].
 
     Parameters:
-        > Parameters that control the models
-
-        teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path.
-        teacher_sharding (`str`, *optional*, defaults to `"auto"`):
-            Where the teacher's parameters lie on several processes: `"replicated"`, whole on each; `"sharded"`, shared
-            out and gathered layer by layer; `"auto"`, sharded where the student is (ZeRO-3, FSDP).
-        disable_dropout (`bool`, *optional*, defaults to `True`):
-            Whether to disable dropout in the student. The teacher never has any.
-        prompt_sharing (`str`, *optional*, defaults to `"auto"`):
-            Whether student and teacher read a prompt once for all its completions, and padding never: `"auto"` where it
-            pays, `"on"`, or `"off"`; see [`~scoring.score_completions`]. It changes the time, not the loss.
-
         > Parameters that control the scores
 
         score (`str`, *optional*, defaults to `"mean"`):
@@ -107,30 +91,8 @@ class GRKDConfig(SFTConfig):
     > `ranking_temperature` 3 0.596, 0.3 0.584 and 0.1 0.538; `soft_label` "none" 0.009 and "group" 0.013. MAWPS has the same
     > order with smaller steps. So token soft labels, a ranking temperature of 1 rather than 0.1 and an `alpha_end` of 0.3
     > rather than more are measured; none was found to be better than KD.
-
-    > [!NOTE]
-    > `learning_rate` defaults to `1e-6`, as in [`~trl.DPOConfig`]. Fields of [`~trl.SFTConfig`] that would train on
-    > anything but whole completions (`packing`, `padding_free`, `assistant_only_loss`, `completion_only_loss=False`,
-    > `loss_type`, `label_smoothing_factor`) are refused.
     """
 
-    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
-
-    learning_rate: float = option(1e-6, "The initial learning rate for AdamW.")
-    teacher_model_init_kwargs: dict[str, Any] | str | None = option(
-        None, "Keyword arguments for `from_pretrained` of the teacher, when it is an id or a path."
-    )
-    teacher_sharding: str = option(
-        "auto",
-        "Teacher on several processes: 'replicated', 'sharded', or 'auto', sharded where the student is.",
-        choices=["auto", "replicated", "sharded"],
-    )
-    disable_dropout: bool = option(True, "Whether to disable dropout in the student.")
-    prompt_sharing: str = option(
-        "auto",
-        "Whether a prompt is read once for all its completions: 'auto' (where it pays), 'on' or 'off'.",
-        choices=["auto", "on", "off"],
-    )
     score: str = option(
         "mean", "Score of a completion: 'mean' or 'sum' of its log-probabilities.", choices=["mean", "sum"]
     )
@@ -178,8 +140,6 @@ class GRKDConfig(SFTConfig):
     vllm_gpu_memory_utilization: float = option(0.3, "Share of the GPU's memory for vLLM.")
 
     def __post_init__(self):
-        check_choices(self, GRKDConfig)
-        check_completion_fields(self)
         for name in ("ranking_temperature", "soft_label_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")

@@ -12,24 +12,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    Trainer,
     TrainerCallback,
 )
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 
-from .. import training
-from .._trl import global_then_local_main_first, pad
-from ..data import first_groups, tokenize_prompt
-from ..generation import content_seed, unit_seed
+from .._trl import global_then_local_main_first
+from ..data import tokenize_prompt
+from ..generation.rollouts import MixtureRollouts
 from ..losses import clipped_policy_loss, minillm_returns, mixture_logps, reverse_kl
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
-from ..teacher import sample_from_mixture, shared_vocabulary
-from ..teacher.writing import row_numbers
+from .base import GroupTrainer
 from .minillm_config import MiniLLMConfig
 
 
-class MiniLLMTrainer(SFTTrainer):
+class MiniLLMTrainer(GroupTrainer):
     r"""
     Trainer for [MiniLLM: Knowledge Distillation of Large Language Models](https://huggingface.co/papers/2306.08543): the
     reverse KL of the student from the teacher, by policy gradient. In each step student and teacher together write a
@@ -56,16 +53,14 @@ class MiniLLMTrainer(SFTTrainer):
     ```
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Student: a hub id or path, loaded in float32 unless `args.model_init_kwargs` says otherwise, or a model.
         teacher_model (`str` or [`~transformers.PreTrainedModel`]):
             Teacher, with the student's tokenizer. If it is the base of the student's adapters it is not loaded again: they
             are switched off.
-        args ([`MiniLLMConfig`], *optional*):
-            Configuration. A default one, writing to `<model>-MiniLLM`, if not given.
-        data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers,
-        quantization_config, peft_config (*optional*):
-            As in [`GRKDTrainer`]. Of the datasets the prompts are read alone, and rows of nothing else will do.
+        train_dataset, eval_dataset:
+            As in [`~trainers.GroupTrainer`]. Only the prompts are read; rows may have nothing else.
+        model, args, data_collator, processing_class, compute_metrics, callbacks, optimizers, quantization_config,
+        peft_config:
+            As in [`~trainers.GroupTrainer`].
         text_dataset ([`~datasets.Dataset`], *optional*):
             Plain text, in a column `text`. Each step takes as many rows of it as there are prompts.
 
@@ -78,9 +73,7 @@ class MiniLLMTrainer(SFTTrainer):
         r"+ \mathrm{KL}(p_S(\cdot | y_{<t}) \| p_T(\cdot | y_{<t})), \qquad w_t = p_S(y_t) / \tilde p(y_t)"
     )
 
-    # `compute_loss` divides by the tokens of the whole optimizer step, on all processes.
-    loss_is_scaled_for_ga = True
-
+    config_class = MiniLLMConfig
     _tag_names = ["trl", "minillm"]
     _name = "MiniLLM"
     _paper = {
@@ -111,26 +104,13 @@ class MiniLLMTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
         text_dataset: Dataset | None = None,
     ):
-        args = training.resolve_args(args, MiniLLMConfig, model)
-        if teacher_model is None:
-            raise ValueError(
-                "No `teacher_model` was given, and `MiniLLMTrainer` samples with it and learns from its next-token "
-                "distributions. Pass a teacher. Without one, `DPOTrainer`, `SimPOTrainer` and `PROTrainer` accept groups "
-                "with `teacher_scores`, and `SeqKDTrainer` completions that the teacher wrote."
-            )
-        training.check_teacher(model, teacher_model, peft_config)
-        shared_vocabulary(model, teacher_model, processing_class)  # before either is loaded
-        if args.max_length is not None and args.max_length <= args.max_completion_length:
-            raise ValueError(
-                f"`max_length={args.max_length}` leaves no prompt beside `max_completion_length="
-                f"{args.max_completion_length}`. Raise the first, or lower the second."
-            )
         if text_dataset is not None and "text" not in text_dataset.column_names:
             raise ValueError(f"`text_dataset` has the columns {text_dataset.column_names}, and needs `text`.")
-
         super().__init__(
             model=model,
+            teacher_model=teacher_model,
             args=args,
+            data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -140,14 +120,12 @@ class MiniLLMTrainer(SFTTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        training.set_up_groups(self, data_collator)
-        self._collate_completions, self.data_collator = self.data_collator, data_collator or self._collate_prompts
-        training.set_up_teacher(self, teacher_model)
-        self._text_ids = None if text_dataset is None else self._tokenize_text(text_dataset)
+        self.rollouts = MixtureRollouts(self, self.data_collator, text_dataset)
+        self.data_collator = data_collator or self.rollouts.collate
 
-    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+    def read(self, dataset, processing_class, args, name):
         in_memory = isinstance(dataset, Dataset)
-        kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {dataset_name} prompts"} if in_memory else {}
+        kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {name} prompts"} if in_memory else {}
         fn_kwargs = {"processing_class": processing_class}
         with global_then_local_main_first():
             dataset = dataset.map(tokenize_prompt, with_indices=True, fn_kwargs=fn_kwargs, **kwargs)
@@ -156,120 +134,23 @@ class MiniLLMTrainer(SFTTrainer):
                 dataset = dataset.filter(lambda row: len(row["prompt_ids"]) <= room)
         if in_memory and len(dataset) == 0:
             raise ValueError(
-                f"No {dataset_name} prompt leaves room for `max_completion_length={args.max_completion_length}` in "
-                f"`max_length={args.max_length}`. Raise `max_length`, or lower the other."
+                f"No {name} prompt leaves room for `max_completion_length={args.max_completion_length}` in "
+                f"`max_length={args.max_length}`. Raise `max_length`, or lower `max_completion_length`."
             )
-        return training.number_rows(dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset)
-
-    def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["prompt_ids", "row"]
-
-    def _collate_prompts(self, rows):
-        ids = [torch.tensor(row["prompt_ids"]) for row in rows]
-        numbers = {"row": torch.tensor([row["row"] for row in rows])} if "row" in rows[0] else {}
-        return {
-            "group_mask": torch.ones(len(rows), 1, dtype=torch.bool),  # one completion each
-            "prompt_ids": pad(ids, padding_value=self._tokenizer.pad_token_id, padding_side="left"),
-            "prompt_mask": pad([torch.ones_like(row) for row in ids], padding_side="left"),
-        } | numbers
-
-    def _tokenize_text(self, dataset):
-        def tokenize(row):
-            ids = self.processing_class(text=row["text"])["input_ids"]
-            ids = ids if ids[-1:] == [self._tokenizer.eos_token_id] else [*ids, self._tokenizer.eos_token_id]
-            return {"ids": ids[: self.args.max_length]}
-
-        with global_then_local_main_first():
-            dataset = dataset.map(tokenize, remove_columns=dataset.column_names).filter(
-                lambda row: len(row["ids"]) > 1
-            )
-        return dataset.shuffle(seed=self.args.seed)["ids"][:]
-
-    def _sample(self, inputs, seeds, *, teacher_share, kept=None, texts=()):
-        """A batch of prompts as one of [`DataCollatorForGroups`]: of the first a sampled completion each, then text."""
-        model, length = self.model_wrapped, self.args.max_completion_length
-        config_ends = self.model.generation_config.eos_token_id  # chat models end a turn with a token of their own
-        config_ends = config_ends if isinstance(config_ends, list) else [config_ends]
-        ends = sorted({self._tokenizer.eos_token_id, *config_ends} - {None})
-        inputs = super()._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            completions = sample_from_mixture(
-                model,
-                lambda: training.teaching(self, model),
-                inputs["prompt_ids"],
-                inputs["prompt_mask"],
-                teacher_share=teacher_share,
-                max_new_tokens=length,
-                eos_token_ids=ends,
-                vocab_size=self.vocab_size,
-                numbers=torch.cat([row_numbers(seed, 1, length) for seed in seeds]),
-                accelerator=self.accelerator,
-            )
-        prompts = [
-            row[mask.bool()].tolist() for row, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)
-        ]
-        rows = [
-            {"prompt_ids": prompt, "completion_ids": [completion], "clipped": [completion[-1] not in ends]}
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        kept = len(rows) if kept is None else kept
-        texts = [{"prompt_ids": text[:1], "completion_ids": [text[1:]]} for text in texts]
-        batch = self._collate_completions(rows[: max(kept, 1)] + texts)
-        batch |= {name: batch[name][:kept] for name in ("group_mask", "clipped")}
-        batch |= {"row": inputs["row"]} if "row" in inputs else {}
-        return super()._prepare_inputs(batch if kept > 0 else first_groups(batch, 0))
-
-    def _prepare_inputs(self, inputs):
-        if "prompt_ids" not in inputs:
-            return super()._prepare_inputs(inputs)
-        # Evaluation: the student writes alone, and a prompt decides its draws
-        ids = [
-            row[mask.bool()].tolist() for row, mask in zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)
-        ]
-        return self._sample(inputs, [content_seed(prompt) for prompt in ids], teacher_share=0.0)
+        return dataset
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, _ = Trainer.get_batch_samples(self, epoch_iterator, num_batches, device)
-        counts, size, world = [], self.args.train_batch_size, self.accelerator.num_processes
-        seed = unit_seed(self.args.seed, self.state.global_step, "mixture")
-        for index, inputs in enumerate(batches):
-            # The step and a prompt's place in it decide its draws and the text beside it: neither a resumed run nor
-            # another number of processes changes them
-            first = (index * world + self.accelerator.process_index) * size
-            num_prompts = kept = len(inputs["group_mask"])
-            if index == len(batches) - 1:
-                kept = training.num_without_repeats(self, inputs)
-            texts = ()
-            if self._text_ids is not None:
-                read = self.state.global_step * self.args.gradient_accumulation_steps * world * size + first
-                texts = [self._text_ids[(read + row) % len(self._text_ids)] for row in range(kept)]
-            seeds = [seed + first + row for row in range(num_prompts)]
-            share = self.args.teacher_share
-            batches[index] = self._sample(inputs, seeds, teacher_share=share, kept=kept, texts=texts)
-            mask = predicted_mask(batches[index]["completion_mask"])
-            counts.append(torch.stack([mask[: max(kept, 1)].sum(), mask[max(kept, 1) :].sum()]))
-        num_rows = sum(len(batch["group_mask"]) for batch in batches)
-        totals = torch.stack(counts).sum(0).to(device) if counts else torch.zeros(2, dtype=torch.long, device=device)
-        totals = torch.cat([totals.new_tensor([num_rows]), totals])
-        return batches, self.accelerator.reduce(totals, reduction="sum")
+        # Not those of `GroupTrainer`, which counts completions that are still to be sampled
+        prompts, _ = SFTTrainer.get_batch_samples(self, epoch_iterator, num_batches, device)
+        batches, counts = self.rollouts.batches(prompts)
+        return batches, self.accelerator.reduce(counts.to(device), reduction="sum")
 
-    train = training.train
-    prediction_step = training.prediction_step
-    evaluation_loop = training.evaluation_loop
-    log = training.log
-    create_model_card = training.create_model_card
+    def _prepare_inputs(self, inputs):
+        if "prompt_ids" in inputs:  # prompts of an evaluation
+            inputs = self.rollouts.evaluate(super()._prepare_inputs(inputs))
+        return super()._prepare_inputs(inputs)
 
-    def objective(self, means: dict[str, float]) -> float:
-        """
-        The loss from the means it is made of.
-
-        Args:
-            means (`dict[str, float]`):
-                What `compute_loss` logs.
-
-        Returns:
-            `float`: The loss.
-        """
+    def objective(self, means):
         return (
             means["loss/long_term"]
             + self.args.single_step * means["loss/single_step"]
@@ -281,7 +162,7 @@ class MiniLLMTrainer(SFTTrainer):
         num_prompts = len(inputs["group_mask"])
         num_rows = max(num_prompts, 1)  # one without a token where no prompt is left; rows of text follow
         rollout = {name: inputs[name][:num_rows] for name in ("input_ids", "attention_mask", "completion_mask")}
-        with training.teaching(self, model) as teacher_model:
+        with self.teaching(model) as teacher_model:
             teacher = score_completions(teacher_model, rollout, return_logits=True, **sharing)
         mask = predicted_mask(rollout["completion_mask"])
         tokens = rollout["input_ids"][:, 1:][mask].unsqueeze(-1)
@@ -298,8 +179,7 @@ class MiniLLMTrainer(SFTTrainer):
                 losses[name] = wide.log_softmax(-1).gather(-1, tokens[rows].to(own.device)).squeeze(-1)
             return losses
 
-        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        student = score_completions(model, inputs, token_losses=token_losses, **sharing, **router)
+        student = score_completions(model, inputs, token_losses=token_losses, **sharing, **self.router_kwargs)
         logps, teacher_logps, single_step = (
             student.token_losses[name] for name in ("logps", "teacher_logps", "single_step")
         )
@@ -317,13 +197,13 @@ class MiniLLMTrainer(SFTTrainer):
         text = -student.per_token_logps[num_rows:][predicted_mask(inputs["completion_mask"][num_rows:])]
 
         # Sums over the micro-batch, divided by the tokens of the whole optimizer step
-        _, num_tokens, *num_text = training.step_counts(self, inputs, num_items_in_batch)
+        _, num_tokens, *num_text = self.step_counts(inputs, num_items_in_batch)
         loss = (long_term.sum() + args.single_step * single_step.sum()) / num_tokens
         if len(text) > 0:
             loss = loss + args.text_weight * text.sum() / num_text[0]
-        loss = training.add_router_loss(self, loss, student.aux_loss, num_items_in_batch)
+        loss = self.add_router_loss(loss, student.aux_loss, num_items_in_batch)
 
-        means = training.step_means(self)
+        means = self.means
         means.add("loss/long_term", long_term)
         means.add("loss/single_step", single_step)
         means.add("loss/text", text)

@@ -1,0 +1,111 @@
+"""What classifiers say of a batch."""
+
+import inspect
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import DataCollator, PreTrainedModel
+
+
+TEACHER_COLUMNS = ["teacher_logits", "teacher_embeddings"]
+
+
+class ClassifierOutputs(NamedTuple):
+    """
+    What a classifier says of B examples.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, C)`):
+            Logits of the C classes.
+        embeddings (`torch.Tensor` of shape `(B, D)`, *optional*):
+            What the classifier's last linear layer reads. `None` where that is not one vector an example.
+    """
+
+    logits: torch.Tensor
+    embeddings: torch.Tensor | None
+
+
+def classify(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], plain: PreTrainedModel | PeftModel | None = None
+) -> ClassifierOutputs:
+    """
+    Logits and embeddings of a batch, of its first `num_rows` rows if it says so. Columns that the model does not take,
+    and the labels, are left out.
+
+    Args:
+        model (`torch.nn.Module`):
+            Classifier, or the wrapper that a process trains it in.
+        inputs (`dict[str, torch.Tensor]`):
+            Batch.
+        plain ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            The classifier in `model`, where that is a wrapper.
+
+    Returns:
+        [`ClassifierOutputs`]: Its outputs.
+    """
+    plain = model if plain is None else plain
+    base = plain.get_base_model() if isinstance(plain, PeftModel) else plain
+    taken, rows = inspect.signature(base.forward).parameters, slice(inputs.get("num_rows"))
+    inputs = {name: value for name, value in inputs.items() if name in taken and name != "labels"}
+    embeddings = []
+    # An adapter's low-rank matrices may be as wide as the head that they adapt.
+    heads = [
+        module
+        for name, module in plain.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and module.out_features == base.config.num_labels
+        and "lora_" not in name
+    ]
+    hook = heads[-1].register_forward_pre_hook(lambda _, args: embeddings.append(args[0])) if heads else None
+    try:
+        logits = model(**inputs).logits
+    finally:
+        if hook:
+            hook.remove()
+    return ClassifierOutputs(logits[rows], embeddings[-1][rows] if embeddings and embeddings[-1].ndim == 2 else None)
+
+
+@torch.no_grad()
+def add_teacher_outputs(
+    dataset: Dataset,
+    teacher: PreTrainedModel,
+    data_collator: DataCollator,
+    *,
+    embeddings: bool = False,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> Dataset:
+    """
+    Run a teacher over a dataset once, so that training needs no teacher.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows as the teacher reads them, tokenized by the teacher's tokenizer, which need not be the student's.
+        teacher ([`~transformers.PreTrainedModel`]):
+            Classifier; it is put in evaluation mode.
+        data_collator ([`~transformers.DataCollator`]):
+            Makes a batch of rows.
+        embeddings (`bool`, *optional*, defaults to `False`):
+            Whether to keep the embeddings also, which RKD reads.
+        batch_size (`int`, *optional*, defaults to `256`):
+            Rows in a batch.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
+
+    Returns:
+        [`~datasets.Dataset`]: The dataset with a column `teacher_logits`, and `teacher_embeddings` if asked for.
+    """
+    teacher.eval()
+    parts = []
+    for start in tqdm(range(0, len(dataset), batch_size), desc="Asking the teacher", disable=not progress):
+        rows = [dataset[row] for row in range(start, min(start + batch_size, len(dataset)))]
+        batch = {name: value.to(teacher.device) for name, value in data_collator(rows).items()}
+        outputs = classify(teacher, batch)
+        parts.append([value.float().cpu().numpy() for value in outputs[: 1 + embeddings]])
+    for name, values in zip(TEACHER_COLUMNS, zip(*parts, strict=True), strict=False):
+        dataset = dataset.add_column(name, list(np.concatenate(values)))
+    return dataset

@@ -1,0 +1,96 @@
+"""Rows that accelerate repeats: every process gets as many in the last round of an epoch, and a mean that counted them
+would depend on the number of processes."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import IterableDatasetShard
+from datasets import Dataset, IterableDataset
+
+from .collator import first_groups
+
+
+def number_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """
+    Number the rows of a stream in a column `row`, by which [`num_without_repeats`] recognises repeated ones.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Dataset, or a stream in its final order.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset as it was, or the stream with the column.
+    """
+    if not isinstance(dataset, IterableDataset):
+        return dataset
+    return dataset.map(lambda _, number: {"row": number}, with_indices=True)
+
+
+def without_repeats(accelerator: Accelerator, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Remove the repeated groups from a batch.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator whose dataloader gave the batch last.
+        batch (`dict[str, torch.Tensor]`):
+            Batch of [`DataCollatorForGroups`].
+
+    Returns:
+        `dict[str, torch.Tensor]`: The batch without repeats, see [`first_groups`].
+    """
+    num_groups = num_without_repeats(accelerator, batch)
+    return batch if num_groups == len(batch["group_mask"]) else first_groups(batch, num_groups)
+
+
+def num_without_repeats(accelerator: Accelerator, batch: dict[str, torch.Tensor]) -> int:
+    """
+    Number of rows of a batch that are not repeats; these come first.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator whose dataloader gave the batch last.
+        batch (`dict[str, torch.Tensor]`):
+            Batch, its first tensor with one entry a row. A batch of a stream that every process reads has `row`, see
+            [`number_rows`].
+
+    Returns:
+        `int`: 0 to the number of rows.
+    """
+    size, process = len(next(iter(batch.values()))), accelerator.process_index
+    if not _is_last_round(accelerator):
+        return size
+    if _is_shared_stream(accelerator, batch):
+        # The last round is filled up with rows of the first, none of which stands at its own index.
+        indices = torch.arange(process * size, (process + 1) * size, device=batch["row"].device)
+        return int((batch["row"] % (size * accelerator.num_processes) == indices).sum())
+    # How many rows the last round had: unknown, and not above 0, where there are no repeats.
+    remainder = accelerator.gradient_state.remainder
+    return min(max(remainder - process * size, 0), size) if remainder > 0 else size
+
+
+def reduce_remainder(accelerator: Accelerator, batch: dict[str, torch.Tensor]) -> None:
+    """
+    Tell accelerate how many rows the last round of a stream has, on all processes together: `gather_for_metrics` cuts to
+    it, and a stream has no length that it could be taken from. Every process has to call this.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator, whose dataloader is told.
+        batch (`dict[str, torch.Tensor]`):
+            The batch read last, as for [`num_without_repeats`].
+    """
+    if _is_last_round(accelerator) and _is_shared_stream(accelerator, batch):
+        num_rows = torch.tensor(num_without_repeats(accelerator, batch), device=batch["row"].device)
+        accelerator.gradient_state.active_dataloader.remainder = accelerator.reduce(num_rows).item()
+
+
+def _is_last_round(accelerator: Accelerator) -> bool:
+    # Of several processes: one has no repeats.
+    loader = accelerator.gradient_state.active_dataloader
+    return loader is not None and loader.end_of_dataloader and accelerator.num_processes > 1
+
+
+def _is_shared_stream(accelerator: Accelerator, batch: dict[str, torch.Tensor]) -> bool:
+    # Every process reads the whole stream and keeps its rows; where each has files of its own, there are no repeats.
+    dataset = accelerator.gradient_state.active_dataloader.dataset
+    return isinstance(dataset, IterableDatasetShard) and "row" in batch

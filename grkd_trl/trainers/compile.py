@@ -1,0 +1,52 @@
+"""`torch_compile`, layer by layer."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..scoring import core_model
+
+
+def take_over_compilation(accelerator: Accelerator, args: TrainingArguments) -> TorchDynamoPlugin | None:
+    """
+    Switch off accelerate's compilation, so that [`compile_layers`] does it. accelerate would compile the whole model with
+    its head, whose inputs a forward takes by a hook that the compiler cannot trace (torch 2.13).
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Accelerator, whose state all trainers of the process share.
+        args ([`~transformers.TrainingArguments`]):
+            Configuration.
+
+    Returns:
+        [`~accelerate.utils.TorchDynamoPlugin`], *optional*: How to compile, as `args` or `accelerate launch` says;
+        `None` where nobody asked for it.
+    """
+    plugin = TorchDynamoPlugin(args.torch_compile_backend, args.torch_compile_mode)
+    if plugin.backend == DynamoBackend.NO:
+        return None
+    accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+    # Above a limit, 8 by default, a layer's code would run uncompiled. It is traced for student and teacher, with and
+    # without gradients, for each kind of attention, all of it twice under FSDP2, and for each trainer of a process.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    plugin.dynamic = True  # each batch has its own length; `accelerate launch` says False where nobody asked
+    return plugin
+
+
+def compile_layers(model: PreTrainedModel | PeftModel, plugin: TorchDynamoPlugin | None) -> None:
+    """
+    Compile the layers of a model in place; they are where the time goes.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Model.
+        plugin ([`~accelerate.utils.TorchDynamoPlugin`], *optional*):
+            As [`take_over_compilation`] returned it; nothing is compiled without one.
+    """
+    if plugin is None:
+        return
+    layers = core_model(model)._no_split_modules or ()
+    for layer in [module for module in model.modules() if type(module).__name__ in layers]:
+        layer.compile(**plugin.to_kwargs())
