@@ -29,3 +29,8 @@ def present_of(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if mask.shape != values.shape:
         raise ValueError(f"`mask` must have the scores' shape {tuple(values.shape)}, got {tuple(mask.shape)}.")
     return mask.bool()
+
+
+def members_of(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The members present, less those that are -inf to both, which a mask of the vocabulary took out of the list."""
+    return present_of(student, mask) & ~(student.isneginf() & teacher.isneginf())

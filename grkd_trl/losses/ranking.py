@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ._inputs import check, check_gap, present_of, widen
+from ._inputs import check, check_gap, members_of, present_of, widen
 from ._pair_blocks import BlockedRelativeLoss
 
 
@@ -75,7 +75,8 @@ def group_relative_loss(
         min_gap (`float`, *optional*, defaults to `0.0`):
             Gap \\( g \\) of teacher scores that a pair must exceed. Ties never make a pair.
         mask (`torch.Tensor` of shape `(..., G)`, *optional*):
-            1 where a member is present. A masked member is removed, whatever its scores.
+            1 where a member is present. A masked member is removed, whatever its scores, and so is one that is -inf to
+            both, such as a masked entry of the vocabulary.
 
     Returns:
         `torch.Tensor` of shape `(...)`: Loss of each group, in nats.
@@ -94,7 +95,7 @@ def group_relative_loss(
     ```
     """
     check(student_scores, teacher_scores, temperature)
-    present = present_of(student_scores, mask)
+    present = members_of(student_scores, teacher_scores, mask)
     student = widen(student_scores).masked_fill(~present, 0.0)
     teacher = widen(teacher_scores).masked_fill(~present, 0.0)
 

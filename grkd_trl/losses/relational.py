@@ -8,7 +8,7 @@ values depend on which examples share it; each is given one value an example, wh
 import torch
 import torch.nn.functional as F
 
-from ._inputs import check, present_of, widen
+from ._inputs import check, members_of, widen
 from ._pair_blocks import pairs_at_once
 from .ranking import group_relative_loss
 
@@ -55,7 +55,7 @@ def ranknet_loss(
     ```
     """
     check(student_scores, teacher_scores, temperature)
-    present = present_of(student_scores, mask)
+    present = members_of(student_scores, teacher_scores, mask)
     student = widen(student_scores).masked_fill(~present, 0.0) / temperature
     teacher = widen(teacher_scores).masked_fill(~present, 0.0) / temperature
     # With i the teacher's choice of each pair, -log sigmoid(m) + (1 - P) m: the relative loss and a term linear in m.
@@ -111,8 +111,11 @@ def pld_loss(
     order = teacher.masked_fill(first, torch.inf).argsort(-1, descending=True)
     weights = (teacher / temperature).softmax(-1).gather(-1, order)
     student = student.gather(-1, order)
-    remaining = student.flip(-1).logcumsumexp(-1).flip(-1)
-    return (weights * (remaining - student)).sum(-1).to(student_logits.dtype)
+    # Classes of probability 0 add nothing to the sums of others, nor themselves: 0 log 0 = 0.
+    masked = student.isneginf() & (weights == 0)
+    finite = student.masked_fill(masked, torch.finfo(student.dtype).min)
+    remaining = finite.flip(-1).logcumsumexp(-1).flip(-1)
+    return torch.where(masked, 0.0, weights * (remaining - finite)).sum(-1).to(student_logits.dtype)
 
 
 def dist_loss(

@@ -51,8 +51,7 @@ def group_soft_label_loss(
     absent = ~present & present.any(-1, keepdim=True)
     student = (widen(student_scores).masked_fill(~present, 0.0) / temperature).masked_fill(absent, -torch.inf)
     teacher = (widen(teacher_scores).masked_fill(~present, 0.0) / temperature).masked_fill(absent, -torch.inf)
-    nll = (-student.log_softmax(-1)).masked_fill(~present, 0.0)  # 0 * inf is kept out
-    loss = (teacher.softmax(-1) * nll).sum(-1)  # eq. 3
+    loss = _cross_entropy(teacher.softmax(-1).masked_fill(~present, 0.0), student.log_softmax(-1))  # eq. 3
     return loss.to(student_scores.dtype)
 
 
@@ -91,7 +90,7 @@ def token_soft_label_loss(
     """
     check(student_logits, teacher_logits, temperature)
     log_p = (widen(student_logits) / temperature).log_softmax(-1)
-    loss = -((widen(teacher_logits) / temperature).softmax(-1) * log_p).sum(-1)  # eq. 3
+    loss = _cross_entropy((widen(teacher_logits) / temperature).softmax(-1), log_p)  # eq. 3
     return loss.to(student_logits.dtype)
 
 
@@ -140,12 +139,20 @@ def topk_soft_label_loss(
     log_p = widen(student_logits).log_softmax(-1)
     student, teacher = log_p.gather(-1, top_ids), widen(top_logps)
     if top_ids.shape[-1] < log_p.shape[-1]:
-        student_rest = log_p.scatter(-1, top_ids, -torch.inf).logsumexp(-1, keepdim=True)
+        others = log_p.scatter(-1, top_ids, -torch.inf)
+        none_left = (others == -torch.inf).all(-1, keepdim=True)  # the vocabulary is masked down to these: no rest
+        student_rest = (
+            others.masked_fill(none_left, 0.0).logsumexp(-1, keepdim=True).masked_fill(none_left, -torch.inf)
+        )
         mass = teacher.logsumexp(-1, keepdim=True).exp().clamp(max=1.0)
         student = torch.cat([student, student_rest], -1)
-        teacher = torch.cat([teacher, torch.log1p(-mass)], -1)
-    p, nll = (teacher / temperature).softmax(-1), -(student / temperature).log_softmax(-1)
-    return torch.where(p > 0, p * nll, 0.0).sum(-1).to(student_logits.dtype)  # eq. 3 over k + 1 classes
+        teacher = torch.cat([teacher, torch.log1p(-mass).masked_fill(none_left, -torch.inf)], -1)
+    loss = _cross_entropy((teacher / temperature).softmax(-1), (student / temperature).log_softmax(-1))
+    return loss.to(student_logits.dtype)  # eq. 3 over k + 1 classes
+
+
+def _cross_entropy(p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    return -(p * torch.where(p == 0, 0.0, log_q)).sum(-1)  # 0 log 0 = 0; NaN passes the test and stays
 
 
 def doubt_weights(teacher_logits: torch.Tensor, *, temperature: float = 1.0) -> torch.Tensor:
