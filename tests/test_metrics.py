@@ -77,13 +77,14 @@ class TestRankMetrics:
                 "rank/accuracy": 3 / 6,
                 "rank/kendall_tau": (-1 / 3 + 2 / 3) / 2,
                 "rank/pairs_per_group": 3.0,
+                "rank/tied_ratio": 0.0,
             }
         )
 
     def test_groups_without_a_pair(self, accelerator):
         metrics = rank_metrics(accelerator, [[2.0, 1.0], [1.0, 2.0]], [[5.0, 4.0], [3.0, 3.0]])
         assert metrics["rank/accuracy"] == metrics["rank/kendall_tau"] == 1.0
-        assert metrics["rank/pairs_per_group"] == 0.5
+        assert metrics["rank/pairs_per_group"] == metrics["rank/tied_ratio"] == 0.5
         assert "rank/accuracy" not in rank_metrics(accelerator, [[2.0, 1.0]], [[1.0, 1.0]])
         assert rank_metrics(accelerator, [[2.0, 1.0]], [[1.0, 1.0]])["rank/pairs_per_group"] == 0.0
 
@@ -115,6 +116,7 @@ class TestRankMetrics:
                 "rank/kendall_tau": sum(taus) / 30,
                 "rank/accuracy": in_order / sum(pairs),
                 "rank/pairs_per_group": sum(pairs) / 30,
+                "rank/tied_ratio": 0.0,
             },
             rel=1e-6,
         )

@@ -86,6 +86,9 @@ def pair_groups(
                 chosen["prompt_ids"].append(row["prompt_ids"])
                 for column in ("completion_ids", "clipped", "teacher_scores"):
                     chosen[column].append([row[column][member] for member in pair])
+        sizes = zip(chosen["prompt_ids"], chosen["completion_ids"], strict=True)
+        chosen["length"] = [len(prompt) + max(map(len, completions)) for prompt, completions in sizes]
+        chosen["num_completions"] = [2] * len(chosen["length"])
         return chosen
 
     in_memory = isinstance(dataset, Dataset)

@@ -202,7 +202,7 @@ def tokenize_prompt(
             Tokenizer, or a processor used for text alone.
 
     Returns:
-        `dict[str, Any]`: `prompt_ids` (`list[int]`).
+        `dict[str, Any]`: `prompt_ids` (`list[int]`) and `length` (`int`), for samplers.
 
     Raises:
         `ValueError`: If there is no prompt.
@@ -214,12 +214,14 @@ def tokenize_prompt(
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         ids = tokenize(processing_class, prompt)["input_ids"]
         ends_itself = ids[-1:] == [tokenizer.eos_token_id]  # some tokenizers add EOS to text
-        return {"prompt_ids": ids[:-1] if ends_itself else ids}
+        ids = ids[:-1] if ends_itself else ids
+        return {"prompt_ids": ids, "length": len(ids)}
     tools = row.get("tools")
     kwargs = {"tools": json.loads(tools) if isinstance(tools, str) else tools} | (
         row.get("chat_template_kwargs") or {}
     )
-    return {"prompt_ids": tokenize(processing_class, prompt, add_generation_prompt=True, **kwargs)["input_ids"]}
+    ids = tokenize(processing_class, prompt, add_generation_prompt=True, **kwargs)["input_ids"]
+    return {"prompt_ids": ids, "length": len(ids)}
 
 
 def tokenize_group(

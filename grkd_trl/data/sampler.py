@@ -8,6 +8,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class BalancedSampler(Sampler[int]):
@@ -109,6 +110,41 @@ def balance(sampler: Sampler[int], groups: Dataset, args: TrainingArguments, bat
         num_processes=args.world_size,
         accumulation_steps=args.gradient_accumulation_steps,
     )
+
+
+class GroupedByLength(Sampler[int]):
+    """
+    Groups of similar length together, in an order that the epoch decides: as [`~transformers.TrainingArguments`]'s
+    `"group_by_length"`, but with the steps that it has on one process on any number of them, and after a resume.
+
+    Args:
+        lengths (`Sequence[int]`):
+            Tokens of the longest row of each group.
+        step_size (`int`):
+            Groups of an optimizer step, on all processes.
+        seed (`int`):
+            Seed of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, step_size: int, seed: int):
+        self.lengths, self.step_size, self.seed, self.epoch = lengths, step_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """
+        Give each epoch an order of its own.
+
+        Args:
+            epoch (`int`):
+                Epoch.
+        """
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(LengthGroupedSampler(self.step_size, lengths=self.lengths, generator=generator))
 
 
 def indices_of_process(process: int, num_processes: int, batch_size: int, num_batches: int) -> list[int]:

@@ -5,10 +5,14 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
+from transformers.utils import logging
 from trl import extract_prompt
 
 from ..data import bring_scores
 from ..teacher import generate_completions, load_teacher, loading_whole, score_groups, tokenizer_of
+
+
+logger = logging.get_logger(__name__)
 
 
 def _load(args, model, teacher_model, processing_class) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -57,6 +61,11 @@ def rank_datasets(
         `ValueError`: If a teacher is missing, or is to score a dataset that streams.
     """
     if bring_scores(*datasets):
+        if teacher_model is not None:
+            logger.warning(
+                f"`teacher_model` is not used: every dataset brings an order of its completions, and "
+                f"`{type(args).__name__.removesuffix('Config')}Trainer` reads nothing else of a teacher."
+            )
         return list(datasets)
     if teacher_model is None:
         raise ValueError(

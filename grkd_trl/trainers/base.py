@@ -17,17 +17,19 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 
 from ..data import DataCollatorForGroups, count_items, prepare_groups
 from ..data.repeats import number_rows, reduce_remainder, without_repeats
-from ..data.sampler import balance
+from ..data.sampler import GroupedByLength, balance
 from ..scoring import predicted_mask, to_groups
 from ..teacher import disable_dropout, is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary
 from ..teacher.writing import evaluating
 from .card import add_objective
 from .checkpoints import OrderOfEpoch, prepare_resume
+from .checks import GroupWarnings, check_finite, check_sampling
 from .compile import compile_layers, take_over_compilation
 from .config import GroupConfig, resolve_args
 from .metrics import RunningMeans, add_length_metrics, add_rank_metrics, peak_memory
@@ -64,6 +66,7 @@ class GroupTrainer(SFTTrainer):
         teacher_model (`torch.nn.Module`, *optional*): Frozen teacher of the training step; `None` where the step needs
             none. The student itself where its base is the teacher, see [`~GroupTrainer.teaching`].
         vocab_size (`int`, *optional*): Number of leading token ids that student and teacher share.
+        chosen_first (`bool`): Whether a dataset has preferences without scores, which are then no scores of the teacher.
         running_means (`dict[str, RunningMeans]`): What is logged, of `"train"` and of `"eval"`.
     """
 
@@ -97,6 +100,8 @@ class GroupTrainer(SFTTrainer):
                 "`model` and `teacher_model` cannot be the same object: the teacher is frozen. With adapters "
                 "(`peft_config`) they can, and the student's base is the teacher."
             )
+        check_sampling(args, train_dataset)
+        self.chosen_first = False
         teacher_model, train_dataset, eval_dataset = self.bring_teacher(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
         )
@@ -130,6 +135,7 @@ class GroupTrainer(SFTTrainer):
         if teacher_model is not None:
             self.teacher_model, self.vocab_size = self._place_teacher(teacher_model)
         self.add_callback(OrderOfEpoch())
+        self.add_callback(GroupWarnings(self.random_score))
 
     # The teacher
 
@@ -173,6 +179,8 @@ class GroupTrainer(SFTTrainer):
     # The data
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        columns = dataset.column_names or list(next(iter(dataset)))
+        self.chosen_first |= "chosen" in columns and not {"completions", "score_chosen"}.intersection(columns)
         dataset = self.read(dataset, processing_class, args, dataset_name)
         dataset = self.arrange(
             dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset, args, dataset_name
@@ -204,11 +212,15 @@ class GroupTrainer(SFTTrainer):
             self._signature_columns.append(self.args.length_column_name)  # the sampler reads it after the others go
 
     def _get_train_sampler(self, train_dataset=None):
-        sampler = super()._get_train_sampler(train_dataset)
+        sampler, args, groups = super()._get_train_sampler(train_dataset), self.args, self.train_dataset
+        if isinstance(sampler, LengthGroupedSampler):
+            step_size = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+            seed = args.seed if args.data_seed is None else args.data_seed
+            return GroupedByLength(sampler.lengths, step_size=step_size, seed=seed)
         # Groups with the columns that the collator does not read; those that the user tokenized are not measured.
-        if not isinstance(sampler, RandomSampler) or "num_completions" not in self.train_dataset.column_names:
-            return sampler
-        return balance(sampler, self.train_dataset, self.args, self._train_batch_size)
+        if isinstance(sampler, RandomSampler) and "num_completions" in groups.column_names:
+            return balance(sampler, groups, args, self._train_batch_size)
+        return sampler
 
     # The step
 
@@ -222,17 +234,9 @@ class GroupTrainer(SFTTrainer):
     def step_counts(self, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
         """
         What a `compute_loss` divides its sums by, so that neither gradient accumulation nor the number of processes
-        changes the loss: the groups and completion tokens of the whole optimizer step. DDP and its kin average the
-        gradients of the processes, so each gets its share of the count.
-
-        Args:
-            inputs (`dict[str, torch.Tensor]`):
-                Micro-batch, whose own counts are taken in evaluation.
-            num_items_in_batch (`torch.Tensor` of shape `(2,)`, *optional*):
-                As `get_batch_samples` gives it, in training.
-
-        Returns:
-            `torch.Tensor` of shape `(2,)`: Number of groups and of completion tokens, at least 1 in the whole step.
+        changes the loss: the groups and completion tokens `(2,)` of the whole optimizer step, as `get_batch_samples` counted
+        them, or in evaluation those of the batch; at least 1. DDP and its kin average the gradients of the processes, so
+        each gets its share of the count.
         """
         if num_items_in_batch is None:
             return count_items([inputs]).clamp(min=1)
@@ -261,27 +265,28 @@ class GroupTrainer(SFTTrainer):
         raise NotImplementedError
 
     @property
+    def random_score(self) -> float | None:
+        """Mean log-probability that a model without knowledge gives to its own text, where the student writes."""
+        return None
+
+    @property
     def means(self) -> RunningMeans:
         """Where `compute_loss` adds what it logs: the means of training or those of evaluation."""
         return self.running_means["train" if self.model.training else "eval"]
 
+    def check_finite(self, inputs, student, teacher=None):
+        """Refuse a [`~scoring.CompletionScores`] that is not finite, see [`~trainers.checks.check_finite`]."""
+        logps = {"student": student.per_token_logps, "teacher": None if teacher is None else teacher.per_token_logps}
+        check_finite(inputs, self._tokenizer, **logps)
+
     def add_group_metrics(
         self, inputs: dict[str, torch.Tensor], student_scores: torch.Tensor, teacher_scores: torch.Tensor
     ) -> None:
-        """
-        Add what is logged of groups whatever the method: ranks and lengths.
-
-        Args:
-            inputs (`dict[str, torch.Tensor]`):
-                Batch of [`~data.DataCollatorForGroups`].
-            student_scores (`torch.Tensor` of shape `(P, G)`):
-                Student's scores.
-            teacher_scores (`torch.Tensor` of shape `(P, G)`):
-                Teacher's scores.
-        """
+        """Add what is logged of groups whatever the method, ranks and lengths, from a batch and its scores `(P, G)`."""
         means, group_mask, min_gap = self.means, inputs["group_mask"], getattr(self.args, "min_gap", 0.0)
         lengths = to_groups(predicted_mask(inputs["completion_mask"]).sum(-1), group_mask)
-        add_rank_metrics(means, student_scores, teacher_scores, min_gap=min_gap, mask=group_mask)
+        shown = "label" if self.chosen_first else "teacher"
+        add_rank_metrics(means, student_scores, teacher_scores, min_gap=min_gap, mask=group_mask, shown=shown)
         add_length_metrics(means, lengths, inputs["clipped"], teacher_scores, mask=group_mask)
         means.add("completions/padding_ratio", inputs["attention_mask"] == 0)
 

@@ -8,6 +8,7 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from .._trl import get_config_model_id
+from .checks import check_launch, resolve_bf16
 
 
 logger = logging.get_logger(__name__)
@@ -126,6 +127,9 @@ class GroupConfig(SFTConfig):
         teacher_sharding (`str`, *optional*, defaults to `"auto"`):
             Where the parameters of a teacher in the training step are on several processes: `"replicated"`, whole on
             each; `"sharded"`, sharded and gathered layer by layer; `"auto"`, sharded where the student is (ZeRO-3, FSDP).
+        bf16 (`bool`, *optional*):
+            Whether to train under bf16 autocast. By default as the launcher or the environment says, else where the
+            hardware has it; a CPU trains in float32. `False` is refused where the launcher says bf16.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the student. The teacher never has any.
         prompt_sharing (`str`, *optional*, defaults to `"auto"`):
@@ -158,6 +162,7 @@ class GroupConfig(SFTConfig):
     def __post_init__(self):
         check_choices(self)
         check_completion_fields(self)
+        self.bf16 = resolve_bf16(self)
         super().__post_init__()
 
 
@@ -180,10 +185,12 @@ def resolve_args(
 
     Raises:
         `TypeError`: If `args` is of another class.
+        `ValueError`: If the launch asked for more processes than it got.
     """
     if args is None:
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         return config_class(f"{model_id.split('/')[-1]}-{config_class.__name__.removesuffix('Config')}")
     if not isinstance(args, config_class):
         raise TypeError(f"`args` must be a `{config_class.__name__}`, got `{type(args).__name__}`.")
+    check_launch(args)
     return args

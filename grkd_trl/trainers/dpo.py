@@ -24,6 +24,7 @@ from ..data import pair_groups, prepare_groups
 from ..generation.annotation import rank_datasets
 from .card import add_objective
 from .checkpoints import OrderOfEpoch, prepare_resume
+from .checks import check_sampling, resolve_bf16
 from .config import check_choices, option, resolve_args
 
 
@@ -55,6 +56,7 @@ class DPOConfig(TRLConfig):
 
     def __post_init__(self):
         check_choices(self)
+        self.bf16 = resolve_bf16(self)
         super().__post_init__()
 
 
@@ -93,6 +95,10 @@ class DPOTrainer(TRLTrainer):
         ref_model (*optional*):
             As in [`~trl.DPOTrainer`].
 
+    > [!NOTE]
+    > The loss is TRL's mean over the pairs of a batch. On several processes the last step of an epoch, where it is not
+    > full, counts the pairs that accelerate repeats, unlike the other trainers here. `dataloader_drop_last=True` avoids it.
+
     Raises:
         `ValueError`: Before any model is loaded, if groups bring no scores and no teacher is given.
     """
@@ -119,6 +125,7 @@ class DPOTrainer(TRLTrainer):
         ref_model: PreTrainedModel | None = None,
     ):
         args = resolve_args(args, DPOConfig, model)
+        check_sampling(args, train_dataset)
         train_dataset, eval_dataset = rank_datasets(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
         )
@@ -163,5 +170,5 @@ class DPOTrainer(TRLTrainer):
         # The columns that TRL's collator reads
         return dataset.map(
             lambda row: {"chosen_ids": row["completion_ids"][0], "rejected_ids": row["completion_ids"][1]},
-            remove_columns=["completion_ids", "clipped", "teacher_scores"],
+            remove_columns=["completion_ids", "clipped", "teacher_scores", "num_completions"],
         )

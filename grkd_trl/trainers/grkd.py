@@ -1,5 +1,6 @@
 """Group Relative Knowledge Distillation (https://huggingface.co/papers/2504.20482)."""
 
+import math
 import textwrap
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_utils import EvalPrediction
+from transformers.utils import logging
 
 from ..data import bring_scores, bring_soft_labels, count_items
 from ..generation.online import OnlineGroups, prepare_prompts
@@ -29,6 +31,9 @@ from ..losses import (
 from ..scoring import score_completions, sequence_scores, to_groups
 from .base import GroupTrainer
 from .grkd_config import GRKDConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 class GRKDTrainer(GroupTrainer):
@@ -150,6 +155,15 @@ class GRKDTrainer(GroupTrainer):
                 "and to score groups without `teacher_scores`. Pass a teacher, or score the groups beforehand and set "
                 '`soft_label="group"` or `"none"`, or cache the soft labels (`grkd_trl.teacher.cache_soft_labels`).'
             )
+        if teacher_model is not None:
+            uses = {"soft labels and ranked tokens": args.needs_teacher_logits and not cached, "scores": not scored}
+            used = " and ".join([name for name, is_used in (uses | {"writing": teacher_writes}).items() if is_used])
+            log = logger.info if used else logger.warning  # a teacher that is named is expected to do something
+            log(
+                f"`teacher_model` is used for {used}."
+                if used
+                else "`teacher_model` is not used: the data has all it gives."
+            )
         return teacher_model if needs_teacher else None, *datasets
 
     def read(self, dataset, processing_class, args, name):
@@ -180,6 +194,14 @@ class GRKDTrainer(GroupTrainer):
         return super()._prepare_inputs(inputs)
 
     @property
+    def random_score(self) -> float | None:
+        """Where the student writes its groups, what a uniform choice among its tokens scores, in nats per token."""
+        writes = self.args.completion_source in ("student", "mixed") and self.completion_fn is None
+        return (
+            -math.log(self.model.config.get_text_config().vocab_size) if writes and self.args.score == "mean" else None
+        )
+
+    @property
     def alpha(self) -> float:
         """Share of the relative loss at this point of the run."""
         if self.args.soft_label == "none":
@@ -198,7 +220,7 @@ class GRKDTrainer(GroupTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, alpha = self.args, self.alpha
         group_mask, completion_mask = inputs["group_mask"], inputs["completion_mask"]
-        teacher_scores = inputs.get("teacher_scores")
+        teacher, teacher_scores = None, inputs.get("teacher_scores")
         sharing = {"prompt_sharing": args.prompt_sharing}
 
         if self.teacher_model is not None:
@@ -226,6 +248,7 @@ class GRKDTrainer(GroupTrainer):
 
         needed = token_losses if args.needs_teacher_logits else None
         student = score_completions(model, inputs, token_losses=needed, **sharing, **self.router_kwargs)
+        self.check_finite(inputs, student, teacher)
         scores = sequence_scores(student.per_token_logps, completion_mask, score=args.score)
         student_scores = to_groups(scores, group_mask)
 

@@ -113,6 +113,7 @@ class KDTrainer(GroupTrainer):
             return {"soft": args.temperature**2 * kl}
 
         student = score_completions(model, inputs, token_losses=token_losses, **sharing, **self.router_kwargs)
+        self.check_finite(inputs, student, teacher)
         soft = student.token_losses["soft"]
         mask = predicted_mask(completion_mask)
         hard = -student.per_token_logps[mask.to(student.per_token_logps.device)]

@@ -87,12 +87,13 @@ def add_rank_metrics(
     *,
     min_gap: float,
     mask: torch.Tensor,
+    shown: str = "teacher",
 ) -> None:
     """
     Add how well the student ranks groups as the teacher does: `scores/student`, `scores/teacher` (mean over
     completions), `scores/gap` (the teacher's best less its worst), `rank/accuracy` (share of the teacher's pairs in the teacher's order, ties are wrong),
-    `rank/kendall_tau` (pairs in order less pairs in reverse order over all, mean over the groups with a pair) and
-    `rank/pairs_per_group`.
+    `rank/kendall_tau` (pairs in order less pairs in reverse order over all, mean over the groups with a pair),
+    `rank/pairs_per_group` and `rank/tied_ratio` (share of the groups without a pair).
 
     Args:
         means ([`RunningMeans`]):
@@ -105,6 +106,8 @@ def add_rank_metrics(
             Gap of teacher scores that a pair must exceed.
         mask (`torch.Tensor` of shape `(P, G)`):
             `True` where a completion is present.
+        shown (`str`, *optional*, defaults to `"teacher"`):
+            What the teacher's scores are: its own, or `"label"`, chosen before rejected, which are not logged as scores.
     """
     pairs = ranked_pairs(teacher_scores, min_gap=min_gap, mask=mask)
     margins = student_scores.unsqueeze(-1) - student_scores.unsqueeze(-2)
@@ -113,13 +116,15 @@ def add_rank_metrics(
     reversed_ = (pairs & (margins < 0)).sum((-2, -1))
     num_completions = mask.sum()
     means.add("scores/student", student_scores.masked_fill(~mask, 0.0), num_completions)
-    means.add("scores/teacher", teacher_scores.masked_fill(~mask, 0.0), num_completions)
     best = teacher_scores.masked_fill(~mask, -torch.inf).amax(-1)
     worst = teacher_scores.masked_fill(~mask, torch.inf).amin(-1)
-    means.add("scores/gap", (best - worst).clamp(min=0.0))
+    if shown == "teacher":
+        means.add("scores/teacher", teacher_scores.masked_fill(~mask, 0.0), num_completions)
+        means.add("scores/gap", (best - worst).clamp(min=0.0))
     means.add("rank/accuracy", in_order, num_pairs.sum())
     means.add("rank/kendall_tau", (in_order - reversed_) / num_pairs.clamp(min=1), (num_pairs > 0).sum())
     means.add("rank/pairs_per_group", num_pairs)
+    means.add("rank/tied_ratio", num_pairs == 0)
 
 
 def add_length_metrics(

@@ -23,6 +23,7 @@ from ..generation.rollouts import MixtureRollouts
 from ..losses import clipped_policy_loss, minillm_returns, mixture_logps, reverse_kl
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
 from .base import GroupTrainer
+from .checks import check_finite
 from .minillm_config import MiniLLMConfig
 
 
@@ -180,6 +181,8 @@ class MiniLLMTrainer(GroupTrainer):
             return losses
 
         student = score_completions(model, inputs, token_losses=token_losses, **sharing, **self.router_kwargs)
+        check_finite(inputs, self._tokenizer, student=student.per_token_logps)
+        check_finite(rollout, self._tokenizer, teacher=teacher.per_token_logps)
         logps, teacher_logps, single_step = (
             student.token_losses[name] for name in ("logps", "teacher_logps", "single_step")
         )

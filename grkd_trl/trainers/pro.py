@@ -107,6 +107,7 @@ class PROTrainer(GroupTrainer):
         args, group_mask, teacher_scores = self.args, inputs["group_mask"], inputs["teacher_scores"]
         completion_mask = inputs["completion_mask"]
         student = score_completions(model, inputs, prompt_sharing=args.prompt_sharing, **self.router_kwargs)
+        self.check_finite(inputs, student)
         scores, logps = (
             to_groups(sequence_scores(student.per_token_logps, completion_mask, score=score), group_mask)
             for score in ("mean", "sum")

@@ -115,6 +115,7 @@ class SeqKDTrainer(GroupTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         group_mask, completion_mask = inputs["group_mask"], inputs["completion_mask"]
         student = score_completions(model, inputs, prompt_sharing=self.args.prompt_sharing, **self.router_kwargs)
+        self.check_finite(inputs, student)
 
         # The teacher's text as the label: one value a token
         mask = predicted_mask(completion_mask)

@@ -1,0 +1,167 @@
+"""What a trainer checks of a launch, of a step and of what it logs."""
+
+import math
+import os
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available, logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def resolve_bf16(args: TrainingArguments) -> bool:
+    """
+    Whether to train under bf16 autocast. Where `bf16` is `None`: as fp16, bf16 or fp8 of the launcher or the environment
+    says, else where the hardware has it, as TRL does, but in float32 on a CPU. (`accelerate launch` says "no" also where
+    nobody chose.)
+
+    Args:
+        args ([`~trl.SFTConfig`]):
+            Configuration, not initialised yet.
+
+    Returns:
+        `bool`: The value of `bf16`.
+
+    Raises:
+        `ValueError`: If `bf16` is `False` and the launcher or the environment says bf16.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower()
+    if args.bf16 is None:
+        if args.fp16 or launched not in ("", "no"):
+            return not args.fp16 and launched == "bf16"
+        return not args.use_cpu and is_torch_bf16_gpu_available()
+    if args.bf16 is False and launched == "bf16":
+        raise ValueError(
+            "`bf16=False` was given, but `accelerate launch` or the environment says ACCELERATE_MIXED_PRECISION=bf16, which "
+            "would win. Launch with `--mixed_precision no` (or correct `mixed_precision` in the configuration file), or "
+            "leave `bf16` at its default to follow the launcher."
+        )
+    return args.bf16
+
+
+def check_launch(args: TrainingArguments) -> None:
+    """
+    Refuse a launch that asked for more processes than it got, each of which would train alone.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Configuration.
+
+    Raises:
+        `ValueError`: If the environment says more processes than `args.world_size`.
+    """
+    ranks = [
+        name
+        for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+        if name in os.environ
+    ]
+    asked = int(os.environ[ranks[0]]) if ranks else None
+    # Without MPI `accelerate launch` starts one process on CPUs however many it was asked for, and says so by these alone.
+    is_simple_launch = "MASTER_ADDR" in os.environ and "ACCELERATE_DYNAMO_MODE" in os.environ
+    if args.world_size == 1 and ((asked or 1) > 1 or (asked is None and is_simple_launch)):
+        number = "several" if asked is None else asked
+        raise ValueError(
+            f"The launch asked for {number} processes, but this process trains alone. On CPUs launch with `torchrun "
+            "--nproc_per_node N script.py --use_cpu`, since `accelerate launch` starts one process there; on GPUs leave "
+            "`--cpu` and `--use_cpu` out."
+        )
+
+
+def check_finite(
+    inputs: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, **logps: torch.Tensor | None
+) -> None:
+    """
+    Refuse log-probabilities that are not finite, in the step in which they appear and before anything is trained on
+    them. Logits of -inf (a masked vocabulary) are fine as long as the completions' own tokens are possible.
+
+    Args:
+        inputs (`dict[str, torch.Tensor]`):
+            Batch of [`~data.DataCollatorForGroups`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Student's tokenizer, to show the row.
+        **logps (`torch.Tensor` of shape `(N, L - 1)`, *optional*):
+            Log-probability of each token, in nats, by the name of the model that gave them.
+
+    Raises:
+        `ValueError`: If a value is NaN or infinite; the message names the model and the rows.
+    """
+    given = {name: values.detach() for name, values in logps.items() if values is not None}
+    sums = torch.stack([values.sum(dtype=torch.float32).cpu() for values in given.values()])
+    if sums.isfinite().all():  # one wait for the device
+        return
+    for name, values in given.items():
+        rows = (~values.isfinite()).any(-1).nonzero().flatten().tolist()
+        if rows:
+            text = tokenizer.decode(inputs["input_ids"][rows[0]][inputs["attention_mask"][rows[0]].bool()])
+            raise ValueError(
+                f"The {name}'s logits are not finite in rows {rows} of a batch of {len(values)}; the first is "
+                f"{text[:200]!r}. Usual causes: weights with NaN (a broken checkpoint, or a learning rate too high in an "
+                "earlier step), float16 or a quantization that overflows (load it in bfloat16 or float32), or a "
+                "vocabulary whose mask forbids a token of the completion."
+            )
+
+
+def check_sampling(args: TrainingArguments, train_dataset: Dataset | IterableDataset | None) -> None:
+    """
+    Refuse an order of the groups that a stream cannot have, or whose steps depend on the number of processes.
+
+    Args:
+        args ([`~trl.SFTConfig`]):
+            Configuration.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Dataset to train on.
+
+    Raises:
+        `ValueError`: If the strategy cannot be followed.
+    """
+    strategy = args.train_sampling_strategy
+    if strategy == "batch_rebalance":
+        raise ValueError(
+            '`train_sampling_strategy="batch_rebalance"` makes micro-batches of unequal size, whose last step depends on the '
+            'number of processes. Use "random", which balances the groups of a step over processes and micro-batches, or '
+            '"group_by_length".'
+        )
+    if strategy == "group_by_length" and isinstance(train_dataset, IterableDataset):
+        raise ValueError(
+            '`train_sampling_strategy="group_by_length"` needs a dataset with a length, and got a stream. Load it without '
+            '`streaming`, or use "random", with which a stream keeps its order.'
+        )
+
+
+class GroupWarnings(TrainerCallback):
+    """
+    Warns once, at the first logging step, of groups from which little can be learned.
+
+    Args:
+        random_score (`float`, *optional*):
+            Mean log-probability, in nats per token, of a model that knows nothing, where the student writes the groups.
+    """
+
+    def __init__(self, random_score: float | None = None):
+        self.random_score, self._done = random_score, False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self._done or "completions/clipped_ratio" not in logs:
+            return
+        self._done = True
+        tied, cut = logs.get("rank/tied_ratio", 0.0), logs["completions/clipped_ratio"]
+        if tied > 0:
+            logger.warning(
+                f"{tied:.0%} of the groups at the first logging step have no two completions of different score, so "
+                "nothing can be ranked in them (`rank/tied_ratio`). Sample more varied completions, or check the scorer."
+            )
+        if cut > 0.5:
+            logger.warning(
+                f"{cut:.0%} of the completions are cut before their end (`completions/clipped_ratio`), and the student does "
+                "not learn to stop from them. Raise `max_completion_length` or `max_length`."
+            )
+        score = logs.get("scores/student", math.inf)
+        if self.random_score is not None and score < 0.9 * self.random_score:
+            logger.warning(
+                f"The student's own completions have {score:.1f} nats per token, and a uniform choice among its tokens "
+                f"{self.random_score:.1f}: it writes nearly at random. Start from a trained student, or check its weights "
+                "and chat template."
+            )
