@@ -1,14 +1,15 @@
-"""The teacher as annotator: before training it scores the groups, or writes their text, and is then let go of."""
+"""The teacher as annotator: before training it scores the groups, or writes their text, and is then freed."""
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
-from trl import extract_prompt
 
-from ..data import bring_scores
-from ..teacher import generate_completions, load_teacher, loading_whole, score_groups, tokenizer_of
+from ..data import as_read, bring_scores, encode_prompt, read_prompt
+from ..teacher import load_teacher, loading_whole, score_groups, tokenizer_of
+from ..teacher.writing import write_completions
+from .core import keep
 
 
 def _load(args, model, teacher_model, processing_class) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -35,7 +36,7 @@ def rank_datasets(
 ) -> list[Dataset | IterableDataset | dict[str, Dataset] | None]:
     """
     Have the teacher score the datasets whose groups bring no order, once and before the student is loaded. It reads the
-    text with its own tokenizer, which need not be the student's, and is let go of afterwards. Several processes share
+    text with its own tokenizer, which need not be the student's, and is then freed. Several processes share
     the work.
 
     Args:
@@ -76,6 +77,7 @@ def rank_datasets(
                 "A dataset that streams cannot be scored before training. Load it whole, or score its groups beforehand "
                 "(`grkd_trl.teacher.score_groups`)."
             )
+        dataset = as_read(dataset)
         with PartialState().split_between_processes(list(range(len(dataset)))) as rows:
             scored = score_groups(teacher, tokenizer, dataset.select(rows), progress=not args.disable_tqdm)
         if "teacher_scores" in dataset.column_names:
@@ -115,12 +117,10 @@ def teacher_texts(
     Raises:
         `ValueError`: If a teacher is missing, or is to write for a dataset that streams.
     """
-    per_completion = ("completions", "clipped", "teacher_scores")
     teacher = tokenizer = None
 
     def own(row):
-        kept = [place for place, writer in enumerate(row["written_by"]) if writer == "teacher"]
-        return {name: [row[name][place] for place in kept] for name in per_completion if row.get(name) is not None}
+        return keep(row, [index for index, writer in enumerate(row["written_by"]) if writer == "teacher"])
 
     def write(dataset):
         nonlocal teacher, tokenizer
@@ -128,7 +128,7 @@ def teacher_texts(
             return None
         if isinstance(dataset, dict):
             return type(dataset)({name: write(part) for name, part in dataset.items()})
-        if "written_by" in (dataset.column_names or next(iter(dataset))):
+        if "written_by" in (dataset.column_names or next(iter(dataset), {})):
             return dataset.map(own).filter(lambda row: len(row["completions"]) > 0)
         if teacher_model is None:
             raise ValueError(
@@ -144,22 +144,31 @@ def teacher_texts(
             )
         if teacher is None:
             teacher, tokenizer = _load(args, model, teacher_model, processing_class)
-        prompts = [row["prompt"] if "prompt" in row else extract_prompt(row)["prompt"] for row in dataset]
+        rows = list(as_read(dataset))
+        prompts = [read_prompt(row, index) for index, row in enumerate(rows)]
+        template = [{name: row.get(name) for name in ("tools", "chat_template_kwargs")} for row in rows]
         state = PartialState()
-        with state.split_between_processes(prompts) as part, torch.random.fork_rng():
+        with state.split_between_processes(list(range(len(rows)))) as part, torch.random.fork_rng():
             torch.manual_seed(args.seed + state.process_index)
-            texts, clipped = generate_completions(
+            written = write_completions(
                 teacher,
                 tokenizer,
-                part,
+                [encode_prompt(tokenizer, prompts[index], **template[index]) for index in part],
+                num_completions=1,
                 max_new_tokens=args.max_completion_length,
                 temperature=args.temperature if args.decoding == "sampling" else 0.0,
                 top_p=args.top_p,
+                batch_size=64,
                 num_beams=args.num_beams if args.decoding == "beam" else 1,
                 progress=not args.disable_tqdm,
             )
-        written = {"prompt": prompts, "completions": gather_object(texts), "clipped": gather_object(clipped)}
-        kept = {name: dataset[name] for name in ("tools", "chat_template_kwargs") if name in dataset.column_names}
-        return Dataset.from_dict(written | kept)
+        columns = {"prompt": prompts, "completions": gather_object(written.texts)}
+        for name in ("clipped", "prompt_ids", "completion_ids"):
+            columns[name] = gather_object(getattr(written, name))
+        columns["tokenizer_hash"] = [written.tokenizer_hash] * len(prompts)
+        for name in ("tools", "chat_template_kwargs"):
+            if any(kwargs[name] is not None for kwargs in template):
+                columns[name] = [kwargs[name] for kwargs in template]
+        return Dataset.from_dict(columns)
 
     return [write(dataset) for dataset in datasets]

@@ -12,7 +12,7 @@ from ..data.repeats import num_without_repeats
 from ..scoring import predicted_mask
 from ..teacher import sample_from_mixture
 from ..teacher.writing import row_numbers
-from .offline import content_seed, unit_seed
+from .core import content_seed, draw_seed
 
 
 class MixtureRollouts:
@@ -83,7 +83,7 @@ class MixtureRollouts:
         """
         trainer, args, accelerator = self.trainer, self.trainer.args, self.trainer.accelerator
         size, world, step = args.train_batch_size, accelerator.num_processes, trainer.state.global_step
-        seed = unit_seed(args.seed, step, "mixture")
+        seed = draw_seed(args.seed, step, "mixture")
         batches, counts = [], torch.zeros(3, dtype=torch.long)
         for number, inputs in enumerate(prompts):
             # The step and a prompt's index in it decide its draws and the text beside it: neither a resumed run nor

@@ -13,7 +13,7 @@ from .._trl import common_prefix_length, pad
 from ..data import tokenize_completions
 from .local import LocalTeacher
 from .protocol import Completions, TeacherScores
-from .writing import evaluating
+from .writing import eval_mode
 
 
 SELECTION_TEMPLATE = (
@@ -169,7 +169,7 @@ def _next_logps(
         shared = min(common_prefix_length(questions[0], ids) for ids in questions)
         shared = min(shared, *(len(ids) - 1 for ids in questions))
     cache = None
-    with evaluating(model):
+    with eval_mode(model):
         if shared > 0:
             prefix = torch.tensor([questions[0][:shared]], device=model.device)
             cache = model(input_ids=prefix, use_cache=True, logits_to_keep=1).get("past_key_values")

@@ -6,17 +6,27 @@ from typing import Any, NamedTuple, Protocol
 
 class Completions(NamedTuple):
     """
-    What was written for P prompts.
+    What was written for P prompts. A writer that knows the tokens that it wrote gives their ids, and they stay what was
+    written; text is for people, and for models with another tokenizer.
 
     Args:
         texts (`list[list[str]]`):
-            Completions of each prompt, without special tokens. None for a prompt that could not be completed.
+            Completions of each prompt, see [`~data.decode_completion`]. None for a prompt that could not be completed.
         clipped (`list[list[bool]]`):
             Whether each was cut at the maximum length, before its end.
+        completion_ids (`list[list[list[int]]]`, *optional*):
+            Ids of each completion, with its end token unless it was cut.
+        prompt_ids (`list[list[int]]`, *optional*):
+            Ids that each prompt's completions were written after.
+        tokenizer_hash (`str`, *optional*):
+            Whose ids they are, see [`~data.tokenizer_hash`].
     """
 
     texts: list[list[str]]
     clipped: list[list[bool]]
+    completion_ids: list[list[list[int]]] | None = None
+    prompt_ids: list[list[int]] | None = None
+    tokenizer_hash: str | None = None
 
 
 class TeacherScores(NamedTuple):
@@ -96,7 +106,7 @@ class Teacher(Protocol):
                 Further columns of the dataset, a value a prompt.
 
         Returns:
-            [`Completions`]: Texts, and whether each was cut.
+            [`Completions`]: Texts, whether each was cut, and the token ids where they are known.
         """
 
     def score(
@@ -115,7 +125,8 @@ class Teacher(Protocol):
             completions (`Sequence[Sequence[str]]` or `Sequence[Sequence[list[dict]]]`):
                 A group of completions for each prompt.
             columns (`Mapping[str, Sequence]`, *optional*):
-                Further columns of the dataset, a value a prompt; `clipped` among them.
+                Further columns of the dataset, a value a prompt; `clipped` among them, and for what a model wrote
+                `prompt_ids`, `completion_ids` and `tokenizer_hash`.
 
         Returns:
             [`TeacherScores`]: A score for each completion.

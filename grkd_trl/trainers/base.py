@@ -25,7 +25,7 @@ from ..data.repeats import number_rows, reduce_remainder, without_repeats
 from ..data.sampler import balance
 from ..scoring import predicted_mask, to_groups
 from ..teacher import disable_dropout, is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary
-from ..teacher.writing import evaluating
+from ..teacher.writing import eval_mode
 from .card import add_objective
 from .checkpoints import OrderOfEpoch, prepare_resume
 from .compile import compile_layers, take_over_compilation
@@ -167,7 +167,7 @@ class GroupTrainer(SFTTrainer):
             with torch.no_grad():
                 yield self.teacher_model
             return
-        with evaluating(model), torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+        with eval_mode(model), torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
             yield model
 
     # The data
