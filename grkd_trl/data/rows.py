@@ -228,7 +228,7 @@ def read_group(row: dict[str, Any], index: int, *, min_completions: int = 2) -> 
         if not is_score(value):
             field = "teacher_scores" if "completions" in row else ("score_chosen", "score_rejected")[position]
             raise ValueError(
-                f"`{field}` of row {index} holds {_shown(value)} for completion {position}: scores are numbers that are "
+                f"`{field}` of row {index} holds {value!r} for completion {position}: scores are numbers that are "
                 "finite in float32, higher is better. Drop the completion, or score it again."
             )
     for position, value in enumerate(group["clipped"]):
