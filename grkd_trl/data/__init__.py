@@ -6,8 +6,17 @@ the scores are optional, and so is `"clipped": [...]`, `True` for a completion t
 
 from .collator import DataCollatorForGroups, count_items, first_groups
 from .pairs import pair_groups, pairs_of, require_scores
-from .preparation import as_read, plain_rows, prepare_groups, tokenize_group, tokenize_prompt
-from .rows import bring_scores, bring_soft_labels, check_prompt, is_score, read_group, read_prompt, require_rows
+from .preparation import as_read, prepare_groups, prepare_prompts, tokenize_group, tokenize_prompt
+from .rows import (
+    bring_scores,
+    bring_soft_labels,
+    check_prompt,
+    is_score,
+    plain_rows,
+    read_group,
+    read_prompt,
+    require_rows,
+)
 from .tokenization import decode_completion, describe_tokenizer, encode_prompt, tokenize_completions, tokenizer_hash
 
 
@@ -27,6 +36,7 @@ __all__ = [
     "pairs_of",
     "plain_rows",
     "prepare_groups",
+    "prepare_prompts",
     "read_group",
     "read_prompt",
     "require_rows",

@@ -9,28 +9,11 @@ from transformers.utils import logging
 
 from .._trl import global_then_local_main_first
 from ..losses import ranked_pairs
-from .rows import WRITTEN, read_group, read_prompt
+from .rows import WRITTEN, plain_rows, read_group, read_prompt
 from .tokenization import decode_completion, encode_prompt, tokenize_completions, tokenizer_hash
 
 
 logger = logging.get_logger(__name__)
-
-
-def plain_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """
-    A dataset that gives Python's own types. Formats such as `"torch"` and `"numpy"` are taken off, for they change the
-    type of a cell alone; a transform changes what a row says, and stays.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Dataset.
-
-    Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset, formatted otherwise.
-    """
-    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
-        return dataset
-    return dataset.with_format(None)
 
 
 def as_read(dataset: Dataset) -> Dataset:
@@ -189,13 +172,8 @@ def prepare_groups(
             f"`max_length` must be 2 or above, a token and one of the completion to predict, got {max_length}."
         )
     in_memory = isinstance(dataset, Dataset)  # an `IterableDataset` knows neither `num_proc` nor `desc`
-    dataset = plain_rows(dataset)
-    first = next(iter(dataset), None)
-    if first is None:
-        raise ValueError(f"The {name} dataset is empty: it has no row. A filter may have dropped them all.")
+    dataset, first = _open(dataset, name)
     columns = dataset.column_names or list(first)
-    if "row" in columns:  # the name under which a stream's rows are numbered
-        dataset = dataset.remove_columns("row")
     with global_then_local_main_first():
         if "completion_ids" not in columns or "tokenizer_hash" in columns:
             _say_whose_ids(first, processing_class, name)
@@ -228,6 +206,70 @@ def prepare_groups(
                     "they add nothing to the relative loss. Sample more varied completions if the share is large."
                 )
     return dataset
+
+
+def prepare_prompts(
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    *,
+    max_completion_length: int,
+    max_length: int | None = None,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> Dataset | IterableDataset:
+    """
+    Check and tokenize a dataset of prompts, and drop those that leave no room for a completion.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows that [`tokenize_prompt`] accepts.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer, or a processor used for text alone.
+        max_completion_length (`int`):
+            Longest completion, in tokens.
+        max_length (`int`, *optional*):
+            Longest prompt and completion, in tokens.
+        num_proc (`int`, *optional*):
+            Processes for `Dataset.map`.
+        name (`str`, *optional*, defaults to `"train"`):
+            Name for progress bars and messages.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: With `prompt_ids` added.
+
+    Raises:
+        `ValueError`: If the dataset is empty, a row has no prompt, or none leaves room.
+    """
+    in_memory = isinstance(dataset, Dataset)
+    dataset, _ = _open(dataset, name)
+    with global_then_local_main_first():
+        kwargs = {"num_proc": num_proc, "desc": f"Tokenizing {name} prompts"} if in_memory else {}
+        fn_kwargs = {"processing_class": processing_class}
+        dataset = dataset.map(tokenize_prompt, with_indices=True, fn_kwargs=fn_kwargs, **kwargs).with_format(None)
+        if max_length is None:
+            return dataset
+        room = max_length - max_completion_length
+        kept = dataset.filter(lambda row: len(row["prompt_ids"]) <= room)
+    if in_memory and len(kept) < len(dataset):
+        message = (
+            f"{len(dataset) - len(kept)} of {len(dataset)} {name} prompts leave no room for "
+            f"`max_completion_length={max_completion_length}` within `max_length={max_length}`."
+        )
+        if len(kept) == 0:
+            raise ValueError(f"{message} Raise `max_length`, or lower `max_completion_length`.")
+        logger.warning(f"{message} They are dropped.")
+    return kept
+
+
+def _open(dataset: Dataset | IterableDataset, name: str) -> tuple[Dataset | IterableDataset, dict[str, Any]]:
+    """The dataset as it is read, without the column under whose name the rows of a stream are numbered; its first row."""
+    dataset = plain_rows(dataset)
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"The {name} dataset is empty: it has no row. A filter may have dropped them all.")
+    if "row" in (dataset.column_names or first):
+        dataset = dataset.remove_columns("row")
+    return dataset, first
 
 
 def _say_whose_ids(row: dict[str, Any], processing_class, name: str) -> None:

@@ -22,6 +22,23 @@ _FORMS = "text, or a list of messages such as [{'role': ..., 'content': ...}]"
 WRITTEN = ("prompt_ids", "completion_ids", "tokenizer_hash")  # columns of what a model wrote
 
 
+def plain_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """
+    A dataset that gives Python's own types. Formats such as `"torch"` and `"numpy"` are taken off, for they change the
+    type of a cell alone; a transform changes what a row says, and stays.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Dataset.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset, formatted otherwise.
+    """
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        return dataset
+    return dataset.with_format(None)
+
+
 def _parts(*datasets: Any) -> Iterator[Dataset | IterableDataset]:
     for dataset in datasets:
         for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
@@ -30,7 +47,7 @@ def _parts(*datasets: Any) -> Iterator[Dataset | IterableDataset]:
 
 
 def _first_rows(*datasets: Any) -> list[dict[str, Any]]:
-    return [row for part in _parts(*datasets) for row in part.take(1)]
+    return [row for part in _parts(*datasets) for row in plain_rows(part).take(1)]
 
 
 def require_rows(**datasets: Dataset | IterableDataset | dict | None) -> None:

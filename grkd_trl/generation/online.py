@@ -14,13 +14,10 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_rich_available
 from trl import SFTTrainer
 
-from .. import _trl
+from .. import _trl, data
 from .._trl import print_prompt_completions_sample, unwrap_model_for_generation
 from ..data import (
     DataCollatorForGroups,
-    check_prompt,
-    encode_prompt,
-    plain_rows,
     tokenize_completions,
 )
 from ..data.rows import WRITTEN
@@ -327,24 +324,6 @@ def prepare_prompts(dataset: Any, args: Any, processing_class: Any, name: str) -
     """
     if not isinstance(dataset, Dataset):
         raise ValueError("Online groups need a dataset with a length, and got a stream: load it without `streaming`.")
-    dataset = plain_rows(dataset)
-    for index, row in enumerate(dataset):
-        check_prompt(row.get("prompt"), index)
-    if args.max_length is None:
-        return dataset
-    room = args.max_length - args.max_completion_length
-    names = ("tools", "chat_template_kwargs")
-    kept = dataset.filter(
-        lambda row: (
-            len(encode_prompt(processing_class, row["prompt"], **{name: row.get(name) for name in names})) <= room
-        )
-    )
-    if len(kept) < len(dataset):
-        message = (
-            f"{len(dataset) - len(kept)} of {len(dataset)} {name} prompts leave no room for "
-            f"`max_completion_length={args.max_completion_length}` within `max_length={args.max_length}`."
-        )
-        if len(kept) == 0:
-            raise ValueError(f"{message} Raise `max_length`, or lower `max_completion_length`.")
-        logger.warning(f"{message} They are dropped.")
-    return kept
+    lengths = {"max_length": args.max_length, "max_completion_length": args.max_completion_length}
+    prepared = data.prepare_prompts(dataset, processing_class, **lengths, num_proc=args.dataset_num_proc, name=name)
+    return prepared.remove_columns("prompt_ids")  # the writer tokenizes

@@ -186,9 +186,8 @@ class LocalTeacher:
             for rows in token_batches(self.model, groups, self.tokens_per_batch, progress=self.progress):
                 batch = self._collate([groups[row] for row in rows])
                 logps = score_completions(self.model, batch).per_token_logps
-                impossible = logps == -math.inf  # a token that the model rules out; NaN is no model's answer
-                refuse_not_finite(logps.masked_fill(impossible, 0.0), "The teacher's logits")
-                logps = logps.masked_fill(impossible, math.nan)
+                refuse_not_finite(logps, "The teacher's logits", allow_impossible=True)
+                logps = logps.masked_fill(logps == -math.inf, math.nan)  # no score
                 values = to_groups(
                     sequence_scores(logps, batch["completion_mask"], score=self.score_type), batch["group_mask"]
                 )

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from ..losses import mixture_logps
+from ..scoring import refuse_not_finite
 from .writing import draw_tokens, eval_mode
 
 
@@ -71,6 +72,9 @@ def sample_from_mixture(
 
     Returns:
         `list[list[int]]`: Tokens of each completion, its end token included unless it was cut.
+
+    Raises:
+        `ValueError`: If the logits of either are not finite.
     """
     ends = torch.tensor(eos_token_ids, device=input_ids.device)
     going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -79,11 +83,13 @@ def sample_from_mixture(
     with eval_mode(student):
         for step in range(max_new_tokens):
             logits = readers["student"].next_logits(input_ids, attention_mask, num_new)[:, :vocab_size]
+            refuse_not_finite(logits.max(-1).values, "The student's logits")  # of masked tokens alone -inf is right
             logps = logits.float().log_softmax(-1)
             if teacher_share > 0:
                 with teacher() as model:
                     reader = readers.setdefault("teacher", _Reader(model))
                     logits = reader.next_logits(input_ids, attention_mask, num_new)[:, :vocab_size]
+                refuse_not_finite(logits.max(-1).values, "The teacher's logits")
                 teacher_logps = logits.float().log_softmax(-1).to(logps.device)
                 logps = mixture_logps(logps, teacher_logps, teacher_share=teacher_share)
             tokens = draw_tokens(logps.exp(), numbers[:, step]).unsqueeze(-1)

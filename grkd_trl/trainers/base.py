@@ -20,7 +20,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 
-from ..data import DataCollatorForGroups, count_items, prepare_groups
+from ..data import DataCollatorForGroups, count_items, prepare_groups, require_rows
 from ..data.repeats import number_rows, reduce_remainder, without_repeats
 from ..data.sampler import balance
 from ..scoring import predicted_mask, to_groups
@@ -97,6 +97,7 @@ class GroupTrainer(SFTTrainer):
                 "`model` and `teacher_model` cannot be the same object: the teacher is frozen. With adapters "
                 "(`peft_config`) they can, and the student's base is the teacher."
             )
+        require_rows(train_dataset=train_dataset, eval_dataset=eval_dataset)
         teacher_model, train_dataset, eval_dataset = self.bring_teacher(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
         )
