@@ -24,7 +24,7 @@ from grkd_trl.data import (
 )
 from grkd_trl.generation import GroupsConfig, draw_seed, generate_groups
 from grkd_trl.generation.core import as_groups
-from grkd_trl.teacher import Completions, LocalTeacher, score_groups
+from grkd_trl.teacher import Completions, LocalTeacher, cache_soft_labels, score_groups
 
 
 TEMPLATES = {path.stem: path for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))}
@@ -118,7 +118,7 @@ def written_group(tokenizer, prompt):
     prompt_ids = encode_prompt(tokenizer, prompt)
     ids = [ids_of(tokenizer, prompt_ids, *case) for case in WRITTEN.values()]
     clipped = [left_out is not None for _, left_out in WRITTEN.values()]
-    texts = [decode_completion(tokenizer, prompt_ids, own, clipped=cut) for own, cut in zip(ids, clipped, strict=True)]
+    texts = [decode_completion(tokenizer, own, clipped=cut) for own, cut in zip(ids, clipped, strict=True)]
     written = Completions([texts], [clipped], [ids], [prompt_ids], tokenizer_hash(tokenizer))
     (row,) = as_groups([{"prompt": prompt}], {"student": written})
     return row
@@ -194,14 +194,14 @@ class TestText:
         if kind == "sentencepiece":  # a text that stands alone gets a space that it does not have
             text = text if text.startswith(("<", " ")) else f" {text}" if text else text
         ids = ids_of(tokenizer, prompt_ids, text.lstrip(" ") if kind == "sentencepiece" else text, left_out)
-        shown = decode_completion(tokenizer, prompt_ids, ids, clipped=left_out is not None)
+        shown = decode_completion(tokenizer, ids, clipped=left_out is not None)
         assert shown == (text.removesuffix("🦜") if left_out else text)
 
     def test_first_space_is_kept(self):
         tokenizer = sentencepiece_tokenizer()
-        prompt_ids, ids = tokenizer("The answer is")["input_ids"], tokenizer.convert_tokens_to_ids(["▁Paris", "</s>"])
+        ids = tokenizer.convert_tokens_to_ids(["▁Paris", "</s>"])
         assert tokenizer.decode(ids, skip_special_tokens=True) == "Paris"
-        assert decode_completion(tokenizer, prompt_ids, ids, clipped=False) == " Paris"
+        assert decode_completion(tokenizer, ids, clipped=False) == " Paris"
 
     def test_edited_text_beside_other_ids_is_refused(self):
         tokenizer = TOKENIZERS["bytes"]()
@@ -216,6 +216,17 @@ class TestText:
             tokenizer.decode(tokenize_group(edited, 3, processing_class=tokenizer)["completion_ids"][2])
             == "edited<eos>"
         )
+
+    def test_other_special_tokens_than_at_writing(self):
+        """A trainer may name another EOS or pad token; the text beside the ids was made with those of the writer."""
+        writer, trainer = TOKENIZERS["bytes"](), TOKENIZERS["bytes"]()
+        trainer.pad_token = "<|im_start|>"
+        ids = writer("a<pad>b<|im_start|>c<eos>")["input_ids"]
+        text = decode_completion(writer, ids, clipped=False)
+        assert text == "ab<|im_start|>c"
+        written = Completions([[text] * 2], [[False] * 2], [[ids] * 2], [[70]], tokenizer_hash(writer))
+        (row,) = as_groups([{"prompt": "x"}], {"student": written})
+        assert tokenize_group(row, 0, processing_class=trainer)["completion_ids"] == [ids] * 2
 
     def test_ids_of_another_tokenizer_are_not_read(self):
         tokenizer, other = TOKENIZERS["bytes"](), word_tokenizer()
@@ -357,6 +368,13 @@ class TestRealWriters:
         for group in groups:
             expected = plain_scores(trainer.teacher_model, group["prompt_ids"], group["completion_ids"])
             assert group["teacher_scores"] == pytest.approx(expected, abs=1e-4)
+
+    def test_cached_soft_labels_belong_to_the_ids(self):
+        tokenizer = TOKENIZERS["bytes"]()
+        row = written_group(tokenizer, "The answer is")
+        labelled = cache_soft_labels(model_of("bytes"), tokenizer, Dataset.from_list([row]), k=2, progress=False)
+        prepared = prepare_groups(labelled, tokenizer)[0]
+        assert prepared["teacher_token_ids"] == prepared["completion_ids"] == row["completion_ids"]
 
     def test_folder_without_ids_still_loads(self, tmp_path):
         """As written before there were ids."""

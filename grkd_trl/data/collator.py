@@ -93,8 +93,8 @@ class DataCollatorForGroups(DataCollatorMixin):
             for name, tops in soft_labels.items():
                 for top in example.get(name) or []:
                     first = len(example["prompt_ids"])
-                    places = torch.arange(first + len(top))[keep][1:]  # nothing predicts a row's first token
-                    tops.append(torch.tensor(top)[places[places >= first] - first])
+                    indices = torch.arange(first + len(top))[keep][1:]  # nothing predicts a row's first token
+                    tops.append(torch.tensor(top)[indices[indices >= first] - first])
         attention_mask = [torch.ones_like(ids) for ids in input_ids]
 
         # `group_mask` stands first: `Trainer` takes the batch size from the first tensor, and the batch is of groups.

@@ -5,6 +5,7 @@ the scores are optional, and so is `"clipped": [...]`, `True` for a completion t
 wrote brings its token ids: `prompt_ids`, `completion_ids` and the `tokenizer_hash` that says whose ids they are.
 """
 
+import json
 import numbers
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from trl import extract_prompt
+
+from .._trl import remove_none_values
 
 
 _FORMATS = (
@@ -148,6 +151,25 @@ def check_text(value: Any, where: str) -> None:
     for turn in value:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise ValueError(f"{where} holds {_shown(turn)}, which is no message. Accepted is {_FORMS}.")
+
+
+def message_text(message: dict[str, Any]) -> str:
+    """
+    What a message says, for a reader: its reasoning, its content and its tool calls.
+
+    Args:
+        message (`dict[str, Any]`):
+            Message. Content may be text, a list of parts, `None` or absent.
+
+    Returns:
+        `str`: Text.
+    """
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    parts = [message.get("reasoning_content"), message.get("thinking"), content]
+    calls = [json.dumps(remove_none_values(call), default=str) for call in message.get("tool_calls") or []]
+    return "\n".join([part for part in parts if part] + calls)
 
 
 def check_prompt(prompt: Any, index: int) -> None:

@@ -23,13 +23,17 @@ class _Vocabulary(NamedTuple):
     size: int
     hash: str
     added: frozenset[int]
+    context: list[int]  # to decode behind: some decoders drop the first space of a text
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> _Vocabulary:
     known = _VOCABULARIES.get(tokenizer)
     if known is None or known.size != len(tokenizer):  # a vocabulary only grows
         digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
-        known = _Vocabulary(len(tokenizer), digest, frozenset(tokenizer.added_tokens_decoder))
+        context = tokenizer("a", add_special_tokens=False)["input_ids"]
+        if getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", True) is None:
+            context = []  # without a decoder tokens are joined by spaces, which nobody wrote
+        known = _Vocabulary(len(tokenizer), digest, frozenset(tokenizer.added_tokens_decoder), context)
         _VOCABULARIES[tokenizer] = known
     return known
 
@@ -260,11 +264,7 @@ def _follow(processing_class, prompt, prompt_ids, completion, was_cut, kwargs) -
 
 
 def decode_completion(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-    prompt_ids: Sequence[int],
-    completion_ids: Sequence[int],
-    *,
-    clipped: bool,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin, completion_ids: Sequence[int], *, clipped: bool
 ) -> str:
     """
     Text of a completion that a model wrote, as a person reads it after the prompt: with the space it begins with, and
@@ -274,8 +274,6 @@ def decode_completion(
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
             Tokenizer, or a processor used for text alone.
-        prompt_ids (`Sequence[int]`):
-            Ids that it was written after.
         completion_ids (`Sequence[int]`):
             Its ids, the last of which is its end token unless it was cut.
         clipped (`bool`):
@@ -285,16 +283,15 @@ def decode_completion(
         `str`: Text.
     """
     tokenizer = _tokenizer(processing_class)
+    vocabulary = _vocabulary(tokenizer)
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-    ends = not clipped and completion_ids[-1:] and completion_ids[-1] in _vocabulary(tokenizer).added
+    ends = not clipped and completion_ids[-1:] and completion_ids[-1] in vocabulary.added
     ids = [token for token in (completion_ids[:-1] if ends else completion_ids) if token not in named]
-
-    def decode(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    text, context = decode(ids), ""
-    if getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", True) is not None:
-        context = decode(list(prompt_ids))  # without a decoder tokens are joined by spaces, which nobody wrote
-        whole = decode([*prompt_ids, *ids])
-        text = whole[len(context) :] if whole.startswith(context) else text
+    start = _decode(tokenizer, vocabulary.context)
+    whole = _decode(tokenizer, [*vocabulary.context, *ids])
+    text = whole[len(start) :] if whole.startswith(start) else _decode(tokenizer, ids)
     return text.rstrip("\ufffd") if clipped else text
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

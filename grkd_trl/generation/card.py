@@ -7,6 +7,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..data import message_text
+
 
 _CARD = """---
 configs:
@@ -68,7 +70,7 @@ def summary(counts: dict[str, int]) -> str:
 
 
 def _text(value: str | list[dict[str, Any]]) -> str:
-    return value if isinstance(value, str) else "\n".join(f"[{turn['role']}] {turn['content']}" for turn in value)
+    return value if isinstance(value, str) else "\n".join(f"[{turn['role']}] {message_text(turn)}" for turn in value)
 
 
 def preview(dataset: Dataset, num_groups: int = 1) -> str:

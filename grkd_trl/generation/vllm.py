@@ -47,7 +47,7 @@ class VLLMWriter:
         for position, ids in enumerate(written):
             row = position // num_completions
             cut = len(ids) >= max_new_tokens and ids[-1] not in self.ends
-            texts[row].append(decode_completion(self.processing_class, prompt_ids[row], ids, clipped=cut))
+            texts[row].append(decode_completion(self.processing_class, ids, clipped=cut))
             clipped[row].append(cut)
             completion_ids[row].append(list(ids))
         return Completions(texts, clipped, completion_ids, prompt_ids, tokenizer_hash(self.processing_class))

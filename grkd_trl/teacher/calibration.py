@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl import common_prefix_length, pad
-from ..data import tokenize_completions
+from ..data import message_text, tokenize_completions
 from .local import LocalTeacher
 from .protocol import Completions, TeacherScores
 from .writing import eval_mode
@@ -100,7 +100,7 @@ def selection_probs(
         letters (`tuple[str, str]`, *optional*, defaults to `("A", "B")`):
             What the template calls the two.
         both_orders (`bool`, *optional*, defaults to `True`):
-            Whether to ask each pair in both orders and average, so that the place of an answer does not matter.
+            Whether to ask each pair in both orders and average, so that the order of the answers does not matter.
         tokens_per_batch (`int`, *optional*, defaults to `16384`):
             Tokens in a batch, padding and shared prefix included.
         share_prefix (`bool`, *optional*, defaults to `True`):
@@ -137,9 +137,10 @@ def selection_probs(
 def _text(value: str | list[dict[str, Any]]) -> str:
     if isinstance(value, str):
         return value.strip()
+    texts = [message_text(turn).strip() for turn in value]
     if len(value) == 1:
-        return value[0]["content"].strip()
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in value)
+        return texts[0]
+    return "\n".join(f"{turn['role']}: {text}" for turn, text in zip(value, texts, strict=True))
 
 
 def _question_ids(processing_class, question: str, letters: tuple[str, str]) -> tuple[list[int], list[int]]:
@@ -287,22 +288,22 @@ class CalibratedTeacher:
         """
         scored = self.teacher.score(prompts, completions, columns=columns)
         for prompt, group, scores in zip(prompts, completions, scored.scores, strict=True):
-            fine = [position for position, value in enumerate(scores) if math.isfinite(value)]
-            if len(fine) < 2:
+            finite = [position for position, value in enumerate(scores) if math.isfinite(value)]
+            if len(finite) < 2:
                 scores[:] = [math.nan] * len(scores)
                 continue
             picked = selection_probs(
                 self.teacher.model,
                 self.teacher.processing_class,
                 prompt,
-                [group[position] for position in fine],
+                [group[position] for position in finite],
                 template=self.template,
                 both_orders=self.both_orders,
                 tokens_per_batch=self.teacher.tokens_per_batch,
             )
-            mean_logps = torch.tensor([scores[position] for position in fine], dtype=torch.float64)
+            mean_logps = torch.tensor([scores[position] for position in finite], dtype=torch.float64)
             picked = torch.tensor(picked, dtype=torch.float64)
             calibrated = calibrate_scores(mean_logps, picked, ratio=self.ratio)
-            for position, value in zip(fine, calibrated.tolist(), strict=True):
+            for position, value in zip(finite, calibrated.tolist(), strict=True):
                 scores[position] = value
         return scored

@@ -171,7 +171,7 @@ class LocalTeacher:
         Raises:
             `ValueError`: If the model's logits are not finite.
         """
-        groups, places, num_tokens, surprises = [], [], [], []
+        groups, indices, num_tokens, surprises = [], [], [], []
         read = read_groups(self.processing_class, prompts, completions, columns)
         for row, (prompt_ids, completion_ids, surprising) in enumerate(read):
             num_tokens.append([len(ids) for ids in completion_ids])
@@ -180,7 +180,7 @@ class LocalTeacher:
             if any(fits):
                 kept = [ids for ids, fit in zip(completion_ids, fits, strict=True) if fit]
                 groups.append({"prompt_ids": prompt_ids, "completion_ids": kept})
-                places.append([(row, position) for position, fit in enumerate(fits) if fit])
+                indices.append([(row, position) for position, fit in enumerate(fits) if fit])
         scores = [[math.nan] * len(counts) for counts in num_tokens]
         with eval_mode(self.model):
             for rows in token_batches(self.model, groups, self.tokens_per_batch, progress=self.progress):
@@ -192,7 +192,7 @@ class LocalTeacher:
                     sequence_scores(logps, batch["completion_mask"], score=self.score_type), batch["group_mask"]
                 )
                 for row, group_scores in zip(rows, values.tolist(), strict=True):
-                    for (prompt, position), value in zip(places[row], group_scores, strict=False):
+                    for (prompt, position), value in zip(indices[row], group_scores, strict=False):
                         scores[prompt][position] = value
         return TeacherScores(scores, num_tokens, surprises)
 

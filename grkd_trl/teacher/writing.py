@@ -270,9 +270,7 @@ def write_completions(
             end = next((index for index, token in enumerate(ids) if token in ends), None)
             completion_ids[row].append(ids if end is None else ids[: end + 1])
             clipped[row].append(end is None)
-            texts[row].append(
-                decode_completion(processing_class, prompt_ids[row], completion_ids[row][-1], clipped=end is None)
-            )
+            texts[row].append(decode_completion(processing_class, completion_ids[row][-1], clipped=end is None))
 
     with eval_mode(model):
         for start in tqdm(range(0, len(order), batch_size), desc="Writing completions", disable=not progress):
