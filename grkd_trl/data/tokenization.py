@@ -212,11 +212,13 @@ def _encode_messages(processing_class, prompt, completions, clipped, kwargs) -> 
     """Ids of a conversation up to the assistant's turn, and of it with each completion."""
     prompt = remove_none_values(prompt)
     prompt_ids = tokenize(processing_class, prompt, add_generation_prompt=True, **kwargs)["input_ids"]
-    full_ids = []
+    start, full_ids = None, []
     for completion, was_cut in zip(completions, clipped, strict=True):
         if isinstance(completion, str):
             messages = [*prompt, {"role": "assistant", "content": completion}]
-            if was_cut or not _shows(processing_class, prompt, messages, kwargs):
+            if start is None:
+                start = processing_class.apply_chat_template(prompt, tokenize=False, **kwargs)
+            if was_cut or not _shows(processing_class, start, messages, kwargs):
                 written = _encode_written(processing_class, prompt, prompt_ids, completion, was_cut, kwargs)
                 full_ids.append(prompt_ids + written)
                 continue
@@ -227,9 +229,8 @@ def _encode_messages(processing_class, prompt, completions, clipped, kwargs) -> 
     return prompt_ids, full_ids
 
 
-def _shows(processing_class, prompt, messages, kwargs) -> bool:
-    """Whether the chat template writes the last message's text."""
-    start = processing_class.apply_chat_template(prompt, tokenize=False, **kwargs)
+def _shows(processing_class, start, messages, kwargs) -> bool:
+    """Whether the chat template writes the last message's text behind the conversation up to it, `start`."""
     whole = processing_class.apply_chat_template(messages, tokenize=False, **kwargs)
     return messages[-1]["content"].strip() in whole[len(os.path.commonprefix([start, whole])) :]  # templates trim
 
