@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import time
@@ -17,6 +18,7 @@ from interrupted import config, make_prompts, make_teacher
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model, tiny_tokenizer
 
 from grkd_trl import GRKDConfig, GRKDTrainer
+from grkd_trl.data import prepare_groups
 from grkd_trl.generation import GroupsConfig, draw_seed, generate_groups, preview
 from grkd_trl.generation.select import drop_repeats, select_diverse
 from grkd_trl.teacher import CallableScorer, LocalTeacher
@@ -280,6 +282,27 @@ class TestResuming:
         with pytest.raises(ValueError, match="`scorer.chat_template`(.)*`teacher.chat_template`"):
             generate_groups(make_prompts(), config(made[0]), student=make_teacher(0), teacher=other)
 
+    def test_a_folder_of_an_older_version(self, made, tmp_path):
+        """It is not resumed, for its groups have no token ids; it loads and trains as it is."""
+        folder = tmp_path / "groups"
+        shutil.copytree(made[0], folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["versions"]["grkd_trl"] = "0.0.9"
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        for path in (folder / "data").iterdir():
+            shard = Dataset.from_parquet(str(path), cache_dir=str(tmp_path))
+            shard.remove_columns(["prompt_ids", "completion_ids", "tokenizer_hash"]).to_parquet(path)
+        with pytest.raises(ValueError, match="different parameters: `versions.grkd_trl`: '0.0.9' then"):
+            generate_groups(make_prompts(), config(folder), student=make_teacher(0), teacher=make_teacher(1))
+        loaded = load_dataset(
+            "parquet", data_dir=str(folder / "data"), split="train", cache_dir=str(tmp_path / "cache")
+        )
+        tokens, own = prepare_groups(loaded, tiny_tokenizer()), prepare_groups(made[1], tiny_tokenizer())
+        special = set(tiny_tokenizer().all_special_ids) - {tiny_tokenizer().eos_token_id}
+        for row, expected in zip(tokens, own, strict=True):
+            written = [[token for token in ids if token not in special] for ids in expected["completion_ids"]]
+            assert row["completion_ids"] == written  # what text keeps
+
     def test_a_folder_of_something_else_is_refused(self, tmp_path):
         (tmp_path / "data").mkdir()
         (tmp_path / "data" / "other.parquet").touch()
@@ -387,6 +410,11 @@ class TestConfig:
     def test_ranges(self, tmp_path, field, value):
         with pytest.raises(ValueError, match=f"`{field}`"):
             config(tmp_path, **{field: value})
+
+    def test_former_name_of_a_shard(self, tmp_path):
+        with pytest.warns(FutureWarning, match="`prompts_per_unit` is now `prompts_per_shard`"):
+            old = GroupsConfig(str(tmp_path), prompts_per_unit=5)
+        assert old == GroupsConfig(str(tmp_path), prompts_per_shard=5)
 
     def test_missing_writer(self, tmp_path):
         with pytest.raises(ValueError, match='`completion_source="mixed"` needs `teacher`'):

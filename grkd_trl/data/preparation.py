@@ -1,4 +1,4 @@
-"""A dataset of groups made ready for training: checked and tokenized, row by row."""
+"""Datasets of groups and of prompts prepared for training: every row checked and tokenized."""
 
 from typing import Any
 
@@ -18,14 +18,14 @@ logger = logging.get_logger(__name__)
 
 def as_read(dataset: Dataset) -> Dataset:
     """
-    A dataset that holds what reading it gives, of Python's own types, its transform applied.
+    Apply a dataset's transform and drop its format, so that its columns hold what reading a row returns.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Dataset.
 
     Returns:
-        [`~datasets.Dataset`]: Dataset without a format.
+        [`~datasets.Dataset`]: The dataset without a format.
     """
     dataset = plain_rows(dataset)
     return dataset if dataset.format["type"] is None else Dataset.from_list(list(dataset))
@@ -64,8 +64,8 @@ def tokenize_group(
     min_completions: int = 2,
 ) -> dict[str, Any]:
     """
-    Check and tokenize a row, as [`tokenize_completions`] says. Ids that were written with this tokenizer stay as they
-    are; those of another are left out, and the text is tokenized.
+    Check and tokenize a row, see [`tokenize_completions`]. Token ids that were written with this tokenizer are used
+    unchanged; where the ids belong to another tokenizer, the text is tokenized.
 
     Args:
         row (`dict[str, Any]`):
@@ -84,7 +84,7 @@ def tokenize_group(
         there are any, `teacher_scores` (`list[float]`).
 
     Raises:
-        `ValueError`: If the row is no group, a completion comes to no token, or its text is not that of its ids.
+        `ValueError`: If the row is not a group, a completion has no token, or its text differs from its ids.
     """
     group = read_group(row, index, min_completions=min_completions)
     written = {name: group.pop(name, None) for name in WRITTEN}
@@ -129,8 +129,8 @@ def _check_written(processing_class, group: dict[str, Any], written: dict[str, A
         decoded = decode_completion(processing_class, ids, clipped=was_cut)
         if decoded != text and without_added(decoded) != without_added(text):
             raise ValueError(
-                f"`completions` of row {index} holds another text at position {position} than `completion_ids` there. "
-                "Ids are what is trained on. If the text was edited, drop the columns `prompt_ids`, `completion_ids` and "
+                f"`completions` of row {index} holds another text at position {position} than its `completion_ids`, and "
+                "training uses the ids. If the text was edited, drop the columns `prompt_ids`, `completion_ids` and "
                 "`tokenizer_hash` to train on the text."
             )
 
@@ -173,7 +173,7 @@ def prepare_groups(
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: With the columns of [`tokenize_group`] added.
 
     Raises:
-        `ValueError`: If the dataset is empty, a row is no group, or `max_length` leaves no completion of any row.
+        `ValueError`: If the dataset is empty, a row is not a group, or `max_length` leaves no row a completion.
     """
     if max_length is not None and max_length < 2:
         raise ValueError(
@@ -270,7 +270,7 @@ def prepare_prompts(
 
 
 def _open(dataset: Dataset | IterableDataset, name: str) -> tuple[Dataset | IterableDataset, dict[str, Any]]:
-    """The dataset as it is read, without the column under whose name the rows of a stream are numbered; its first row."""
+    """The dataset as it is read, without a column `row` (the name used to number the rows of a stream), and its first row."""
     dataset = plain_rows(dataset)
     first = next(iter(dataset), None)
     if first is None:
@@ -281,9 +281,9 @@ def _open(dataset: Dataset | IterableDataset, name: str) -> tuple[Dataset | Iter
 
 
 def _say_whose_ids(row: dict[str, Any], processing_class, name: str) -> None:
-    """Say once, by the first row, whether the token ids that the groups bring are read."""
+    """Log once whether the token ids in the dataset are used, judging by its first row."""
     brought = row.get("tokenizer_hash")
     if brought is not None:
         own = brought == tokenizer_hash(processing_class)
-        what = "are trained on as they were written" if own else "are of another tokenizer: the text is tokenized"
-        logger.info(f"The token ids of the {name} groups {what}.")
+        what = "are used as they were written" if own else "belong to another tokenizer, so the text is tokenized"
+        logger.info(f"The token ids in the {name} dataset {what}.")

@@ -1,8 +1,8 @@
-"""Rows of a group dataset: what they hold, and whether they can be ranked.
+"""Rows of a group dataset: read and checked.
 
 A group is one prompt with two or more completions: `{"prompt", "completions": [...], "teacher_scores": [...]}`, where
-the scores are optional, and so is `"clipped": [...]`, `True` for a completion that was cut before its end. What a model
-wrote brings its token ids: `prompt_ids`, `completion_ids` and the `tokenizer_hash` that says whose ids they are.
+the scores are optional, and so is `"clipped": [...]`, `True` for a completion that was cut before its end. Groups that a
+model wrote also hold its token ids: `prompt_ids`, `completion_ids` and the `tokenizer_hash` of its tokenizer.
 """
 
 import json
@@ -27,15 +27,15 @@ WRITTEN = ("prompt_ids", "completion_ids", "tokenizer_hash")  # columns of what 
 
 def plain_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """
-    A dataset that gives Python's own types. Formats such as `"torch"` and `"numpy"` are taken off, for they change the
-    type of a cell alone; a transform changes what a row says, and stays.
+    Make a dataset return plain Python types. Formats such as `"torch"` and `"numpy"` are dropped, since they change
+    only the type of a cell; a transform is kept, since it changes the content of a row.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Dataset.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset, formatted otherwise.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset without a format, or with its transform.
     """
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         return dataset
@@ -59,7 +59,7 @@ def require_rows(**datasets: Dataset | IterableDataset | dict | None) -> None:
 
     Args:
         **datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
-            Datasets by the name of the argument that brought them. What is none of these is passed over.
+            Datasets by argument name. Anything else is ignored.
 
     Raises:
         `ValueError`: If one has no row; the message names it.
@@ -77,11 +77,11 @@ def require_rows(**datasets: Dataset | IterableDataset | dict | None) -> None:
 
 def bring_scores(*datasets: Dataset | IterableDataset | dict | None) -> bool:
     """
-    Whether every dataset brings an order of its own, `teacher_scores` or a preference, by its first row.
+    Whether every dataset ranks its completions, by `teacher_scores` or as preferences, judging by its first row.
 
     Args:
         *datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
-            Datasets to look at. What is none of these is passed over.
+            Datasets to look at. Anything else is ignored.
 
     Returns:
         `bool`: `True` if no teacher is needed to rank completions.
@@ -97,14 +97,14 @@ def bring_scores(*datasets: Dataset | IterableDataset | dict | None) -> bool:
 
 def bring_soft_labels(*datasets: Dataset | IterableDataset | dict | None) -> bool:
     """
-    Whether every dataset has the teacher's token soft labels cached, by its first row.
+    Whether every dataset has the teacher's token soft labels cached, judging by its first row.
 
     Args:
         *datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
-            Datasets to look at. What is none of these is passed over.
+            Datasets to look at. Anything else is ignored.
 
     Returns:
-        `bool`: `True` if token soft labels need no teacher.
+        `bool`: `True` if no teacher is needed for token soft labels.
     """
     rows = _first_rows(*datasets)
     return bool(rows) and all(row.get("teacher_top_ids") is not None for row in rows)
@@ -192,7 +192,7 @@ def check_prompt(prompt: Any, index: int) -> None:
 
 def read_prompt(row: dict[str, Any], index: int) -> Any:
     """
-    Prompt of a row, which TRL's preferences may hold in `chosen` and `rejected`.
+    Prompt of a row; TRL's preferences may hold it inside `chosen` and `rejected`.
 
     Args:
         row (`dict[str, Any]`):

@@ -1,4 +1,4 @@
-"""Between text and tokens: as TRL tokenizes what users bring, and exactly as written for what a model wrote."""
+"""Tokenization: text that users give is tokenized as TRL does; what a model wrote keeps its token ids."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from .._trl import common_prefix_length, remove_none_values, tokenize
 
 logger = logging.get_logger(__name__)
 
-_PROBE = "GRKD"  # content of a message that is rendered to see what the chat template writes behind it
+_PROBE = "GRKD"  # content of a message that is rendered to see what the chat template puts after it
 _VOCABULARIES: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, "_Vocabulary"] = weakref.WeakKeyDictionary()
 
 
@@ -23,7 +23,7 @@ class _Vocabulary(NamedTuple):
     size: int
     hash: str
     added: frozenset[int]
-    context: list[int]  # to decode behind: some decoders drop the first space of a text
+    context: list[int]  # decoded in front of a completion: some decoders drop the leading space of a text
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> _Vocabulary:
@@ -32,7 +32,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> _Vocabulary:
         digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
         context = tokenizer("a", add_special_tokens=False)["input_ids"]
         if getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", True) is None:
-            context = []  # without a decoder tokens are joined by spaces, which nobody wrote
+            context = []  # without a decoder tokens are joined by spaces that no token holds
         known = _Vocabulary(len(tokenizer), digest, frozenset(tokenizer.added_tokens_decoder), context)
         _VOCABULARIES[tokenizer] = known
     return known
@@ -44,8 +44,8 @@ def _tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> Pr
 
 def tokenizer_hash(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> str:
     """
-    A hash that says whether ids mean the same tokens. It covers the vocabulary with all added tokens, and not the chat
-    template, which decides what is tokenized and not what an id means.
+    Hash of a tokenizer's vocabulary, added tokens included. Token ids can be exchanged between tokenizers of equal hash.
+    The chat template is left out: it decides which text is tokenized, not what an id means.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
@@ -59,7 +59,7 @@ def tokenizer_hash(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -
 
 def describe_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> dict[str, str]:
     """
-    What tells a tokenizer from another, for manifests.
+    Identify a tokenizer and its chat template, for manifests.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
@@ -137,14 +137,14 @@ def tokenize_completions(
     tokenizer_hash: str | None = None,
 ) -> tuple[list[int], list[list[int]]]:
     """
-    Tokenize a prompt and its completions. Ids that were written stay as they are. Text is tokenized as TRL's
-    `DPOTrainer` does it: prompt and completion as one text, the completion starting where the tokens of the group part
-    from the prompt's. EOS ends a standard completion, the chat template a conversational one; a clipped completion gets
-    neither.
+    Tokenize a prompt and its completions. Token ids that a model wrote are used unchanged. Text is tokenized as TRL's
+    `DPOTrainer` does: prompt and completion as one text, where the completion starts at the first token in which any row
+    of the group differs from the prompt alone. EOS ends a standard completion, the chat template a conversational one; a
+    clipped completion gets neither.
 
-    A conversation's completion given as text is the assistant's message. Where the chat template does not show that text,
-    as those that drop the reasoning of a finished message, and where it was cut, the text follows the start of the
-    assistant's turn as it is: that is where a model wrote it.
+    A conversational completion given as text is the content of the assistant's message. If it was cut, or if the chat
+    template does not render that text (some drop the reasoning of a finished message), it is put directly after the
+    start of the assistant's turn, which is where a model writes.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
@@ -152,7 +152,7 @@ def tokenize_completions(
         prompt (`str` or `list[dict]`):
             Text, or messages.
         completions (`Sequence[str]` or `Sequence[list[dict]]`):
-            One or more completions. One of a conversation may be a list of messages or the text of the assistant's.
+            One or more completions. A conversational one may be a list of messages or the text of the assistant's.
         clipped (`Sequence[bool]`, *optional*):
             Which completions were cut before they ended.
         tools (`list` or `str`, *optional*):
@@ -162,9 +162,9 @@ def tokenize_completions(
         prompt_ids (`Sequence[int]`, *optional*):
             Ids that the completions were written after.
         completion_ids (`Sequence[Sequence[int]]`, *optional*):
-            Ids that were written. `None` for a completion that has text alone; it is tokenized to follow `prompt_ids`.
+            Ids that were written. `None` for a completion with text alone, which is tokenized to follow `prompt_ids`.
         tokenizer_hash (`str`, *optional*):
-            Whose ids these are. Those of another tokenizer are not read.
+            Hash of the tokenizer of these ids, see [`tokenizer_hash`]. They are ignored if it is not this tokenizer's.
 
     Returns:
         `tuple[list[int], list[list[int]]]`: Ids of the prompt and of each completion, which may be none.
@@ -189,9 +189,9 @@ def tokenize_completions(
     if length < len(prompt_ids):
         logger.warning_once(
             "A tokenized prompt is not a prefix of prompt and completion tokenized together: the template renders the "
-            "prompt alone otherwise, or tokens merge across the boundary. Completions start where the tokens part, and "
-            f"the prompt's end is left out: {processing_class.decode(prompt_ids[length:])!r}. End prompts on a token "
-            "boundary to train on the context that generation sees."
+            "prompt differently alone, or tokens merge across the boundary. Completions start at the first token that "
+            f"differs, and the end of the prompt is left out: {processing_class.decode(prompt_ids[length:])!r}. End "
+            "prompts on a token boundary to train on the context that generation sees."
         )
     return prompt_ids[:length], [ids[length:] for ids in full_ids]
 
@@ -230,13 +230,13 @@ def _encode_messages(processing_class, prompt, completions, clipped, kwargs) -> 
 
 
 def _shows(processing_class, start, messages, kwargs) -> bool:
-    """Whether the chat template writes the last message's text behind the conversation up to it, `start`."""
+    """Whether the chat template renders the text of the last message after `start`, the conversation before it."""
     whole = processing_class.apply_chat_template(messages, tokenize=False, **kwargs)
     return messages[-1]["content"].strip() in whole[len(os.path.commonprefix([start, whole])) :]  # templates trim
 
 
 def _encode_written(processing_class, prompt, prompt_ids, text, was_cut, kwargs) -> list[int]:
-    """Ids of text that follows the start of the assistant's turn as it is, and ends as the template ends a message."""
+    """Ids of text put directly after the start of the assistant's turn, ended as the template ends a message."""
     tokenizer = _tokenizer(processing_class)
     start = processing_class.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **kwargs)
     if not was_cut:
@@ -250,7 +250,7 @@ def _encode_written(processing_class, prompt, prompt_ids, text, was_cut, kwargs)
 
 
 def _follow(processing_class, prompt, prompt_ids, completion, was_cut, kwargs) -> list[int]:
-    """Ids of a completion of which there is only text, in a group with ids that were written after `prompt_ids`."""
+    """Ids of a completion given as text in a group whose other completions were written after `prompt_ids`."""
     if isinstance(prompt, str):
         _, (ids,) = _encode_text(processing_class, prompt, [completion], [was_cut], kwargs)
         if ids[: len(prompt_ids)] == prompt_ids:
@@ -268,9 +268,9 @@ def decode_completion(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin, completion_ids: Sequence[int], *, clipped: bool
 ) -> str:
     """
-    Text of a completion that a model wrote, as a person reads it after the prompt: with the space it begins with, and
-    with tags of thoughts and tool calls, which are part of the message. Its end token is left out where it is a token
-    added to the vocabulary, and so are padding, BOS and the like, and the bytes of a character that was cut.
+    Text of a completion that a model wrote, as a person would read it after the prompt: a leading space is kept, and so
+    are tags of reasoning and tool calls, which are part of the message. Left out are the end token, if it is an added
+    token, the tokens for BOS, EOS, padding and unknown text, and the first bytes of a character that was cut.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):

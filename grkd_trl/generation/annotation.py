@@ -1,4 +1,4 @@
-"""The teacher as annotator: before training it scores the groups, or writes their text, and is then freed."""
+"""The teacher as annotator: before training it scores the groups or writes them, and is then freed."""
 
 import torch
 from accelerate import PartialState
@@ -35,17 +35,16 @@ def rank_datasets(
     *datasets: Dataset | IterableDataset | dict[str, Dataset] | None,
 ) -> list[Dataset | IterableDataset | dict[str, Dataset] | None]:
     """
-    Have the teacher score the datasets whose groups bring no order, once and before the student is loaded. It reads the
-    text with its own tokenizer, which need not be the student's, and is then freed. Several processes share
-    the work.
+    Have the teacher score the datasets that have no ranking, once and before the student is loaded. It reads them with
+    its own tokenizer, which need not be the student's, and is then freed. Several processes share the work.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
             The method's configuration, with `teacher_model_init_kwargs`.
         model (`str` or [`~transformers.PreTrainedModel`]):
-            Student, whose tokenizer serves a teacher without one.
+            Student, whose tokenizer is used for a teacher that has none.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Teacher. Not loaded where every dataset brings its order.
+            Teacher. Not loaded if every dataset is ranked already.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
             Student's tokenizer.
         *datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
@@ -61,7 +60,7 @@ def rank_datasets(
         return list(datasets)
     if teacher_model is None:
         raise ValueError(
-            f"The groups bring no `teacher_scores` and no `teacher_model` was given, and "
+            f"The groups have no `teacher_scores` and no `teacher_model` was given, and "
             f"`{type(args).__name__.removesuffix('Config')}Trainer` learns from an order of completions. Pass a teacher, "
             "score the groups beforehand (`grkd_trl.teacher.score_groups`), or give preferences (`chosen`, `rejected`). "
             "`SeqKDTrainer` needs no scores where the teacher wrote the completions."
@@ -96,14 +95,15 @@ def teacher_texts(
     *datasets: Dataset | IterableDataset | dict[str, Dataset] | None,
 ) -> list[Dataset | dict[str, Dataset] | None]:
     """
-    Groups of what the teacher wrote: the completions that `written_by` says are the teacher's, and where the dataset
-    does not say, one that it writes now for each prompt, before the student is loaded. Several processes share the work.
+    Groups of what the teacher wrote: the completions that `written_by` attributes to it or, in a dataset without that
+    column, one completion for each prompt that it writes now, before the student is loaded. Several processes share the
+    work. Token ids that it wrote are kept.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
             The method's configuration: how the teacher writes, and `teacher_model_init_kwargs`.
         model (`str` or [`~transformers.PreTrainedModel`]):
-            Student, whose tokenizer serves a teacher without one.
+            Student, whose tokenizer is used for a teacher that has none.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Teacher. Not loaded where every dataset says which completions it wrote.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):

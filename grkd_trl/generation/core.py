@@ -1,4 +1,4 @@
-"""The groups of some prompts, made alike offline and in training: who writes with which draws, and who scores."""
+"""The core of making groups, shared by offline and online generation: writing with fixed draws, and scoring."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from ..data import is_score
 from ..teacher import Completions, Teacher
 
 
-# What a group has one of for each completion; `None` where nothing is known of any.
+# Fields of a group with one value for each completion.
 PER_COMPLETION = (
     "completions",
     "clipped",
@@ -25,15 +25,15 @@ _NOT_FOR_TEACHERS = {"prompt", "completions", "written_by", "teacher_scores", "n
 
 def draw_seed(seed: int, index: int, writer: str) -> int:
     """
-    Seed of one writer's draws for the prompts that are written at once; the prompt at index i of them adds i to it.
+    Seed of one writer's draws for a batch of prompts that are written together; the i-th prompt adds i to it.
 
     Args:
         seed (`int`):
             Seed of all.
         index (`int`):
-            Which prompts: the shard's number offline, that of the generation online.
+            Number of the batch: of the shard offline, of the generation round online.
         writer (`str`):
-            `"student"`, `"teacher"`, or another who draws.
+            `"student"`, `"teacher"`, or another name.
 
     Returns:
         `int`: A seed below 2 ** 32.
@@ -43,7 +43,7 @@ def draw_seed(seed: int, index: int, writer: str) -> int:
 
 def content_seed(prompt: Any) -> int:
     """
-    Seed from a prompt itself, for draws that are to be the same whenever it comes.
+    Seed derived from a prompt, so that its draws are the same whenever it comes.
 
     Args:
         prompt (`str`, `list[dict]` or `list[int]`):
@@ -74,7 +74,7 @@ def columns_of(rows: Sequence[dict[str, Any]], *, without: Iterable[str]) -> dic
 
 def keep(group: dict[str, Any], indices: Sequence[int]) -> dict[str, Any]:
     """
-    A group of some of its completions.
+    Keep some completions of a group.
 
     Args:
         group (`dict[str, Any]`):
@@ -83,7 +83,7 @@ def keep(group: dict[str, Any], indices: Sequence[int]) -> dict[str, Any]:
             Completions to keep.
 
     Returns:
-        `dict[str, Any]`: The group, with no more than these.
+        `dict[str, Any]`: The group with these completions alone.
     """
     lists = {name: group[name] for name in PER_COMPLETION if group.get(name) is not None}
     return group | {name: [values[index] for index in indices] for name, values in lists.items()}
@@ -107,11 +107,12 @@ def write_groups(
         rows (`Sequence[dict]`):
             P rows with `prompt`. Further columns reach the writers.
         writers (`dict[str, tuple[Callable, int]]`):
-            By name, what opens a writer, and how many completions of each prompt it writes. One is open at a time.
+            For each name a function that opens the writer, and how many completions of each prompt it writes. One
+            writer is open at a time.
         seed (`int`):
             Seed of all.
         index (`int`):
-            Which prompts these are, for [`draw_seed`].
+            Number of the batch, for [`draw_seed`].
         max_new_tokens (`int`):
             Longest completion, in tokens.
         temperature (`float`):
@@ -119,10 +120,10 @@ def write_groups(
         top_p (`float`):
             Share of the probability to sample from.
         offsets (`Sequence[int]`, *optional*):
-            What each prompt adds to the seed, where these are not all prompts of the index in order.
+            What each prompt adds to the seed, where these are not all prompts of the batch in order.
 
     Returns:
-        `list[dict]`: P groups, see [`as_groups`]. A prompt that a writer has no room for has none by that writer.
+        `list[dict]`: P groups, see [`as_groups`]. A prompt that leaves a writer no room has no completion by it.
     """
     written = {}
     offsets = range(len(rows)) if offsets is None else offsets
@@ -142,18 +143,18 @@ def write_groups(
 
 def as_groups(rows: Sequence[dict[str, Any]], written: dict[str, Completions]) -> list[dict[str, Any]]:
     """
-    Groups of what several wrote. Their token ids are kept where they are of one tokenizer, the student's if it wrote and
-    knows them; a completion in another tokenizer keeps its text alone.
+    Join what several writers wrote into groups. Token ids are kept for one tokenizer: the student's if it wrote and knows
+    its ids, else that of the first writer who does. A completion in another tokenizer keeps its text alone.
 
     Args:
         rows (`Sequence[dict]`):
             P rows with `prompt`.
         written (`dict[str, Completions]`):
-            What each wrote for these prompts, by name.
+            What each writer wrote for these prompts, by name.
 
     Returns:
         `list[dict]`: The rows, with `completions`, `clipped`, `written_by`, `prompt_ids`, `completion_ids` and
-        `tokenizer_hash`, the last three `None` where nobody knows the ids.
+        `tokenizer_hash`. The last three are `None` if no writer knows its ids.
     """
     with_ids = [name for name in ("student", *written) if name in written and written[name].completion_ids is not None]
     first = written[with_ids[0]] if with_ids else None
@@ -176,7 +177,7 @@ def as_groups(rows: Sequence[dict[str, Any]], written: dict[str, Completions]) -
 
 def add_scores(groups: Sequence[dict[str, Any]], scorer: Teacher) -> list[dict[str, Any]]:
     """
-    Have groups scored. A completion that cannot be scored is dropped.
+    Score groups. A completion that cannot be scored is dropped.
 
     Args:
         groups (`Sequence[dict]`):

@@ -1,4 +1,4 @@
-"""Make groups offline: write completions, keep the most varied, score them, and keep all that was done."""
+"""Make groups offline: write completions, keep the most varied, score them, and store all of it in a folder."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ _OWN_COLUMNS |= {"chosen", "rejected"}
 @dataclass
 class GroupsConfig:
     r"""
-    What decides the groups that [`generate_groups`] makes.
+    Parameters of [`generate_groups`].
 
     Parameters:
         output_dir (`str`):
@@ -47,7 +47,7 @@ class GroupsConfig:
         num_drawn (`int`, *optional*, defaults to `5`):
             Completions written for a prompt, of which the `num_completions` furthest apart are kept.
         num_teacher_completions (`int`, *optional*, defaults to `1`):
-            How many of the group the teacher writes, for `"mixed"`. The student writes the others and the spare ones.
+            How many completions of a group the teacher writes, for `"mixed"`. The student writes all others.
         temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature.
         top_p (`float`, *optional*, defaults to `0.95`):
@@ -108,7 +108,7 @@ class GroupsConfig:
 
     def shares(self) -> dict[str, tuple[int, int]]:
         """
-        Who writes how many.
+        Completions by writer.
 
         Returns:
             `dict[str, tuple[int, int]]`: Completions drawn and kept, of each writer.

@@ -34,8 +34,8 @@ class OnlineGroups:
     """
     Turns the prompts of a training step into its groups.
 
-    Every `generate_every` optimizer steps groups are made for all the prompts of these steps at once, by the student as
-    it is then; `reuse_groups` says how often they are gone through.
+    Every `generate_every` optimizer steps the current student writes groups for all prompts of these steps at once;
+    `reuse_groups` is the number of times they are trained on.
 
     Args:
         trainer ([`~trl.SFTTrainer`]):
@@ -80,7 +80,7 @@ class OnlineGroups:
 
     def collate(self, rows: list[dict[str, Any]]) -> Any:
         """
-        Collate groups as ever; leave prompts as they are.
+        Collate groups; leave prompts uncollated.
 
         Args:
             rows (`list[dict]`):

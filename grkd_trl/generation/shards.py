@@ -1,4 +1,4 @@
-"""A folder of groups that survives interruptions: Parquet shards, each written whole, and a manifest."""
+"""A folder of groups that survives interruptions: Parquet shards, each complete or absent, and a manifest."""
 
 import json
 import os
@@ -19,13 +19,13 @@ _COUNTS = b"grkd_trl.counts"
 
 def differences(made_with: Any, given: Any, name: str = "") -> list[str]:
     """
-    Where two manifests differ.
+    Differences between two manifests.
 
     Args:
         made_with (`Any`):
-            What the folder was made with.
+            Parameters that the folder was created with.
         given (`Any`):
-            What was given now.
+            Parameters of this run.
         name (`str`, *optional*, defaults to `""`):
             Name of the value, for nested ones.
 
@@ -50,7 +50,7 @@ class Shards:
         num_shards (`int`):
             Number of shards.
         manifest (`dict[str, Any]`):
-            What decides the content, as JSON can hold it.
+            Parameters that decide the content, as JSON can hold them.
     """
 
     def __init__(self, folder: str | Path, num_shards: int, manifest: dict[str, Any]):
@@ -122,7 +122,7 @@ class Shards:
                 pq.read_table(path, page_checksum_verification=True)
             return Counter(json.loads(pq.read_schema(path).metadata[_COUNTS]))
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            logger.warning(f"{path} is damaged and is made again: {error}")
+            logger.warning(f"{path} is damaged and will be made again: {error}")
             return None
 
     def write(self, shard: int, rows: list[dict[str, Any]], features: Features, counts: Counter) -> None:

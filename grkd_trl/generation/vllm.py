@@ -14,9 +14,9 @@ class VLLMWriter:
 
     Args:
         vllm (`trl.generation.vllm_generation.VLLMGeneration`):
-            Engine or client, with the weights that are to write.
+            Engine or client.
         model ([`~transformers.PreTrainedModel`]):
-            Model that it runs, whose generation config names the end tokens.
+            Model that it serves. Its generation config names the end tokens.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
     """

@@ -82,9 +82,9 @@ def selection_probs(
     How often a teacher picks each completion of a group when it is shown two of them: for every pair the probability
     of the two letters as the next token, made to sum to 1, and of each completion the mean over its pairs.
 
-    A group of G costs G (G - 1) questions of two completions, half of that in one order. What all questions of the
-    group begin with, the prompt, is read once and its keys and values are shared, where the model has a cache that can
-    be repeated.
+    A group of G costs G (G - 1) questions of two completions, half of that in one order. The prefix that all questions
+    of a group share, the prompt, is encoded once and its keys and values are reused, if the model's cache can be
+    repeated.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -104,7 +104,7 @@ def selection_probs(
         tokens_per_batch (`int`, *optional*, defaults to `16384`):
             Tokens in a batch, padding and shared prefix included.
         share_prefix (`bool`, *optional*, defaults to `True`):
-            Whether to share the keys and values of what the questions begin with.
+            Whether to share the keys and values of the questions' common prefix.
 
     Returns:
         `list[float]`: G probabilities.
@@ -144,7 +144,7 @@ def _text(value: str | list[dict[str, Any]]) -> str:
 
 
 def _question_ids(processing_class, question: str, letters: tuple[str, str]) -> tuple[list[int], list[int]]:
-    """Tokens up to where the answers part, and there the token of each."""
+    """Tokens up to the first one in which the answers differ, and that token of each answer."""
     if processing_class.chat_template is None:
         prompt, answers = f"{question}\n\nThe better answer:", [f" {letter}" for letter in letters]
     else:
@@ -230,7 +230,7 @@ class CalibratedTeacher:
 
     def describe(self) -> dict[str, Any]:
         """
-        What tells this teacher from another.
+        Identify this teacher.
 
         Returns:
             `dict[str, Any]`: The teacher's description and the calibration.

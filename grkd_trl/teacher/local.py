@@ -67,7 +67,7 @@ class LocalTeacher:
 
     def describe(self) -> dict[str, Any]:
         """
-        What tells this teacher from another.
+        Identify this teacher.
 
         Returns:
             `dict[str, Any]`: Model, revision, dtype, hashes of the tokenizer and of its chat template, and the score.
@@ -94,8 +94,8 @@ class LocalTeacher:
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Completions:
         """
-        Write completions. A prompt's seed decides its draws, whatever stands beside it, and torch's global generator is
-        left as it was.
+        Write completions. A prompt's draws depend on its seed alone, not on the prompts beside it, and torch's global
+        generator is not used.
 
         Args:
             prompts (`Sequence[str]` or `Sequence[list[dict]]`):
@@ -224,7 +224,7 @@ def token_batches(
     packed = why_not_shared(model) is None
     lengths = [len(group["prompt_ids"]) + max(map(len, group["completion_ids"])) for group in groups]
     rows, num_sequences, num_packed = [], 0, 0
-    order = sorted(range(len(groups)), key=lengths.__getitem__)  # the row in hand is the batch's longest
+    order = sorted(range(len(groups)), key=lengths.__getitem__)  # so the current row is the longest of its batch
     for row in tqdm(order, desc="Scoring groups", disable=not progress):
         size = len(groups[row]["completion_ids"])
         own = len(groups[row]["prompt_ids"]) + sum(map(len, groups[row]["completion_ids"]))

@@ -12,7 +12,7 @@ from .writing import draw_tokens, eval_mode
 
 
 class _Reader:
-    """A model that reads on where it stopped: the tokens it has not seen, against the keys and values of those before."""
+    """A model with its cache: each call encodes the new tokens against the keys and values of those before."""
 
     def __init__(self, model: torch.nn.Module):
         self.model, self.cache = model, None

@@ -1,4 +1,4 @@
-"""What a teacher is: it may write completions, and it scores them."""
+"""The interface of a teacher, which may write completions and scores them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -6,12 +6,12 @@ from typing import Any, NamedTuple, Protocol
 
 class Completions(NamedTuple):
     """
-    What was written for P prompts. A writer that knows the tokens that it wrote gives their ids, and they stay what was
-    written; text is for people, and for models with another tokenizer.
+    What was written for P prompts. A writer that knows its token ids returns them, and trainers and teachers with the
+    same tokenizer use these ids unchanged; the text is for people and for models with another tokenizer.
 
     Args:
         texts (`list[list[str]]`):
-            Completions of each prompt, see [`~data.decode_completion`]. None for a prompt that could not be completed.
+            Completions of each prompt, see [`~data.decode_completion`]. Empty for a prompt that could not be completed.
         clipped (`list[list[bool]]`):
             Whether each was cut at the maximum length, before its end.
         completion_ids (`list[list[list[int]]]`, *optional*):
@@ -19,7 +19,7 @@ class Completions(NamedTuple):
         prompt_ids (`list[list[int]]`, *optional*):
             Ids that each prompt's completions were written after.
         tokenizer_hash (`str`, *optional*):
-            Whose ids they are, see [`~data.tokenizer_hash`].
+            Hash of the writer's tokenizer, see [`~data.tokenizer_hash`].
     """
 
     texts: list[list[str]]
@@ -31,16 +31,16 @@ class Completions(NamedTuple):
 
 class TeacherScores(NamedTuple):
     """
-    What a teacher says of P groups of completions.
+    A teacher's scores of P groups of completions.
 
     Args:
         scores (`list[list[float]]`):
             Scores, higher is better; nats (per token) where the teacher is a language model. NaN for a completion that
             cannot be scored.
         num_tokens (`list[list[int]]`):
-            The teacher's tokens in each completion, EOS counted. 0 where it has none.
+            Number of the teacher's tokens in each completion, EOS included. 0 if it has none.
         surprises (`list[list[bool]]`):
-            Whether the teacher's tokenizer read a completion otherwise than as its text.
+            Whether the teacher's tokens of a completion differ from its text, as where its chat template drops a part.
     """
 
     scores: list[list[float]]
@@ -69,10 +69,10 @@ class Teacher(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """
-        What tells this teacher from another, for the manifest of what it wrote or scored.
+        Identify this teacher, for the manifest of what it wrote or scored.
 
         Returns:
-            `dict[str, Any]`: Names and values that JSON can hold.
+            `dict[str, Any]`: Values that JSON can hold.
         """
 
     def generate(

@@ -1,4 +1,4 @@
-"""Groups that a teacher reads: the ids that were written where they are its own, else the text, and what is lost."""
+"""How a teacher reads groups: token ids where they are of its tokenizer, else text, with a flag where text is lost."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ __all__ = ["encode_prompt", "read_groups", "reads_back", "template_columns", "to
 
 def template_columns(columns: Mapping[str, Sequence[Any]] | None, row: int) -> dict[str, Any]:
     """
-    What a row gives to the chat template.
+    Arguments of a row for the chat template.
 
     Args:
         columns (`Mapping[str, Sequence]`, *optional*):
@@ -50,8 +50,8 @@ def read_groups(
             `completion_ids` and `tokenizer_hash` are read.
 
     Yields:
-        `tuple`: Of each group the prompt's ids, each completion's ids, and whether the tokens are a surprise: [`reads_back`]
-        denies them, or they are those of another text of the group.
+        `tuple`: For each group the ids of the prompt, of each completion, and whether the completion's ids are a surprise:
+        they do not decode to its text (see [`reads_back`]), or another text of the group has the same ids.
     """
     columns = columns or {}
     own = tokenizer_hash(processing_class) if "tokenizer_hash" in columns else None
@@ -94,7 +94,8 @@ def reads_back(
             What it was tokenized to, in its context.
 
     Returns:
-        `bool`: `False` if the text has unknown characters, special tokens, or merges with the prompt.
+        `bool`: `False` if the text has unknown characters or special tokens, merges with the prompt, or is not rendered
+        by the chat template.
     """
     texts = [completion]
     if not isinstance(completion, str):

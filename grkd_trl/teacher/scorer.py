@@ -37,7 +37,7 @@ class CallableScorer:
 
     def describe(self) -> dict[str, Any]:
         """
-        What tells this scorer from another.
+        Identify this scorer.
 
         Returns:
             `dict[str, Any]`: Module and name of the function.

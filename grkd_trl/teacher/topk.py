@@ -23,8 +23,8 @@ def cache_soft_labels(
 ) -> Dataset:
     """
     Add a teacher's token soft labels to groups, so that `soft_label="token"` needs no teacher while training: at each
-    completion token the k most likely next tokens and their log-probabilities. What is left over counts as one class
-    more, see [`~losses.topk_soft_label_loss`].
+    completion token the k most likely next tokens and their log-probabilities. The remaining probability counts as one
+    more class, see [`~losses.topk_soft_label_loss`].
 
     A completion token costs 8 k + 4 bytes: 516 at k = 64, where the logits of a vocabulary of 152 064 have 608 256.
 

@@ -23,7 +23,7 @@ from .protocol import Completions
 
 def pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:
     """
-    A token to pad with. Llama-3's tokenizer has none; masks come from lengths, so EOS will do.
+    Token to pad with: the pad token, or EOS for tokenizers without one, such as Llama 3's. Masks come from lengths.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
@@ -85,7 +85,7 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
 
 def row_numbers(seed: int, num_rows: int, num_tokens: int) -> torch.Tensor:
     """
-    Random numbers that decide the draws of some rows, wherever they are made.
+    Random numbers that decide the draws of some rows, the same on every device.
 
     Args:
         seed (`int`):
@@ -104,8 +104,8 @@ def row_numbers(seed: int, num_rows: int, num_tokens: int) -> torch.Tensor:
 
 def draw_tokens(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """
-    Draw a token for each row by a number of its own, where the sum of the probabilities passes it. Drawing for one row
-    takes nothing from another, as draws from one generator would.
+    Draw a token for each row by inverting the cumulative distribution at the row's own random number, so that the draws
+    of one row do not depend on the others.
 
     Args:
         probs (`torch.Tensor` of shape `(N, V)`):
@@ -123,7 +123,7 @@ def draw_tokens(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
 
 class _RefuseNaN(LogitsProcessor):
-    """Ends a generation whose next token nothing decides, where `generate` would fail on an index."""
+    """Refuses logits that are not finite, on which `generate` would fail with an index error."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         refuse_not_finite(scores.max(-1).values, "The writing model's logits")  # of masked tokens alone -inf is right
@@ -131,7 +131,7 @@ class _RefuseNaN(LogitsProcessor):
 
 
 class _DrawByRow(LogitsProcessor):
-    """Leaves of each row's next tokens the drawn one alone, for a search that takes the most likely token."""
+    """Masks all next tokens of a row but the drawn one, so that greedy search takes it."""
 
     def __init__(self, numbers: torch.Tensor, num_prompt: int):
         self.numbers, self.num_prompt = numbers, num_prompt
@@ -215,7 +215,7 @@ def write_completions(
     progress: bool = False,
 ) -> Completions:
     """
-    [`generate_completions`] for prompts that are tokenized.
+    Like [`generate_completions`], for prompts that are tokenized.
 
     Args:
         model, processing_class, num_completions, max_new_tokens, temperature, top_p, batch_size, num_beams, progress:
@@ -231,7 +231,7 @@ def write_completions(
     Raises:
         `ValueError`: If the model's logits are not finite, or the tokenizer has no token to pad with.
     """
-    # `generate` takes what is not said from the model's generation config, which may hold other sampling settings.
+    # What is not passed comes from the model's generation config, which may hold other sampling settings.
     neutral = {"num_beams": num_beams, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None}
     cutoffs = {"min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
     sampling = {"do_sample": False} | neutral
@@ -241,8 +241,8 @@ def write_completions(
     texts, clipped, completion_ids = ([[] for _ in prompt_ids] for _ in range(3))
     ends = end_token_ids(model, processing_class)
     padding = pad_token_id(processing_class)
-    sharded = isinstance(model, FSDPModule)  # `generate` knows of ZeRO-3 by itself, and not of accelerate's FSDP2
-    rows_per_prompt = 1 if seeds is None else num_completions  # several sequences of a row are for its own sampling
+    sharded = isinstance(model, FSDPModule)  # `generate` detects ZeRO-3 by itself, but not accelerate's FSDP2
+    rows_per_prompt = 1 if seeds is None else num_completions  # `num_return_sequences` is for its own sampling alone
 
     def write_batch(rows: list[int]) -> None:
         ids = [torch.tensor(prompt_ids[row], device=model.device) for row in rows for _ in range(rows_per_prompt)]
