@@ -53,6 +53,9 @@ from trl.trainer.utils import disable_dropout_in_model
 # Pads a list of tensors, to a multiple of a length if asked (0.13).
 from trl.trainer.utils import pad
 
+# Drops the `None` with which Arrow fills the fields that a message or a tool does not have (0.25).
+from trl.trainer.utils import remove_none_values
+
 # Frozen models beside the trained one under DeepSpeed and FSDP (0.19).
 from trl.models import prepare_deepspeed, prepare_fsdp
 

@@ -24,7 +24,7 @@ def make_teacher(seed, **kwargs):
 
 
 def config(folder, **kwargs):
-    small = {"num_completions": 3, "max_completion_length": 8, "prompts_per_unit": 4, "completion_source": "mixed"}
+    small = {"num_completions": 3, "max_completion_length": 8, "prompts_per_shard": 4, "completion_source": "mixed"}
     return GroupsConfig(str(folder), **small | kwargs)
 
 

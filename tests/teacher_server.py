@@ -109,7 +109,7 @@ class Server(ThreadingHTTPServer):
         return self.write(body, body["messages"], lambda text: {"message": {"role": "assistant", "content": text}})
 
     def write(self, body, prompt, shape):
-        (texts,), (clipped,) = LocalTeacher(self.model, self.tokenizer).generate(
+        (texts,), (clipped,), *_ = LocalTeacher(self.model, self.tokenizer).generate(
             [prompt],
             body["n"],
             seed=body["seed"],

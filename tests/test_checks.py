@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from runs import FIELDS, TOKENIZER, make_rows, make_student, make_teacher, make_trainer
+from runs import FIELDS, make_rows, make_student, make_teacher, make_trainer
 from transformers.utils import is_torch_bf16_gpu_available
 
 from grkd_trl import DPOConfig, GRKDConfig, SimPOConfig
@@ -51,7 +51,7 @@ class TestFinite:
             **fields,
         )
         before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-        with pytest.raises(ValueError, match=r"The teacher's logits are not finite in rows \[0.*Usual causes"):
+        with pytest.raises(ValueError, match=r"The teacher's logits are not finite in rows 0.*Usual causes"):
             trainer.train()
         for name, value in trainer.model.state_dict().items():
             assert torch.equal(value, before[name]), name
@@ -72,8 +72,7 @@ class TestFinite:
             trainer.evaluate()
 
     def test_large_numbers_are_finite(self):
-        inputs = {"input_ids": torch.zeros(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 3)}
-        checks.check_finite(inputs, TOKENIZER, student=torch.full((2, 2), -3e38))  # whose sum is not
+        checks.check_finite(student=torch.full((2, 2), -3e38))  # whose sum is not
 
 
 class TestPrecision:
@@ -104,10 +103,10 @@ class TestPrecision:
 
 class TestLaunch:
     SCRIPT = (
-        "from accelerate import PartialState; from grkd_trl import GRKDConfig; "
+        "import os, torch; from grkd_trl import GRKDConfig; "
         "from grkd_trl.trainers.config import resolve_args; "
         "args = GRKDConfig('out', use_cpu=True, report_to='none'); resolve_args(args, GRKDConfig, 'model'); "
-        "print('processes', args.world_size, flush=True); import os; os._exit(0)"
+        "print('processes', args.world_size, flush=True); torch.distributed.is_initialized() and torch.distributed.barrier(); os._exit(0)"
     )
 
     def launch(self, tmp_path, *command, **env):

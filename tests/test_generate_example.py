@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 
 def run(folder, *arguments):
-    small = "--device cpu --num_completions 3 --max_completion_length 8 --prompts_per_unit 4".split()
+    small = "--device cpu --num_completions 3 --max_completion_length 8 --prompts_per_shard 4".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["generate_groups.py", *map(str, arguments), *small])
         runpy.run_path(str(ROOT / "examples/generate_groups.py"), run_name="__main__")

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import time
@@ -17,7 +18,8 @@ from interrupted import config, make_prompts, make_teacher
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model, tiny_tokenizer
 
 from grkd_trl import GRKDConfig, GRKDTrainer
-from grkd_trl.generation import GroupsConfig, generate_groups, preview, unit_seed
+from grkd_trl.data import prepare_groups
+from grkd_trl.generation import GroupsConfig, draw_seed, generate_groups, preview
 from grkd_trl.generation.select import drop_repeats, select_diverse
 from grkd_trl.teacher import CallableScorer, LocalTeacher
 
@@ -43,7 +45,8 @@ class TestWhatIsMade:
     def test_rows(self, made):
         _, groups = made
         assert groups.column_names == [
-            "prompt", "completions", "clipped", "written_by", "teacher_scores", "num_tokens", "source_index"
+            "prompt", "completions", "clipped", "written_by", "prompt_ids", "completion_ids", "tokenizer_hash",
+            "teacher_scores", "num_tokens", "source_index",
         ]  # fmt: skip
         assert groups["source_index"] == sorted(groups["source_index"])
         teacher, tokenizer = make_teacher(1), tiny_tokenizer()
@@ -51,11 +54,12 @@ class TestWhatIsMade:
             assert row["prompt"] == make_prompts()["prompt"][row["source_index"]]
             assert 2 <= len(set(row["completions"])) == len(row["completions"]) <= 3
             assert row["written_by"].count("teacher") <= 1 and set(row["written_by"]) <= {"teacher", "student"}
-            assert row["num_tokens"] == [
-                len(tokenizer(text)["input_ids"]) + (not cut)
-                for text, cut in zip(row["completions"], row["clipped"], strict=True)
-            ]
-        expected = teacher.score(groups["prompt"], groups["completions"], columns={"clipped": groups["clipped"]})
+            assert row["num_tokens"] == list(map(len, row["completion_ids"]))
+            for text, cut, ids in zip(row["completions"], row["clipped"], row["completion_ids"], strict=True):
+                assert text == tokenizer.decode(ids, skip_special_tokens=True)
+                assert (ids[-1] == tokenizer.eos_token_id) is (not cut)
+        columns = {name: groups[name] for name in ("clipped", "prompt_ids", "completion_ids", "tokenizer_hash")}
+        expected = teacher.score(groups["prompt"], groups["completions"], columns=columns)
         for row, scores in zip(groups["teacher_scores"], expected.scores, strict=True):
             assert row == pytest.approx(scores, abs=1e-5)
 
@@ -225,14 +229,14 @@ class TestSelection:
         assert select_diverse(["a", "b"], 3) == [0, 1]
 
 
-def test_every_unit_writer_and_seed_draws_otherwise():
+def test_every_shard_writer_and_seed_draws_otherwise():
     seeds = {
-        unit_seed(seed, unit, writer) for seed in (0, 1) for unit in range(9) for writer in ("student", "teacher")
+        draw_seed(seed, shard, writer) for seed in (0, 1) for shard in range(9) for writer in ("student", "teacher")
     }
     assert len(seeds) == 36 and all(0 <= seed < 2**32 for seed in seeds)
 
 
-class TestGoingOn:
+class TestResuming:
     def test_a_second_run_changes_nothing(self, made, monkeypatch):
         folder, groups = made
         before = files(folder)
@@ -259,7 +263,7 @@ class TestGoingOn:
         [
             ({"temperature": 0.7}, "`parameters.temperature`: 1.0 then, 0.7 now"),
             ({"seed": 1}, "`parameters.seed`: 42 then, 1 now"),
-            ({"prompts_per_unit": 5}, "`parameters.prompts_per_unit`: 4 then, 5 now"),
+            ({"prompts_per_shard": 5}, "`parameters.prompts_per_shard`: 4 then, 5 now"),
         ],
     )
     def test_other_parameters_are_refused(self, made, change, named):
@@ -275,8 +279,29 @@ class TestGoingOn:
             generate_groups(make_prompts(39), config(made[0]), student=make_teacher(0), teacher=make_teacher(1))
         other = make_teacher(1)
         other.processing_class.chat_template = CHAT_TEMPLATES["plain"]
-        with pytest.raises(ValueError, match="`scorer.tokenizer`(.)*`teacher.tokenizer`"):
+        with pytest.raises(ValueError, match="`scorer.chat_template`(.)*`teacher.chat_template`"):
             generate_groups(make_prompts(), config(made[0]), student=make_teacher(0), teacher=other)
+
+    def test_a_folder_of_an_older_version(self, made, tmp_path):
+        """It is not resumed, for its groups have no token ids; it loads and trains as it is."""
+        folder = tmp_path / "groups"
+        shutil.copytree(made[0], folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["versions"]["grkd_trl"] = "0.0.9"
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        for path in (folder / "data").iterdir():
+            shard = Dataset.from_parquet(str(path), cache_dir=str(tmp_path))
+            shard.remove_columns(["prompt_ids", "completion_ids", "tokenizer_hash"]).to_parquet(path)
+        with pytest.raises(ValueError, match="different parameters: `versions.grkd_trl`: '0.0.9' then"):
+            generate_groups(make_prompts(), config(folder), student=make_teacher(0), teacher=make_teacher(1))
+        loaded = load_dataset(
+            "parquet", data_dir=str(folder / "data"), split="train", cache_dir=str(tmp_path / "cache")
+        )
+        tokens, own = prepare_groups(loaded, tiny_tokenizer()), prepare_groups(made[1], tiny_tokenizer())
+        special = set(tiny_tokenizer().all_special_ids) - {tiny_tokenizer().eos_token_id}
+        for row, expected in zip(tokens, own, strict=True):
+            written = [[token for token in ids if token not in special] for ids in expected["completion_ids"]]
+            assert row["completion_ids"] == written  # what text keeps
 
     def test_a_folder_of_something_else_is_refused(self, tmp_path):
         (tmp_path / "data").mkdir()
@@ -300,7 +325,7 @@ def processes():
 
 class TestProcesses:
     def test_killed_twenty_times(self, made, processes, tmp_path):
-        """At random moments, counted in shards: how long a unit takes depends on what else the machine does."""
+        """At random moments, counted in shards: how long one takes depends on what else the machine does."""
         draw, kills, runs, folder = random.Random(0), 0, 0, tmp_path / "0"
 
         def num_shards():
@@ -349,7 +374,7 @@ class TestDisk:
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, hard))
         try:
-            with pytest.raises(OSError, match=r"Cannot write to .* \d+ of 10 units are on disk and kept"):
+            with pytest.raises(OSError, match=r"Cannot write to .* \d+ of 10 shards are finished and kept"):
                 generate_groups(make_prompts(), config(tmp_path), **run)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -379,12 +404,17 @@ class TestConfig:
             ("temperature", -1.0),
             ("top_p", 0.0),
             ("max_completion_length", 0),
-            ("prompts_per_unit", 0),
+            ("prompts_per_shard", 0),
         ],
     )
     def test_ranges(self, tmp_path, field, value):
         with pytest.raises(ValueError, match=f"`{field}`"):
             config(tmp_path, **{field: value})
+
+    def test_former_name_of_a_shard(self, tmp_path):
+        with pytest.warns(FutureWarning, match="`prompts_per_unit` is now `prompts_per_shard`"):
+            old = GroupsConfig(str(tmp_path), prompts_per_unit=5)
+        assert old == GroupsConfig(str(tmp_path), prompts_per_shard=5)
 
     def test_missing_writer(self, tmp_path):
         with pytest.raises(ValueError, match='`completion_source="mixed"` needs `teacher`'):

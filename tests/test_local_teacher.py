@@ -8,8 +8,9 @@ import torch
 from scipy.stats import chisquare
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model, tiny_tokenizer
 
+from grkd_trl.data import describe_tokenizer, tokenizer_hash
 from grkd_trl.teacher import CallableScorer, LocalTeacher, scorer
-from grkd_trl.teacher.retokenize import reads_back, tokenizer_hash
+from grkd_trl.teacher.retokenize import reads_back
 
 
 PROMPTS = ["a b c ", "d ", "e f g a b c d "]
@@ -93,12 +94,13 @@ class TestLocalTeacher:
     def test_seed_decides_the_draws(self):
         teacher = make_teacher(prompts_per_batch=2)
         state = torch.get_rng_state()
-        texts, clipped = teacher.generate(PROMPTS, 3, seed=5, max_new_tokens=6)
+        written = teacher.generate(PROMPTS, 3, seed=5, max_new_tokens=6)
         assert torch.equal(torch.get_rng_state(), state)
         torch.rand(7)
-        assert teacher.generate(PROMPTS, 3, seed=5, max_new_tokens=6) == (texts, clipped)
-        assert teacher.generate(PROMPTS, 3, seed=6, max_new_tokens=6) != (texts, clipped)
-        assert [len(group) for group in texts] == [len(group) for group in clipped] == [3] * 3
+        assert teacher.generate(PROMPTS, 3, seed=5, max_new_tokens=6) == written
+        assert teacher.generate(PROMPTS, 3, seed=6, max_new_tokens=6).completion_ids != written.completion_ids
+        for values in (written.texts, written.clipped, written.completion_ids):
+            assert [len(group) for group in values] == [3] * 3
 
     @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_p": 0.8}])
     def test_what_stands_beside_a_prompt_changes_nothing(self, sampling):
@@ -112,7 +114,8 @@ class TestLocalTeacher:
     @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8)])
     def test_draws_follow_the_model(self, temperature, top_p):
         teacher = make_teacher()
-        (texts,), _ = teacher.generate(["a b "], 4000, seed=3, max_new_tokens=1, temperature=temperature, top_p=top_p)
+        asked = {"seed": 3, "max_new_tokens": 1, "temperature": temperature, "top_p": top_p}
+        (texts,) = teacher.generate(["a b "], 4000, **asked).texts
         ids = torch.tensor([teacher.processing_class("a b ")["input_ids"]])
         with torch.no_grad():
             probs, order = (
@@ -128,8 +131,9 @@ class TestLocalTeacher:
         assert chisquare(counts, [4000 * expected[kind] / total for kind in kinds]).pvalue > 1e-3
 
     def test_a_prompt_without_room_gets_no_completion(self):
-        texts, clipped = make_teacher(max_position_embeddings=8).generate(PROMPTS, 2, seed=0, max_new_tokens=4)
-        assert [len(group) for group in texts] == [len(group) for group in clipped] == [2, 2, 0]
+        written = make_teacher(max_position_embeddings=8).generate(PROMPTS, 2, seed=0, max_new_tokens=4)
+        for values in (written.texts, written.clipped, written.completion_ids):
+            assert [len(group) for group in values] == [2, 2, 0]
 
     def test_describes_itself(self):
         teacher, other = make_teacher(), make_teacher(tokenizer=byte_tokenizer())
@@ -161,10 +165,14 @@ class TestRetokenization:
         _, _, surprises = make_teacher().score(["a", "a"], [["b"], [" b"]])  # "ab" is one unknown word
         assert surprises == [[True], [False]]
 
-    def test_template_is_part_of_the_hash(self):
+    def test_what_tells_tokenizers_apart(self):
+        """Ids mean the same under any chat template; a manifest names the template beside the vocabulary."""
         tokenizer, other = byte_tokenizer(), byte_tokenizer()
-        assert tokenizer_hash(tokenizer) == tokenizer_hash(other)
+        assert describe_tokenizer(tokenizer) == describe_tokenizer(other)
         other.chat_template = CHAT_TEMPLATES["qwen"]
+        assert tokenizer_hash(tokenizer) == tokenizer_hash(other)
+        assert describe_tokenizer(tokenizer)["chat_template"] != describe_tokenizer(other)["chat_template"]
+        other.add_tokens(["<tool>"])
         assert tokenizer_hash(tokenizer) != tokenizer_hash(other)
 
 

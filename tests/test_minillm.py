@@ -326,7 +326,9 @@ class TestErrors:
     def test_no_room(self, tmp_path):
         with pytest.raises(ValueError, match="`max_length=5` leaves no prompt beside `max_completion_length=5`"):
             make_trainer(tmp_path, method="MiniLLM", max_length=5)
-        with pytest.raises(ValueError, match="No train prompt leaves room"):
+        with pytest.raises(
+            ValueError, match="1 of 1 train prompts leave no room for `max_completion_length=5`.*Raise"
+        ):
             make_trainer(tmp_path, [{"prompt": "a b c d e"}], method="MiniLLM", max_length=6)
 
     def test_no_prompt(self, tmp_path):

@@ -167,7 +167,7 @@ class TestSameAsOffline:
                 num_completions=3,
                 num_drawn=3,
                 max_completion_length=8,
-                prompts_per_unit=6,
+                prompts_per_shard=6,
                 seed=trainer.args.seed,
             ),
             student=LocalTeacher(make_model(0), tokenizer),
@@ -195,7 +195,8 @@ class TestSameAsOffline:
         )
         student, tokenizer = copy.deepcopy(trainer.model).eval(), tiny_tokenizer()
         with trainer.online._student() as writer:
-            texts, _ = writer.generate(["a b "] * 4, 500, seed=3, max_new_tokens=1, temperature=1.0, top_p=1.0)
+            asked = {"seed": 3, "max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0}
+            texts = writer.generate(["a b "] * 4, 500, **asked).texts
         with torch.no_grad():
             probs = student(input_ids=torch.tensor([tokenizer("a b ")["input_ids"]])).logits[0, -1].softmax(-1)
         names = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(tokenizer))]
@@ -401,7 +402,7 @@ class TestRefusals:
             make_trainer(tmp_path, dataset=make_prompts(3)).train()
 
     def test_empty_prompt(self, tmp_path):
-        with pytest.raises(ValueError, match="`prompt` of row 1 is empty"):
+        with pytest.raises(ValueError, match="`prompt` of row 1 is ''"):
             make_trainer(tmp_path, dataset=Dataset.from_dict({"prompt": ["a", ""]}))
 
     def test_prompts_without_room(self, tmp_path):

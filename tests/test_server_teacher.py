@@ -100,7 +100,7 @@ class TestWriting:
     @pytest.mark.parametrize("prompt", ["Name a colour: ", CHAT])
     def test_greedy_is_that_of_the_local_teacher(self, teacher, local, prompt):
         asked = {"seed": 0, "max_new_tokens": 6, "temperature": 0.0}
-        assert teacher().generate([prompt], 1, **asked) == local.generate([prompt], 1, **asked)
+        assert teacher().generate([prompt], 1, **asked)[:2] == local.generate([prompt], 1, **asked)[:2]
 
     def test_draws_follow_the_seed(self, server, teacher, local):
         asked = {"max_new_tokens": 6, "temperature": 0.9, "top_p": 0.8}
@@ -108,7 +108,7 @@ class TestWriting:
         assert written == teacher().generate(PROMPTS, 3, seed=4, **asked)
         assert written != teacher().generate(PROMPTS, 3, seed=5, **asked)
         for row, prompt in enumerate(PROMPTS):
-            (texts,), (clipped,) = local.generate([prompt], 3, seed=4 + row, **asked)
+            (texts,), (clipped,), *_ = local.generate([prompt], 3, seed=4 + row, **asked)
             assert (written.texts[row], written.clipped[row]) == (texts, clipped)
         assert {path for path, _, _ in server.requests} == {"/v1/completions", "/v1/chat/completions"}
 
@@ -142,7 +142,7 @@ class TestFaults:
     def test_writing_is_tried_again_too(self, server, teacher, local):
         server.reset("malformed", (502, {}))
         asked = {"seed": 1, "max_new_tokens": 4}
-        assert teacher().generate([CHAT], 2, **asked) == local.generate([CHAT], 2, **asked)
+        assert teacher().generate([CHAT], 2, **asked)[:2] == local.generate([CHAT], 2, **asked)[:2]
 
     @pytest.mark.parametrize("kind", ["vllm", "sglang"])
     def test_missing_logprobs_stop_at_once(self, server, teacher, kind):

@@ -41,6 +41,7 @@ CALLS = {
     "print_prompt_completions_sample": [
         (["prompts", "completions", "rewards", "advantages", "step", "num_samples"], [])
     ],
+    "remove_none_values": [(["example"], [])],
     "unwrap_model_for_generation": [(["model", "accelerator"], ["gradient_checkpointing_kwargs"])],
     "VLLMGeneration": [
         (

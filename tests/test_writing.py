@@ -29,7 +29,8 @@ def argmax_loop(model, tokenizer, prompt_ids, max_new_tokens, ends):
         ids.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
         if ids[-1] in ends:
             break
-    return tokenizer.decode(ids[len(prompt_ids) :], skip_special_tokens=True), ids[-1] not in ends
+    text, cut = tokenizer.decode(ids[len(prompt_ids) :], skip_special_tokens=True), ids[-1] not in ends
+    return text.rstrip("\ufffd") if cut else text, cut  # without the bytes of a character that was cut
 
 
 def write(model, tokenizer, prompts, **kwargs):

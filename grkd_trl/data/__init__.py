@@ -6,29 +6,45 @@ the scores are optional, and so is `"clipped": [...]`, `True` for a completion t
 
 from .collator import DataCollatorForGroups, count_items, first_groups
 from .pairs import pair_groups, pairs_of, require_scores
+from .preparation import as_read, prepare_groups, prepare_prompts, tokenize_group, tokenize_prompt
 from .rows import (
     bring_scores,
     bring_soft_labels,
-    prepare_groups,
+    check_prompt,
+    is_score,
+    message_text,
+    plain_rows,
     read_group,
-    tokenize_completions,
-    tokenize_group,
-    tokenize_prompt,
+    read_prompt,
+    require_rows,
 )
+from .tokenization import decode_completion, describe_tokenizer, encode_prompt, tokenize_completions, tokenizer_hash
 
 
 __all__ = [
     "DataCollatorForGroups",
+    "as_read",
     "bring_scores",
     "bring_soft_labels",
+    "check_prompt",
     "count_items",
+    "decode_completion",
+    "describe_tokenizer",
+    "encode_prompt",
     "first_groups",
+    "is_score",
+    "message_text",
     "pair_groups",
     "pairs_of",
+    "plain_rows",
     "prepare_groups",
+    "prepare_prompts",
     "read_group",
+    "read_prompt",
+    "require_rows",
     "require_scores",
     "tokenize_completions",
     "tokenize_group",
     "tokenize_prompt",
+    "tokenizer_hash",
 ]

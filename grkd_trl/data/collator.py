@@ -93,11 +93,11 @@ class DataCollatorForGroups(DataCollatorMixin):
             for name, tops in soft_labels.items():
                 for top in example.get(name) or []:
                     first = len(example["prompt_ids"])
-                    places = torch.arange(first + len(top))[keep][1:]  # nothing predicts a row's first token
-                    tops.append(torch.tensor(top)[places[places >= first] - first])
+                    indices = torch.arange(first + len(top))[keep][1:]  # nothing predicts a row's first token
+                    tops.append(torch.tensor(top)[indices[indices >= first] - first])
         attention_mask = [torch.ones_like(ids) for ids in input_ids]
 
-        # `group_mask` stands first: `Trainer` takes the batch size from the first tensor, and the batch is of groups.
+        # `group_mask` comes first: `Trainer` reads the batch size from the first tensor, and it counts groups.
         batch = {"group_mask": pad([torch.ones(len(e["completion_ids"]), dtype=torch.bool) for e in examples])}
         multiple = self.pad_to_multiple_of
         batch["input_ids"] = pad(input_ids, padding_value=self.pad_token_id, pad_to_multiple_of=multiple)
@@ -114,7 +114,7 @@ class DataCollatorForGroups(DataCollatorMixin):
 
 def count_items(batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """
-    Count what means are taken over.
+    Count the groups and tokens that means are taken over.
 
     Args:
         batches (`list[dict[str, torch.Tensor]]`):
@@ -129,8 +129,8 @@ def count_items(batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
 
 def first_groups(batch: dict[str, torch.Tensor], num_groups: int) -> dict[str, torch.Tensor]:
     """
-    Cut a batch to its first groups. One that is left without a group keeps a row, with nothing to predict, so that a
-    process with nothing to do still runs the forwards that the others wait for.
+    Cut a batch to its first groups. With no group left it keeps one row that has nothing to predict, so that the process
+    still runs the forwards that the other processes wait for.
 
     Args:
         batch (`dict[str, torch.Tensor]`):

@@ -30,11 +30,11 @@ def pairs_of(row: dict[str, Any], *, pairs: str) -> list[tuple[int, int]]:
 
 def require_scores(dataset: Dataset | IterableDataset, *, name: str = "train") -> list[str]:
     """
-    Refuse groups without an order.
+    Refuse groups that have no scores to rank by.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            As [`prepare_groups`] gives it.
+            As [`prepare_groups`] returns it.
         name (`str`, *optional*, defaults to `"train"`):
             Name for messages.
 
@@ -57,12 +57,12 @@ def pair_groups(
     dataset: Dataset | IterableDataset, *, pairs: str, num_proc: int | None = None, name: str = "train"
 ) -> Dataset | IterableDataset:
     """
-    Make groups of two, the better completion first, of tokenized groups with scores. A group without a pair is left
+    Turn tokenized groups with scores into groups of two, the better completion first. A group without a pair is left
     out.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            As [`prepare_groups`] gives it.
+            As [`prepare_groups`] returns it.
         pairs (`str`):
             `"best_worst"`: one pair a group, its best completion against its worst. `"all"`: every pair of unequal
             scores, of which a group of G has up to G (G - 1) / 2.

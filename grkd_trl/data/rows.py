@@ -1,39 +1,87 @@
-"""Rows of a group dataset: read, check and tokenize them as TRL does.
+"""Rows of a group dataset: read and checked.
 
 A group is one prompt with two or more completions: `{"prompt", "completions": [...], "teacher_scores": [...]}`, where
-the scores are optional, and so is `"clipped": [...]`, `True` for a completion that was cut before its end.
+the scores are optional, and so is `"clipped": [...]`, `True` for a completion that was cut before its end. Groups that a
+model wrote also hold its token ids: `prompt_ids`, `completion_ids` and the `tokenizer_hash` of its tokenizer.
 """
 
 import json
-import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.utils import logging
 from trl import extract_prompt
 
-from .._trl import common_prefix_length, global_then_local_main_first, tokenize
-from ..losses import ranked_pairs
+from .._trl import remove_none_values
 
-
-logger = logging.get_logger(__name__)
 
 _FORMATS = (
     'a group, {"prompt", "completions": [...], "teacher_scores": [...] (optional)}, or a preference, '
     '{"prompt" (optional), "chosen", "rejected", "score_chosen" and "score_rejected" (optional)}'
 )
+_FORMS = "text, or a list of messages such as [{'role': ..., 'content': ...}]"
+WRITTEN = ("prompt_ids", "completion_ids", "tokenizer_hash")  # columns of what a model wrote
+
+
+def plain_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """
+    Make a dataset return plain Python types. Formats such as `"torch"` and `"numpy"` are dropped, since they change
+    only the type of a cell; a transform is kept, since it changes the content of a row.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Dataset.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset without a format, or with its transform.
+    """
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        return dataset
+    return dataset.with_format(None)
+
+
+def _parts(*datasets: Any) -> Iterator[Dataset | IterableDataset]:
+    for dataset in datasets:
+        for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+            if isinstance(part, Dataset | IterableDataset):
+                yield part
+
+
+def _first_rows(*datasets: Any) -> list[dict[str, Any]]:
+    return [row for part in _parts(*datasets) for row in plain_rows(part).take(1)]
+
+
+def require_rows(**datasets: Dataset | IterableDataset | dict | None) -> None:
+    """
+    Refuse an empty dataset.
+
+    Args:
+        **datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
+            Datasets by argument name. Anything else is ignored.
+
+    Raises:
+        `ValueError`: If one has no row; the message names it.
+    """
+    for name, dataset in datasets.items():
+        named = dataset.items() if isinstance(dataset, dict) else [(None, dataset)]
+        for key, part in named:
+            if isinstance(part, Dataset | IterableDataset) and not _first_rows(part):
+                where = f"`{name}`" if key is None else f"`{name}[{key!r}]`"
+                raise ValueError(
+                    f"{where} is empty: it has no row. Give it rows (a filter may have dropped them all), or leave the "
+                    "argument out if you do not need it."
+                )
 
 
 def bring_scores(*datasets: Dataset | IterableDataset | dict | None) -> bool:
     """
-    Whether every dataset brings an order of its own, `teacher_scores` or a preference, by its first row.
+    Whether every dataset ranks its completions, by `teacher_scores` or as preferences, judging by its first row.
 
     Args:
         *datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
-            Datasets to look at. What is none of these is passed over.
+            Datasets to look at. Anything else is ignored.
 
     Returns:
         `bool`: `True` if no teacher is needed to rank completions.
@@ -41,8 +89,7 @@ def bring_scores(*datasets: Dataset | IterableDataset | dict | None) -> bool:
     Raises:
         `ValueError`: If a row has images.
     """
-    flat = [part for dataset in datasets for part in (dataset.values() if isinstance(dataset, dict) else [dataset])]
-    rows = [next(iter(dataset)) for dataset in flat if isinstance(dataset, Dataset | IterableDataset)]
+    rows = _first_rows(*datasets)
     if any("image" in row or "images" in row for row in rows):
         raise ValueError("The dataset has images, and groups are of text alone. Remove the column of images.")
     return all(row.get("teacher_scores") is not None or ("chosen" in row and "completions" not in row) for row in rows)
@@ -50,18 +97,127 @@ def bring_scores(*datasets: Dataset | IterableDataset | dict | None) -> bool:
 
 def bring_soft_labels(*datasets: Dataset | IterableDataset | dict | None) -> bool:
     """
-    Whether every dataset has the teacher's token soft labels cached, by its first row.
+    Whether every dataset has the teacher's token soft labels cached, judging by its first row.
 
     Args:
         *datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
-            Datasets to look at. What is none of these is passed over.
+            Datasets to look at. Anything else is ignored.
 
     Returns:
-        `bool`: `True` if token soft labels need no teacher.
+        `bool`: `True` if no teacher is needed for token soft labels.
     """
-    flat = [part for dataset in datasets for part in (dataset.values() if isinstance(dataset, dict) else [dataset])]
-    rows = [next(iter(dataset)) for dataset in flat if isinstance(dataset, Dataset | IterableDataset)]
+    rows = _first_rows(*datasets)
     return bool(rows) and all(row.get("teacher_top_ids") is not None for row in rows)
+
+
+def is_score(value: Any) -> bool:
+    """
+    Whether a value can be trained on as a score: a number that is finite in float32.
+
+    Args:
+        value (`Any`):
+            Value.
+
+    Returns:
+        `bool`: `False` for `None`, text, NaN, infinities, and numbers beyond the range of float32.
+    """
+    return isinstance(value, numbers.Real) and abs(value) <= torch.finfo(torch.float32).max
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+
+
+def check_text(value: Any, where: str) -> None:
+    """
+    Refuse what is neither text nor messages.
+
+    Args:
+        value (`Any`):
+            Prompt or completion.
+        where (`str`):
+            Which field of which row, for the error.
+
+    Raises:
+        `ValueError`: If it is no text and no list of messages with a role each.
+    """
+    if isinstance(value, str):
+        return
+    if isinstance(value, dict):
+        raise ValueError(f"{where} is one message, {_shown(value)}: wrap it in a list. Accepted is {_FORMS}.")
+    if not isinstance(value, list | tuple) or len(value) == 0:
+        raise ValueError(f"{where} is {_shown(value)}. Accepted is {_FORMS}. Drop the row if it is missing.")
+    for turn in value:
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+            raise ValueError(f"{where} holds {_shown(turn)}, which is no message. Accepted is {_FORMS}.")
+
+
+def message_text(message: dict[str, Any]) -> str:
+    """
+    What a message says, for a reader: its reasoning, its content and its tool calls.
+
+    Args:
+        message (`dict[str, Any]`):
+            Message. Content may be text, a list of parts, `None` or absent.
+
+    Returns:
+        `str`: Text.
+    """
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    parts = [message.get("reasoning_content"), message.get("thinking"), content]
+    calls = [json.dumps(remove_none_values(call), default=str) for call in message.get("tool_calls") or []]
+    return "\n".join([part for part in parts if part] + calls)
+
+
+def check_prompt(prompt: Any, index: int) -> None:
+    """
+    Refuse a prompt that is missing, empty, or neither text nor messages.
+
+    Args:
+        prompt (`Any`):
+            Prompt.
+        index (`int`):
+            Row number, for the error.
+
+    Raises:
+        `ValueError`: The message names field and row.
+    """
+    if prompt is None or (isinstance(prompt, str | list | tuple) and len(prompt) == 0):
+        raise ValueError(f"`prompt` of row {index} is {prompt!r}: give it text or messages, or drop the row.")
+    check_text(prompt, f"`prompt` of row {index}")
+
+
+def read_prompt(row: dict[str, Any], index: int) -> Any:
+    """
+    Prompt of a row; TRL's preferences may hold it inside `chosen` and `rejected`.
+
+    Args:
+        row (`dict[str, Any]`):
+            Row.
+        index (`int`):
+            Row number, for the error.
+
+    Returns:
+        `str` or `list[dict]`: Prompt.
+
+    Raises:
+        `ValueError`: If there is none; the message names field and row.
+    """
+    prompt = _with_prompt(row, index)["prompt"] if "prompt" not in row and "chosen" in row else row.get("prompt")
+    check_prompt(prompt, index)
+    return prompt
+
+
+def _with_prompt(row: dict[str, Any], index: int) -> dict[str, Any]:
+    """A preference with its prompt in a field of its own."""
+    for field in ("chosen", "rejected"):
+        check_text(row.get(field), f"`{field}` of row {index}")
+    if isinstance(row["chosen"], str) != isinstance(row["rejected"], str):
+        raise ValueError(f"`chosen` and `rejected` of row {index} must both be text or both be messages.")
+    return row if "prompt" in row else extract_prompt(row)
 
 
 def read_group(row: dict[str, Any], index: int, *, min_completions: int = 2) -> dict[str, Any]:
@@ -78,7 +234,8 @@ def read_group(row: dict[str, Any], index: int, *, min_completions: int = 2) -> 
             Fewest completions of a group. 1 for a method that does not compare.
 
     Returns:
-        `dict[str, Any]`: `prompt`, `completions`, `clipped` and, where there are any, `teacher_scores`.
+        `dict[str, Any]`: `prompt`, `completions`, `clipped` and, where there are any, `teacher_scores`, and `prompt_ids`,
+        `completion_ids` and `tokenizer_hash`.
 
     Raises:
         `ValueError`: If the row is no group that can be ranked; the message names field and row.
@@ -87,8 +244,10 @@ def read_group(row: dict[str, Any], index: int, *, min_completions: int = 2) -> 
         group = {"prompt": row.get("prompt"), "completions": row["completions"]}
         if "teacher_scores" in row:
             group["teacher_scores"] = row["teacher_scores"]
+        if row.get("tokenizer_hash") is not None:
+            group |= {name: row.get(name) for name in WRITTEN}
     elif "chosen" in row and "rejected" in row:
-        row = row if "prompt" in row else extract_prompt(row)
+        row = _with_prompt(row, index)
         scores = [row.get("score_chosen"), row.get("score_rejected")]
         group = {
             "prompt": row["prompt"],
@@ -98,255 +257,84 @@ def read_group(row: dict[str, Any], index: int, *, min_completions: int = 2) -> 
     else:
         raise ValueError(f"Row {index} has the columns {sorted(row)}, which make no group. Accepted is {_FORMATS}.")
 
-    if not group["prompt"]:
-        raise ValueError(f"`prompt` of row {index} is {group['prompt']!r}: give it text or messages, or drop the row.")
-    completions = group["completions"]
+    check_prompt(group["prompt"], index)
+    check_completions(group["prompt"], group["completions"], index, min_completions=min_completions)
+    group["clipped"] = [False] * len(group["completions"]) if row.get("clipped") is None else row["clipped"]
+    for name in ("teacher_scores", "clipped", "completion_ids"):
+        if name in group:
+            check_one_each(group, name, index)
+    for position, value in enumerate(group.get("teacher_scores", [])):
+        if not is_score(value):
+            field = "teacher_scores" if "completions" in row else ("score_chosen", "score_rejected")[position]
+            raise ValueError(
+                f"`{field}` of row {index} holds {value!r} for completion {position}: scores are numbers that are "
+                "finite in float32, higher is better. Drop the completion, or score it again."
+            )
+    for position, value in enumerate(group["clipped"]):
+        if value not in (True, False):
+            raise ValueError(
+                f"`clipped` of row {index} holds {_shown(value)} for completion {position}: give `True` or `False`."
+            )
+    return group
+
+
+def check_completions(prompt: Any, completions: Any, index: int, *, min_completions: int = 2) -> None:
+    """
+    Refuse completions that are too few, or neither text nor messages.
+
+    Args:
+        prompt (`str` or `list[dict]`):
+            Their prompt.
+        completions (`Any`):
+            Completions.
+        index (`int`):
+            Row number, for the error.
+        min_completions (`int`, *optional*, defaults to `2`):
+            Fewest completions.
+
+    Raises:
+        `ValueError`: The message names field, row and completion.
+    """
+    if completions is not None and not isinstance(completions, list | tuple):
+        raise ValueError(
+            f"`completions` of row {index} is {_shown(completions)}: give a list with an entry for each completion. An "
+            f"entry is {_FORMS}."
+        )
     if completions is None or len(completions) < min_completions:
         reason = "a group is ranked by comparing, so it " if min_completions > 1 else "a group "
         raise ValueError(
             f"`completions` of row {index} has {len(completions or [])} entries: {reason}"
             f"needs {min_completions} or more. Sample more completions for this prompt, or drop the row."
         )
-    group["clipped"] = row.get("clipped") or [False] * len(completions)
-    for name in ("teacher_scores", "clipped"):
-        if name in group and (group[name] is None or len(group[name]) != len(completions)):
+    for position, completion in enumerate(completions):
+        check_text(completion, f"Completion {position} of row {index}, in `completions`,")
+        if isinstance(prompt, str) and not isinstance(completion, str):
             raise ValueError(
-                f"`{name}` of row {index} has {len(group[name] or [])} entries for {len(completions)} completions: "
-                "give one for each, in the same order, in every row of the dataset or in none."
+                f"`prompt` of row {index} is text and completion {position}, in `completions`, is messages: give the "
+                "prompt as messages too."
             )
-    for position, value in enumerate(group.get("teacher_scores", [])):
-        if value is None or not math.isfinite(value):
-            field = "teacher_scores" if "completions" in row else ("score_chosen", "score_rejected")[position]
-            raise ValueError(
-                f"`{field}` of row {index} holds {value} for completion {position}: scores are finite numbers, "
-                "higher is better. Drop the completion, or score it again."
-            )
-    return group
 
 
-def tokenize_completions(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-    prompt: str | list[dict[str, Any]],
-    completions: Sequence[str] | Sequence[list[dict[str, Any]]],
-    *,
-    clipped: Sequence[bool] | None = None,
-    tools: list | str | None = None,
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> tuple[list[int], list[list[int]]]:
+def check_one_each(group: dict[str, Any], name: str, index: int) -> None:
     """
-    Tokenize a prompt and its completions as TRL's `DPOTrainer` does: prompt and completion as one text, the completion
-    starting where the tokens of the group part from the prompt's. EOS ends a standard completion, the chat template a
-    conversational one; a clipped completion gets neither.
+    Refuse a list without one value for each completion.
 
     Args:
-        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            Tokenizer, or a processor used for text alone.
-        prompt (`str` or `list[dict]`):
-            Text, or messages.
-        completions (`Sequence[str]` or `Sequence[list[dict]]`):
-            One or more completions. One of a conversation may be a list of messages or the text of the assistant's.
-        clipped (`Sequence[bool]`, *optional*):
-            Which completions were cut before they ended.
-        tools (`list` or `str`, *optional*):
-            Tools for the chat template, or their JSON.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            Further keyword arguments for the chat template.
-
-    Returns:
-        `tuple[list[int], list[list[int]]]`: Ids of the prompt and of each completion, which may be none.
-    """
-    clipped = clipped or [False] * len(completions)
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    full_ids = []
-    if isinstance(prompt, str):
-        prompt_ids = tokenize(processing_class, prompt)["input_ids"]
-        for completion, was_cut in zip(completions, clipped, strict=True):
-            end = "" if was_cut or completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
-            ids = tokenize(processing_class, prompt + completion + end)["input_ids"]
-            ends_itself = was_cut and ids[-1:] == [tokenizer.eos_token_id]  # some tokenizers add EOS to text
-            full_ids.append(ids[:-1] if ends_itself else ids)
-    else:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        kwargs = {"tools": tools} | (chat_template_kwargs or {})
-        prompt_ids = tokenize(processing_class, prompt, add_generation_prompt=True, **kwargs)["input_ids"]
-        for completion, was_cut in zip(completions, clipped, strict=True):
-            if isinstance(completion, str):
-                completion = [{"role": "assistant", "content": completion}]
-            end = {"continue_final_message": True} if was_cut else {}
-            full_ids.append(tokenize(processing_class, prompt + completion, **end, **kwargs)["input_ids"])
-
-    length = min(common_prefix_length(prompt_ids, ids) for ids in full_ids)
-    if length < len(prompt_ids):
-        logger.warning_once(
-            "A tokenized prompt is not a prefix of prompt and completion tokenized together: the template renders the "
-            "prompt alone otherwise, or tokens merge across the boundary. Completions start where the tokens part, and "
-            f"the prompt's end is left out: {processing_class.decode(prompt_ids[length:])!r}. End prompts on a token "
-            "boundary to train on the context that generation sees."
-        )
-    return prompt_ids[:length], [ids[length:] for ids in full_ids]
-
-
-def tokenize_prompt(
-    row: dict[str, Any], index: int, *, processing_class: PreTrainedTokenizerBase | ProcessorMixin
-) -> dict[str, Any]:
-    """
-    Tokenize the prompt of a row alone, as generation reads it.
-
-    Args:
-        row (`dict[str, Any]`):
-            Row with a `prompt`, text or messages, or TRL's preference with an implicit one. `tools` and
-            `chat_template_kwargs` reach the chat template.
+        group (`dict[str, Any]`):
+            Row with `completions`.
+        name (`str`):
+            Field of the list.
         index (`int`):
-            Row number, for errors.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            Tokenizer, or a processor used for text alone.
-
-    Returns:
-        `dict[str, Any]`: `prompt_ids` (`list[int]`) and `length` (`int`), for samplers.
+            Row number, for the error.
 
     Raises:
-        `ValueError`: If there is no prompt.
+        `ValueError`: The message names field and row.
     """
-    prompt = extract_prompt(row)["prompt"] if "prompt" not in row and "chosen" in row else row.get("prompt")
-    if not prompt:
-        raise ValueError(f"`prompt` of row {index} is {prompt!r}: give it text or messages, or drop the row.")
-    if isinstance(prompt, str):
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        ids = tokenize(processing_class, prompt)["input_ids"]
-        ends_itself = ids[-1:] == [tokenizer.eos_token_id]  # some tokenizers add EOS to text
-        ids = ids[:-1] if ends_itself else ids
-        return {"prompt_ids": ids, "length": len(ids)}
-    tools = row.get("tools")
-    kwargs = {"tools": json.loads(tools) if isinstance(tools, str) else tools} | (
-        row.get("chat_template_kwargs") or {}
-    )
-    ids = tokenize(processing_class, prompt, add_generation_prompt=True, **kwargs)["input_ids"]
-    return {"prompt_ids": ids, "length": len(ids)}
-
-
-def tokenize_group(
-    row: dict[str, Any],
-    index: int,
-    *,
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-    min_completions: int = 2,
-) -> dict[str, Any]:
-    """
-    Check and tokenize a row, as [`tokenize_completions`] says.
-
-    Args:
-        row (`dict[str, Any]`):
-            Row that [`read_group`] accepts, with `tools` and `chat_template_kwargs` for the chat template if it has
-            them.
-        index (`int`):
-            Row number, for errors.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            Tokenizer, or a processor used for text alone.
-        min_completions (`int`, *optional*, defaults to `2`):
-            Fewest completions of a group.
-
-    Returns:
-        `dict[str, Any]`: `prompt_ids` (`list[int]`), `completion_ids` (`list[list[int]]`), `clipped` (`list[bool]`),
-        `length` and `num_completions` (`int`), tokens of the longest row and number of rows, for samplers, and, where
-        there are any, `teacher_scores` (`list[float]`).
-
-    Raises:
-        `ValueError`: If the row is no group, or a completion comes to no token.
-    """
-    group = read_group(row, index, min_completions=min_completions)
-    prompt_ids, completion_ids = tokenize_completions(
-        processing_class,
-        group.pop("prompt"),
-        group.pop("completions"),
-        clipped=group["clipped"],
-        tools=row.get("tools"),
-        chat_template_kwargs=row.get("chat_template_kwargs"),
-    )
-    if [] in completion_ids:
+    values, num_completions = group[name], len(group["completions"])
+    if values is not None and not isinstance(values, list | tuple):
+        raise ValueError(f"`{name}` of row {index} is {_shown(values)}: give a list with one for each completion.")
+    if values is None or len(values) != num_completions:
         raise ValueError(
-            f"`completions` of row {index} holds no token at position {completion_ids.index([])}: drop the empty "
-            "completion."
+            f"`{name}` of row {index} has {len(values or [])} entries for {num_completions} completions: "
+            "give one for each, in the same order, in every row of the dataset or in none."
         )
-    if row.get("teacher_token_ids") is not None and row["teacher_token_ids"] != completion_ids:
-        raise ValueError(
-            f"`teacher_top_ids` of row {index} belong to other tokens than its completions have now: they were cached "
-            "with another tokenizer or other completions. Cache them again (`grkd_trl.teacher.cache_soft_labels`)."
-        )
-    size = {"length": len(prompt_ids) + max(map(len, completion_ids)), "num_completions": len(completion_ids)}
-    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, **size, **group}
-
-
-def prepare_groups(
-    dataset: Dataset | IterableDataset,
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
-    *,
-    max_length: int | None = None,
-    truncation_mode: str = "keep_start",
-    min_gap: float = 0.0,
-    min_completions: int = 2,
-    num_proc: int | None = None,
-    name: str = "train",
-) -> Dataset | IterableDataset:
-    """
-    Check and tokenize a dataset of groups. One that is tokenized already is not tokenized again.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows that [`read_group`] accepts.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            Tokenizer, or a processor used for text alone.
-        max_length (`int`, *optional*):
-            Longest prompt and completion, in tokens. With `"keep_start"`, a row whose prompt alone fills it is
-            dropped, as TRL does.
-        truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
-            Which end the collator will keep, `"keep_start"` or `"keep_end"`.
-        min_gap (`float`, *optional*, defaults to `0.0`):
-            Gap of teacher scores that a pair must exceed, to warn of groups without a pair.
-        min_completions (`int`, *optional*, defaults to `2`):
-            Fewest completions of a group. 1 for a method that does not compare, which is not warned of ties.
-        num_proc (`int`, *optional*):
-            Processes for `Dataset.map`.
-        name (`str`, *optional*, defaults to `"train"`):
-            Name for progress bars and messages.
-
-    Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: With the columns of [`tokenize_group`] added.
-
-    Raises:
-        `ValueError`: If a row is no group, or `max_length` leaves no completion of any row.
-    """
-    if max_length is not None and max_length < 2:
-        raise ValueError(
-            f"`max_length` must be 2 or above, a token and one of the completion to predict, got {max_length}."
-        )
-    columns = dataset.column_names or list(next(iter(dataset)))
-    in_memory = isinstance(dataset, Dataset)  # an `IterableDataset` knows neither `num_proc` nor `desc`
-    with global_then_local_main_first():
-        if "completion_ids" not in columns:
-            kwargs = {"num_proc": num_proc, "desc": f"Tokenizing {name} groups"} if in_memory else {}
-            fn_kwargs = {"processing_class": processing_class, "min_completions": min_completions}
-            dataset = dataset.map(tokenize_group, with_indices=True, fn_kwargs=fn_kwargs, **kwargs)
-        num_rows = len(dataset) if in_memory else None
-        if max_length is not None and truncation_mode == "keep_start":
-            kwargs = (
-                {"num_proc": num_proc, "desc": f"Dropping {name} prompts that fill max_length"} if in_memory else {}
-            )
-            dataset = dataset.filter(lambda row: len(row["prompt_ids"]) < max_length, **kwargs)
-    if in_memory:
-        if len(dataset) < num_rows:
-            message = (
-                f"{num_rows - len(dataset)} of {num_rows} {name} prompts fill `max_length={max_length}` and leave no "
-                "room for a completion."
-            )
-            if len(dataset) == 0:
-                raise ValueError(f"{message} Raise `max_length`, or shorten the prompts.")
-            logger.warning(f"{message} They are dropped.")
-        if "teacher_scores" in dataset.column_names and min_completions > 1:
-            scores = dataset["teacher_scores"]
-            tied = sum(not ranked_pairs(torch.tensor(row), min_gap=min_gap).any() for row in scores) / len(dataset)
-            if tied > 0:
-                logger.warning(
-                    f"{tied:.1%} of the {name} groups have equal `teacher_scores` (no gap above `min_gap={min_gap}`): "
-                    "they add nothing to the relative loss. Sample more varied completions if the share is large."
-                )
-    return dataset

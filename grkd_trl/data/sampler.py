@@ -1,4 +1,4 @@
-"""The order of groups and of prompts: the same steps on any number of processes, each as busy as the others."""
+"""The order of groups and of prompts: the same steps on any number of processes, with the work shared out evenly."""
 
 import math
 from collections.abc import Iterator, Sequence

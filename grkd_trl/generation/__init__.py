@@ -1,7 +1,8 @@
 """Making groups: offline into a folder, and online while training."""
 
 from .card import preview
-from .offline import GroupsConfig, content_seed, generate_groups, unit_seed, write_unit
+from .core import add_scores, content_seed, draw_seed, write_groups
+from .offline import GroupsConfig, generate_groups
 
 
-__all__ = ["GroupsConfig", "content_seed", "generate_groups", "preview", "unit_seed", "write_unit"]
+__all__ = ["GroupsConfig", "add_scores", "content_seed", "draw_seed", "generate_groups", "preview", "write_groups"]

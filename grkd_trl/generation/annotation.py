@@ -1,4 +1,4 @@
-"""The teacher as annotator: before training it scores the groups, or writes their text, and is then let go of."""
+"""The teacher as annotator: before training it scores the groups or writes them, and is then freed."""
 
 import torch
 from accelerate import PartialState
@@ -6,10 +6,11 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.utils import logging
-from trl import extract_prompt
 
-from ..data import bring_scores
-from ..teacher import generate_completions, load_teacher, loading_whole, score_groups, tokenizer_of
+from ..data import as_read, bring_scores, encode_prompt, read_prompt
+from ..teacher import load_teacher, loading_whole, score_groups, tokenizer_of
+from ..teacher.writing import write_completions
+from .core import keep
 
 
 logger = logging.get_logger(__name__)
@@ -38,17 +39,16 @@ def rank_datasets(
     *datasets: Dataset | IterableDataset | dict[str, Dataset] | None,
 ) -> list[Dataset | IterableDataset | dict[str, Dataset] | None]:
     """
-    Have the teacher score the datasets whose groups bring no order, once and before the student is loaded. It reads the
-    text with its own tokenizer, which need not be the student's, and is let go of afterwards. Several processes share
-    the work.
+    Have the teacher score the datasets that have no ranking, once and before the student is loaded. It reads them with
+    its own tokenizer, which need not be the student's, and is then freed. Several processes share the work.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
             The method's configuration, with `teacher_model_init_kwargs`.
         model (`str` or [`~transformers.PreTrainedModel`]):
-            Student, whose tokenizer serves a teacher without one.
+            Student, whose tokenizer is used for a teacher that has none.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Teacher. Not loaded where every dataset brings its order.
+            Teacher. Not loaded if every dataset is ranked already.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
             Student's tokenizer.
         *datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
@@ -69,7 +69,7 @@ def rank_datasets(
         return list(datasets)
     if teacher_model is None:
         raise ValueError(
-            f"The groups bring no `teacher_scores` and no `teacher_model` was given, and "
+            f"The groups have no `teacher_scores` and no `teacher_model` was given, and "
             f"`{type(args).__name__.removesuffix('Config')}Trainer` learns from an order of completions. Pass a teacher, "
             "score the groups beforehand (`grkd_trl.teacher.score_groups`), or give preferences (`chosen`, `rejected`). "
             "`SeqKDTrainer` needs no scores where the teacher wrote the completions."
@@ -85,6 +85,7 @@ def rank_datasets(
                 "A dataset that streams cannot be scored before training. Load it whole, or score its groups beforehand "
                 "(`grkd_trl.teacher.score_groups`)."
             )
+        dataset = as_read(dataset)
         with PartialState().split_between_processes(list(range(len(dataset)))) as rows:
             scored = score_groups(teacher, tokenizer, dataset.select(rows), progress=not args.disable_tqdm)
         if "teacher_scores" in dataset.column_names:
@@ -103,14 +104,15 @@ def teacher_texts(
     *datasets: Dataset | IterableDataset | dict[str, Dataset] | None,
 ) -> list[Dataset | dict[str, Dataset] | None]:
     """
-    Groups of what the teacher wrote: the completions that `written_by` says are the teacher's, and where the dataset
-    does not say, one that it writes now for each prompt, before the student is loaded. Several processes share the work.
+    Groups of what the teacher wrote: the completions that `written_by` attributes to it or, in a dataset without that
+    column, one completion for each prompt that it writes now, before the student is loaded. Several processes share the
+    work. Token ids that it wrote are kept.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
             The method's configuration: how the teacher writes, and `teacher_model_init_kwargs`.
         model (`str` or [`~transformers.PreTrainedModel`]):
-            Student, whose tokenizer serves a teacher without one.
+            Student, whose tokenizer is used for a teacher that has none.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             Teacher. Not loaded where every dataset says which completions it wrote.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
@@ -124,12 +126,10 @@ def teacher_texts(
     Raises:
         `ValueError`: If a teacher is missing, or is to write for a dataset that streams.
     """
-    per_completion = ("completions", "clipped", "teacher_scores")
     teacher = tokenizer = None
 
     def own(row):
-        kept = [place for place, writer in enumerate(row["written_by"]) if writer == "teacher"]
-        return {name: [row[name][place] for place in kept] for name in per_completion if row.get(name) is not None}
+        return keep(row, [index for index, writer in enumerate(row["written_by"]) if writer == "teacher"])
 
     def write(dataset):
         nonlocal teacher, tokenizer
@@ -137,7 +137,7 @@ def teacher_texts(
             return None
         if isinstance(dataset, dict):
             return type(dataset)({name: write(part) for name, part in dataset.items()})
-        if "written_by" in (dataset.column_names or next(iter(dataset))):
+        if "written_by" in (dataset.column_names or next(iter(dataset), {})):
             return dataset.map(own).filter(lambda row: len(row["completions"]) > 0)
         if teacher_model is None:
             raise ValueError(
@@ -153,22 +153,31 @@ def teacher_texts(
             )
         if teacher is None:
             teacher, tokenizer = _load(args, model, teacher_model, processing_class)
-        prompts = [row["prompt"] if "prompt" in row else extract_prompt(row)["prompt"] for row in dataset]
+        rows = list(as_read(dataset))
+        prompts = [read_prompt(row, index) for index, row in enumerate(rows)]
+        template = [{name: row.get(name) for name in ("tools", "chat_template_kwargs")} for row in rows]
         state = PartialState()
-        with state.split_between_processes(prompts) as part, torch.random.fork_rng():
+        with state.split_between_processes(list(range(len(rows)))) as part, torch.random.fork_rng():
             torch.manual_seed(args.seed + state.process_index)
-            texts, clipped = generate_completions(
+            written = write_completions(
                 teacher,
                 tokenizer,
-                part,
+                [encode_prompt(tokenizer, prompts[index], **template[index]) for index in part],
+                num_completions=1,
                 max_new_tokens=args.max_completion_length,
                 temperature=args.temperature if args.decoding == "sampling" else 0.0,
                 top_p=args.top_p,
+                batch_size=64,
                 num_beams=args.num_beams if args.decoding == "beam" else 1,
                 progress=not args.disable_tqdm,
             )
-        written = {"prompt": prompts, "completions": gather_object(texts), "clipped": gather_object(clipped)}
-        kept = {name: dataset[name] for name in ("tools", "chat_template_kwargs") if name in dataset.column_names}
-        return Dataset.from_dict(written | kept)
+        columns = {"prompt": prompts, "completions": gather_object(written.texts)}
+        for name in ("clipped", "prompt_ids", "completion_ids"):
+            columns[name] = gather_object(getattr(written, name))
+        columns["tokenizer_hash"] = [written.tokenizer_hash] * len(prompts)
+        for name in ("tools", "chat_template_kwargs"):
+            if any(kwargs[name] is not None for kwargs in template):
+                columns[name] = [kwargs[name] for kwargs in template]
+        return Dataset.from_dict(columns)
 
     return [write(dataset) for dataset in datasets]

@@ -7,6 +7,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..data import message_text
+
 
 _CARD = """---
 configs:
@@ -19,15 +21,15 @@ tags:
 
 # Groups of completions
 
-{count} prompts, each with a group of completions, made by `grkd_trl.generation.generate_groups`. `GRKDTrainer` takes them as
-they are: `load_dataset("<this folder>")`.
+{count} prompts, each with a group of completions, made by `grkd_trl.generation.generate_groups`. Every trainer accepts
+`load_dataset("<this folder>")`.
 
 {pictures}
 ## Counts
 
 {counts}
 
-## Made with
+## Parameters
 
 ```json
 {manifest}
@@ -39,9 +41,9 @@ _MEANING = {
     "groups": "groups made",
     "completions": "completions in them",
     "clipped": "of these, cut at the maximum length",
-    "surprises": "of these, read by the teacher's tokenizer otherwise than as their text",
+    "surprises": "of these, not read by the teacher's tokenizer as the text they are",
     "tokens": "the teacher's tokens in them, EOS counted",
-    "drawn": "completions written, or brought by the dataset",
+    "drawn": "completions written, or given by the dataset",
     "empty_prompts": "prompts dropped: empty",
     "long_prompts": "prompts dropped: no room for a completion in the writer's context",
     "small_groups": "prompts dropped: fewer than two completions were left",
@@ -68,7 +70,7 @@ def summary(counts: dict[str, int]) -> str:
 
 
 def _text(value: str | list[dict[str, Any]]) -> str:
-    return value if isinstance(value, str) else "\n".join(f"[{turn['role']}] {turn['content']}" for turn in value)
+    return value if isinstance(value, str) else "\n".join(f"[{turn['role']}] {message_text(turn)}" for turn in value)
 
 
 def preview(dataset: Dataset, num_groups: int = 1) -> str:
@@ -103,8 +105,8 @@ def write_card(
     """
     Write `README.md`, and with matplotlib `lengths.png` and `scores.png`, into a folder of groups.
 
-    The card names its content, since datasets 5.2 keeps what it loaded of a folder by the folder's last name and card alone:
-    of two folders of one name, or of one that is made anew, `load_dataset` would give the first again.
+    The card contains a hash of the groups, because datasets 5.2 caches a folder by its last name and its card alone: for a
+    second folder of the same name, or for one that was made again, `load_dataset` would return the first.
 
     Args:
         folder (`Path`):
@@ -112,7 +114,7 @@ def write_card(
         dataset ([`~datasets.Dataset`]):
             Its groups.
         manifest (`dict[str, Any]`):
-            What they were made with.
+            Parameters they were made with.
         counts (`dict[str, int]`):
             What was counted.
         content (`str`):

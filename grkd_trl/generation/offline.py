@@ -1,10 +1,13 @@
-"""Make groups offline: write completions, keep the most varied, score them, and keep all that was done."""
+"""Make groups offline: write completions, keep the most varied, score them, and store all of it in a folder."""
 
 import hashlib
 import json
 import math
+import warnings
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -14,26 +17,29 @@ from datasets import Dataset, Features, Sequence, Value
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data import read_group
+from ..data import as_read, check_prompt, read_group, require_rows
+from ..data.rows import WRITTEN, check_completions, check_one_each
 from ..teacher import Teacher
 from .card import summary, write_card
+from .core import add_scores, keep, write_groups
 from .select import drop_repeats, select_diverse
 from .shards import Shards
 
 
 logger = logging.get_logger(__name__)
 
-_OWN_COLUMNS = {"prompt", "completions", "clipped", "written_by", "num_tokens", "teacher_scores", "chosen", "rejected"}
+_OWN_COLUMNS = {"prompt", "completions", "clipped", "written_by", *WRITTEN, "num_tokens", "teacher_scores"}
+_OWN_COLUMNS |= {"chosen", "rejected"}
 
 
 @dataclass
 class GroupsConfig:
     r"""
-    What decides the groups that [`generate_groups`] makes.
+    Parameters of [`generate_groups`].
 
     Parameters:
         output_dir (`str`):
-            Folder of the groups. One that was made with the same parameters is gone on with.
+            Folder of the groups. Resumes if it already holds groups made with the same parameters.
         completion_source (`str`, *optional*, defaults to `"student"`):
             Who writes: `"student"`, `"teacher"`, `"mixed"` (both), or `"dataset"` (its `completions`, all kept).
         num_completions (`int`, *optional*, defaults to `4`):
@@ -41,21 +47,25 @@ class GroupsConfig:
         num_drawn (`int`, *optional*, defaults to `5`):
             Completions written for a prompt, of which the `num_completions` furthest apart are kept.
         num_teacher_completions (`int`, *optional*, defaults to `1`):
-            How many of the group the teacher writes, for `"mixed"`. The student writes the others and the spare ones.
+            How many completions of a group the teacher writes, for `"mixed"`. The student writes all others.
         temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature.
         top_p (`float`, *optional*, defaults to `0.95`):
             Share of the probability to sample from.
         max_completion_length (`int`, *optional*, defaults to `512`):
             Longest completion, in the writer's tokens.
-        prompts_per_unit (`int`, *optional*, defaults to `64`):
-            Prompts in a unit of work, which has a seed and a shard of its own: what is lost when the process is
-            killed.
+        prompts_per_shard (`int`, *optional*, defaults to `64`):
+            Prompts in a shard, which has a seed and a file of its own. A process that is killed loses the shard that it
+            was making.
         seed (`int`, *optional*, defaults to `42`):
             Seed of all draws.
+        prompts_per_unit (`int`, *optional*):
+            Former name of `prompts_per_shard`, accepted until 0.3.
     """
 
-    output_dir: str = field(metadata={"help": "Folder of the groups, gone on with if it was made alike."})
+    output_dir: str = field(
+        metadata={"help": "Folder of the groups. Resumes if it holds groups made with the same parameters."}
+    )
     completion_source: str = field(
         default="student", metadata={"help": "Who writes: 'student', 'teacher', 'mixed' or 'dataset'."}
     )
@@ -65,10 +75,15 @@ class GroupsConfig:
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
     top_p: float = field(default=0.95, metadata={"help": "Share of the probability to sample from."})
     max_completion_length: int = field(default=512, metadata={"help": "Longest completion, in tokens."})
-    prompts_per_unit: int = field(default=64, metadata={"help": "Prompts in a unit of work, with a seed and shard."})
+    prompts_per_shard: int = field(default=64, metadata={"help": "Prompts in a shard, which has a seed of its own."})
     seed: int = field(default=42, metadata={"help": "Seed of all draws."})
+    prompts_per_unit: int | None = field(default=None, metadata={"help": "Former name of `prompts_per_shard`."})
 
     def __post_init__(self):
+        if self.prompts_per_unit is not None:
+            message = "`prompts_per_unit` is now `prompts_per_shard`; the old name will be removed in 0.3."
+            warnings.warn(message, FutureWarning, stacklevel=3)
+            self.prompts_per_shard, self.prompts_per_unit = self.prompts_per_unit, None
         sources = ("student", "teacher", "mixed", "dataset")
         if self.completion_source not in sources:
             raise ValueError(f"`completion_source` must be one of {sources}, got {self.completion_source!r}.")
@@ -87,13 +102,13 @@ class GroupsConfig:
             raise ValueError(
                 f"`temperature` must be 0 or above and `top_p` in (0, 1], got {self.temperature} and {self.top_p}."
             )
-        for name in ("max_completion_length", "prompts_per_unit"):
+        for name in ("max_completion_length", "prompts_per_shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or above, got {getattr(self, name)}.")
 
     def shares(self) -> dict[str, tuple[int, int]]:
         """
-        Who writes how many.
+        Completions by writer.
 
         Returns:
             `dict[str, tuple[int, int]]`: Completions drawn and kept, of each writer.
@@ -103,95 +118,6 @@ class GroupsConfig:
             student = (self.num_drawn - by_teacher, self.num_completions - by_teacher)
             return {"teacher": (by_teacher, by_teacher), "student": student}
         return {self.completion_source: (self.num_drawn, self.num_completions)}
-
-
-def unit_seed(seed: int, unit: int, writer: str) -> int:
-    """
-    Seed of one writer's draws in one unit of work; what is drawn for the prompt at place i adds i to it.
-
-    Args:
-        seed (`int`):
-            Seed of all.
-        unit (`int`):
-            Unit: a number of prompts offline, those that groups are made for at once online.
-        writer (`str`):
-            `"student"`, `"teacher"`, or another who draws.
-
-    Returns:
-        `int`: A seed below 2 ** 32.
-    """
-    return int.from_bytes(hashlib.sha256(f"{seed} {unit} {writer}".encode()).digest()[:4], "big")
-
-
-def content_seed(prompt: Any) -> int:
-    """
-    Seed from a prompt itself, for draws that are to be the same whenever it comes.
-
-    Args:
-        prompt (`str`, `list[dict]` or `list[int]`):
-            Prompt, as text, messages or token ids.
-
-    Returns:
-        `int`: A seed below 2 ** 48.
-    """
-    return int.from_bytes(hashlib.sha256(json.dumps(prompt).encode()).digest()[:6], "big")
-
-
-def write_unit(
-    prompts: list[Any],
-    writers: dict[str, tuple[Teacher, int]],
-    unit: int,
-    *,
-    seed: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    columns: dict[str, list] | None = None,
-    places: list[int] | None = None,
-) -> tuple[list[list[str]], list[list[bool]], list[list[str]]]:
-    """
-    Write the completions of one unit of work, without dropping any.
-
-    Args:
-        prompts (`list[str]` or `list[list[dict]]`):
-            P prompts.
-        writers (`dict[str, tuple[Teacher, int]]`):
-            Who writes, by name, and how many completions for each prompt.
-        unit (`int`):
-            Unit, for [`unit_seed`].
-        seed (`int`):
-            Seed of all.
-        max_new_tokens (`int`):
-            Longest completion, in tokens.
-        temperature (`float`):
-            Sampling temperature.
-        top_p (`float`):
-            Share of the probability to sample from.
-        columns (`dict[str, list]`, *optional*):
-            Further columns, a value a prompt, for the chat template.
-        places (`list[int]`, *optional*):
-            Place of each prompt in the unit, where these are not all of it in order.
-
-    Returns:
-        `tuple`: Texts, whether each was cut, and who wrote it, each `(P, number written)`.
-    """
-    texts, clipped, written_by = ([[] for _ in prompts] for _ in range(3))
-    places = list(range(len(prompts))) if places is None else places
-    for name, (writer, num_completions) in writers.items():
-        written = writer.generate(
-            prompts,
-            num_completions,
-            seed=[unit_seed(seed, unit, name) + place for place in places],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            columns=columns,
-        )
-        for row, (group, cuts) in enumerate(zip(*written, strict=True)):
-            texts[row] += group
-            clipped[row] += cuts
-            written_by[row] += [name] * len(group)
-    return texts, clipped, written_by
 
 
 def generate_groups(
@@ -204,14 +130,18 @@ def generate_groups(
 ) -> Dataset:
     """
     Make a folder of groups from prompts: write completions, drop empty and repeated ones, keep those furthest apart,
-    score them. Work is cut into units with a seed each, so the result depends neither on the number of processes (of
-    `accelerate launch`) nor on interruptions: run it again and it goes on. The folder holds Parquet shards, a manifest
-    with all that decides their content and what was dropped, and a data card.
+    score them. Work is cut into shards with a seed each, so the result depends neither on the number of processes (of
+    `accelerate launch`) nor on interruptions: rerun it to resume. The folder holds Parquet shards, a manifest with all
+    that decides their content and what was dropped, and a data card.
+
+    What a local model or vLLM wrote is kept as its token ids as well, which trainers and local teachers with the same
+    tokenizer read. A completion without text for a person to read, such as one of an end token alone, is dropped; two
+    of the same text count as one, whatever their tokens.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Rows with `prompt`, and for `completion_source="dataset"` with `completions` or a preference. Further
-            columns are kept, and given to the scorer.
+            columns are kept, and given to the scorer. A transform (`with_transform`) is applied.
         config ([`GroupsConfig`]):
             What to make, and where.
         student ([`~teacher.Teacher`], *optional*):
@@ -222,45 +152,51 @@ def generate_groups(
             Scores in place of the teacher. Without either the groups have no `teacher_scores`.
 
     Returns:
-        [`~datasets.Dataset`]: Groups, with `prompt`, `completions`, `clipped`, `written_by`, and `teacher_scores` and
-        `num_tokens` where there is a scorer; [`GRKDTrainer`] takes it as it is.
+        [`~datasets.Dataset`]: Groups, with `prompt`, `completions`, `clipped`, `written_by`; `prompt_ids`,
+        `completion_ids` and `tokenizer_hash` of what models wrote; and `teacher_scores` and `num_tokens` where there is a
+        scorer. [`GRKDTrainer`] accepts it.
 
     Raises:
-        `ValueError`: If something is missing to make them, the folder was made otherwise, or no group is left.
-        `OSError`: If the folder cannot be written to; what was done is kept.
+        `ValueError`: If something is missing to make them, a cell holds no prompt or completion, the folder was created
+            with different parameters, or no group is left.
+        `OSError`: If the folder cannot be written to. Finished shards are kept.
     """
     writers = {"student": student, "teacher": teacher}
     scorer = scorer or teacher
     missing = [name for name in config.shares() if name != "dataset" and writers[name] is None]
     if missing:
         raise ValueError(f'`completion_source="{config.completion_source}"` needs `{missing[0]}`, and none was given.')
+    require_rows(dataset=dataset)
+    dataset = as_read(dataset)
     if config.completion_source == "dataset" and "completions" not in dataset.column_names:
         dataset = dataset.map(read_group, with_indices=True, remove_columns=dataset.column_names)
     if "prompt" not in dataset.column_names:
         raise ValueError(f"The dataset has the columns {dataset.column_names}, and needs `prompt`.")
 
     roles = {"student": student, "teacher": teacher, "scorer": scorer}
+    not_content = ("output_dir", "prompts_per_unit")
     manifest = {
-        "parameters": {name: value for name, value in asdict(config).items() if name != "output_dir"},
+        "parameters": {name: value for name, value in asdict(config).items() if name not in not_content},
         "dataset": {"rows": len(dataset), "sha256": _content_hash(dataset)},
         "versions": {name: version(name) for name in ("grkd_trl", "transformers", "torch")},
         **{name: role.describe() if role is not None else None for name, role in roles.items()},
     }
     state = PartialState(cpu=not torch.accelerator.is_available())  # it finds other processes of a CPU only if told
     features = _features(dataset, config, scorer)
-    size = config.prompts_per_unit
+    size = config.prompts_per_shard
     shards = Shards(config.output_dir, math.ceil(len(dataset) / size), manifest)
     if state.is_main_process:
         shards.open()
     state.wait_for_everyone()
-    mine = range(state.process_index, shards.num_units, state.num_processes)
-    for unit in tqdm(mine, desc="Making groups", disable=not state.is_main_process):
-        if shards.read_counts(unit) is None:
-            rows = dataset.select(range(unit * size, min((unit + 1) * size, len(dataset)))).to_list()
-            shards.write(unit, *_make_unit(rows, unit, config, writers, scorer, features))
+    mine = range(state.process_index, shards.num_shards, state.num_processes)
+    for shard in tqdm(mine, desc="Making groups", disable=not state.is_main_process):
+        if shards.read_counts(shard) is None:
+            rows = dataset.select(range(shard * size, min((shard + 1) * size, len(dataset)))).to_list()
+            groups, counts = _make_shard(rows, shard, config, writers, scorer)
+            shards.write(shard, groups, features, counts)
     state.wait_for_everyone()
 
-    total = sum((shards.read_counts(unit, verify=False) for unit in range(shards.num_units)), Counter())
+    total = sum((shards.read_counts(shard, verify=False) for shard in range(shards.num_shards)), Counter())
     if total["groups"] == 0:
         raise ValueError(f"No group is left of {len(dataset)} prompts.\n{summary(total)}")
     groups = shards.load()
@@ -280,60 +216,78 @@ def _content_hash(dataset: Dataset) -> str:
 
 
 def _features(dataset: Dataset, config: GroupsConfig, scorer: Teacher | None) -> Features:
-    texts = dataset.features["completions"] if config.completion_source == "dataset" else Sequence(Value("string"))
-    own = {"completions": texts, "clipped": Sequence(Value("bool")), "written_by": Sequence(Value("string"))}
+    own = {"clipped": Sequence(Value("bool")), "written_by": Sequence(Value("string"))}
+    ids = {
+        "prompt_ids": Sequence(Value("int32")),
+        "completion_ids": Sequence(Sequence(Value("int32"))),
+        "tokenizer_hash": Value("string"),
+    }
+    if config.completion_source == "dataset":
+        own = {"completions": dataset.features["completions"]} | own
+        own |= {name: feature for name, feature in ids.items() if set(ids) <= set(dataset.features)}
+    else:
+        own = {"completions": Sequence(Value("string"))} | own | ids
     if scorer is not None:
         own |= {"teacher_scores": Sequence(Value("float64")), "num_tokens": Sequence(Value("int64"))}
     further = {name: feature for name, feature in dataset.features.items() if name not in _OWN_COLUMNS}
     return Features({"prompt": dataset.features["prompt"], **own, **further})
 
 
-def _make_unit(rows, unit, config, writers, scorer, features) -> tuple[list[dict[str, Any]], Features, Counter]:
+def _make_shard(rows, shard, config, writers, scorer) -> tuple[list[dict[str, Any]], Counter]:
     counts = Counter(prompts=len(rows))
-    with_prompt = [row for row in rows if row["prompt"]]
+    with_prompt = []
+    for index, row in enumerate(rows, start=shard * config.prompts_per_shard):
+        if row["prompt"]:
+            check_prompt(row["prompt"], index)
+            with_prompt.append(_group_of(row, index) if config.completion_source == "dataset" else row)
     counts["empty_prompts"] = len(rows) - len(with_prompt)
-    prompts = [row["prompt"] for row in with_prompt]
     if config.completion_source == "dataset":
-        drawn = [row["completions"] or [] for row in with_prompt]
-        clipped = [row.get("clipped") or [False] * len(group) for row, group in zip(with_prompt, drawn, strict=True)]
-        written_by = [
-            row.get("written_by") or ["dataset"] * len(group) for row, group in zip(with_prompt, drawn, strict=True)
-        ]
+        drawn = with_prompt
     else:
-        drawn, clipped, written_by = write_unit(
-            prompts,
-            {name: (writers[name], num_drawn) for name, (num_drawn, _) in config.shares().items()},
-            unit,
+        drawn = write_groups(
+            with_prompt,
+            {name: (partial(nullcontext, writers[name]), num) for name, (num, _) in config.shares().items()},
             seed=config.seed,
+            index=shard,
             max_new_tokens=config.max_completion_length,
             temperature=config.temperature,
             top_p=config.top_p,
-            columns={
-                name: [row[name] for row in with_prompt]
-                for name in ("tools", "chat_template_kwargs")
-                if name in features
-            },
         )
 
     groups = []
-    for row, group in zip(with_prompt, zip(drawn, clipped, written_by, strict=True), strict=True):
-        kept = _select(group[0], group[2], config, counts)
-        if not group[0] and config.completion_source != "dataset":
+    for group in drawn:
+        kept = _select(group["completions"], group["written_by"], config, counts)
+        if not group["completions"] and config.completion_source != "dataset":
             counts["long_prompts"] += 1
         elif len(kept) < 2:
             counts["small_groups"] += 1
         else:
-            own = {name: [values[i] for i in kept] for name, values in zip(_GROUP, group, strict=True)}
-            groups.append(row | own)
+            groups.append(keep(group, kept))
     if scorer is not None and groups:
-        groups = _score(groups, scorer, counts)
+        num_before = sum(len(group["completions"]) for group in groups)
+        scored = add_scores(groups, scorer)
+        counts["unscored"] = num_before - sum(len(group["completions"]) for group in scored)
+        groups = [group for group in scored if len(group["completions"]) >= 2]
+        counts["small_groups"] += len(scored) - len(groups)
+        counts["surprises"] = sum(sum(group["surprises"]) for group in groups)
+        counts["tokens"] = sum(sum(group["num_tokens"]) for group in groups)
     counts["groups"] = len(groups)
-    counts["completions"] = sum(len(row["completions"]) for row in groups)
-    counts["clipped"] = sum(sum(row["clipped"]) for row in groups)
-    return groups, features, counts
+    counts["completions"] = sum(len(group["completions"]) for group in groups)
+    counts["clipped"] = sum(sum(group["clipped"]) for group in groups)
+    return groups, counts
 
 
-_GROUP = ("completions", "clipped", "written_by")
+def _group_of(row: dict[str, Any], index: int) -> dict[str, Any]:
+    """A row of the dataset as what was drawn."""
+    completions = [] if row["completions"] is None else row["completions"]
+    check_completions(row["prompt"], completions, index, min_completions=0)
+    lists = {"clipped": row.get("clipped"), "written_by": row.get("written_by")}
+    group = row | {name: values for name, values in lists.items() if values is not None} | {"completions": completions}
+    group = {"clipped": [False] * len(completions), "written_by": ["dataset"] * len(completions)} | group
+    for name in ("clipped", "written_by", "completion_ids"):
+        if group.get(name) is not None:
+            check_one_each(group, name, index)
+    return group
 
 
 def _select(completions, written_by, config, counts) -> list[int]:
@@ -348,29 +302,6 @@ def _select(completions, written_by, config, counts) -> list[int]:
     kept = []
     for name, (_, num_kept) in config.shares().items():
         own = [position for position in different if written_by[position] == name]
-        kept += [own[place] for place in select_diverse([texts[position] for position in own], num_kept)]
+        kept += [own[index] for index in select_diverse([texts[position] for position in own], num_kept)]
     counts["not_selected"] += len(different) - len(kept)
     return sorted(kept)
-
-
-def _score(groups, scorer, counts) -> list[dict[str, Any]]:
-    further = {name for row in groups for name in row} - {*_OWN_COLUMNS} | {"clipped"}
-    scored = scorer.score(
-        [row["prompt"] for row in groups],
-        [row["completions"] for row in groups],
-        columns={name: [row[name] for row in groups] for name in sorted(further)},
-    )
-    finished = []
-    for row, scores, num_tokens, surprises in zip(groups, *scored, strict=True):
-        fine = [position for position, score in enumerate(scores) if math.isfinite(score)]
-        counts["unscored"] += len(scores) - len(fine)
-        if len(fine) < 2:
-            counts["small_groups"] += 1
-            continue
-        row = row | {"teacher_scores": scores, "num_tokens": num_tokens}
-        finished.append(
-            row | {name: [row[name][i] for i in fine] for name in (*_GROUP, "teacher_scores", "num_tokens")}
-        )
-        counts["surprises"] += sum(surprises[position] for position in fine)
-        counts["tokens"] += sum(num_tokens[position] for position in fine)
-    return finished

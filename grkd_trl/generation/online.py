@@ -14,13 +14,17 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_rich_available
 from trl import SFTTrainer
 
-from .. import _trl
+from .. import _trl, data
 from .._trl import print_prompt_completions_sample, unwrap_model_for_generation
-from ..data import DataCollatorForGroups, tokenize_completions
+from ..data import (
+    DataCollatorForGroups,
+    tokenize_completions,
+)
+from ..data.rows import WRITTEN
 from ..data.sampler import RepeatedPrompts, indices_of_process
 from ..teacher import CallableScorer, Completions, LocalTeacher
-from ..teacher.retokenize import encode_prompt, template_columns
-from . import content_seed, write_unit
+from .core import add_scores, as_groups, columns_of, content_seed, write_groups
+from .vllm import VLLMWriter
 
 
 logger = logging.get_logger(__name__)
@@ -30,8 +34,8 @@ class OnlineGroups:
     """
     Turns the prompts of a training step into its groups.
 
-    Every `generate_every` optimizer steps groups are made for all the prompts of these steps at once, by the student as
-    it is then; `reuse_groups` says how often they are gone through.
+    Every `generate_every` optimizer steps the current student writes groups for all prompts of these steps at once;
+    `reuse_groups` is the number of times they are trained on.
 
     Args:
         trainer ([`~trl.SFTTrainer`]):
@@ -76,7 +80,7 @@ class OnlineGroups:
 
     def collate(self, rows: list[dict[str, Any]]) -> Any:
         """
-        Collate groups as ever; leave prompts as they are.
+        Collate groups; leave prompts uncollated.
 
         Args:
             rows (`list[dict]`):
@@ -109,10 +113,10 @@ class OnlineGroups:
                 "gradient accumulation x `generate_every` x processes). Lower one of these, or give more prompts."
             )
         repeat_count = args.gradient_accumulation_steps * args.generate_every * args.reuse_groups
-        places = [place for process in range(args.world_size) for place in self._places(process)]
-        return RepeatedPrompts(len(dataset), size, repeat_count, args.seed, places)
+        indices = [index for process in range(args.world_size) for index in self._indices(process)]
+        return RepeatedPrompts(len(dataset), size, repeat_count, args.seed, indices)
 
-    def _places(self, process: int) -> list[int]:
+    def _indices(self, process: int) -> list[int]:
         args = self.trainer.args
         num_batches = args.gradient_accumulation_steps * args.generate_every
         return indices_of_process(process, args.world_size, args.per_device_train_batch_size, num_batches)
@@ -142,8 +146,8 @@ class OnlineGroups:
             means.add("time/training", torch.tensor(time.perf_counter() - self._training_since))
         chunks = [chunk for _, chunk in zip(range(num_batches), epoch_iterator, strict=False)]
         if not self._buffer or step % (args.generate_every * args.reuse_groups) == 0:
-            places = self._places(trainer.accelerator.process_index)
-            self._buffer = self._make(chunks[0], step // (args.generate_every * args.reuse_groups), places, "train")
+            indices = self._indices(trainer.accelerator.process_index)
+            self._buffer = self._make(chunks[0], step // (args.generate_every * args.reuse_groups), indices, "train")
         size = args.per_device_train_batch_size
         first = step % args.generate_every * num_batches
         groups = [self._buffer[i * size : (i + 1) * size] for i in range(first, first + len(chunks))]
@@ -162,111 +166,101 @@ class OnlineGroups:
             `dict[str, torch.Tensor]`: Batch of groups, on the device.
         """
         self._training_since = None  # what comes until the next step is no training
-        places = [content_seed(row["prompt"]) for row in rows]
-        return self._to_device(self.collator(self._make(rows, 0, places, "eval")))
+        offsets = [content_seed(row["prompt"]) for row in rows]
+        return self._to_device(self.collator(self._make(rows, 0, offsets, "eval")))
 
     def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: tensor.to(self.trainer.accelerator.device) for name, tensor in batch.items()}
 
-    def _make(self, rows: list[dict[str, Any]], unit: int, places: list[int], split: str) -> list[dict[str, Any]]:
+    def _make(self, rows: list[dict[str, Any]], index: int, offsets: list[int], split: str) -> list[dict[str, Any]]:
         """Write, score and tokenize the groups of some prompts."""
         trainer, args, means = self.trainer, self.trainer.args, self.trainer.running_means[split]
-        prompts = [row["prompt"] for row in rows]
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
         start = time.perf_counter()
-        texts, clipped = self._write(prompts, columns, unit, places)
-        # A cut completion without any text, of special tokens alone, has no token to train on but its end.
-        clipped = [
-            [cut and bool(text) for text, cut in zip(*pair, strict=True)] for pair in zip(texts, clipped, strict=True)
-        ]
+        groups = self._write(rows, index, offsets)
         means.add("time/generation", torch.tensor(time.perf_counter() - start))
+        texts = [group["completions"] for group in groups]
         repeated = [len(group) - len(set(group)) for group in texts]
         means.add("completions/duplicate_ratio", torch.tensor(repeated), sum(map(len, texts)))
 
-        start, scores = time.perf_counter(), None
+        start, is_scored = time.perf_counter(), True
         if self.scorer is not None:
-            scores = self.scorer.score(prompts, texts, columns=columns | {"clipped": clipped}).scores
-        elif not args.needs_teacher_logits:  # else the training step's own forward of the teacher scores them
-            scores, size = [], args.per_device_train_batch_size
+            groups = add_scores(groups, self.scorer)
+        elif not args.needs_teacher_logits:
+            size, parts = args.per_device_train_batch_size, []
             with self._teacher() as teacher:
-                for first in range(0, len(prompts), size):
-                    part = slice(first, first + size)
-                    of_part = {name: values[part] for name, values in (columns | {"clipped": clipped}).items()}
-                    scores += teacher.score(prompts[part], texts[part], columns=of_part).scores
-        if scores is not None:
+                for first in range(0, len(groups), size):
+                    parts += add_scores(groups[first : first + size], teacher)
+            groups = parts
+        else:
+            is_scored = False  # the training step's own forward of the teacher scores them
+        if is_scored:
             means.add("time/scoring", torch.tensor(time.perf_counter() - start))
 
-        groups = []
-        for row, prompt in enumerate(prompts):
-            fine = [i for i in range(len(texts[row])) if scores is None or math.isfinite(scores[row][i])]
-            if not fine:
-                raise ValueError(f"No completion of the prompt {prompt!r} was scored: drop the prompt.")
-            cuts = [clipped[row][i] for i in fine]
+        tokenized = []
+        for group in groups:
+            if not group["completions"]:
+                raise ValueError(f"No completion of the prompt {group['prompt']!r} was scored: drop the prompt.")
+            given = {name: group.get(name) for name in ("clipped", "tools", "chat_template_kwargs", *WRITTEN)}
             prompt_ids, completion_ids = tokenize_completions(
-                trainer.processing_class,
-                prompt,
-                [texts[row][i] for i in fine],
-                clipped=cuts,
-                **template_columns(columns, row),
+                trainer.processing_class, group["prompt"], group["completions"], **given
             )
-            group = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "clipped": cuts}
-            groups.append(group if scores is None else group | {"teacher_scores": [scores[row][i] for i in fine]})
+            tokens = {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
+            tokenized.append(tokens | {name: group[name] for name in ("clipped", "teacher_scores") if name in group})
         every, step = args.log_completions, trainer.state.global_step
         if split == "train" and every and step % every < args.generate_every and trainer.accelerator.is_main_process:
-            self._log_completions(prompts, texts, scores)
-        return groups
+            self._log_completions(groups)
+        return tokenized
 
-    def _write(self, prompts: list[Any], columns: dict[str, list], unit: int, places: list[int]) -> tuple[list, list]:
+    def _write(self, rows: list[dict[str, Any]], index: int, offsets: list[int]) -> list[dict[str, Any]]:
         args = self.trainer.args
         if self.completion_fn is not None:
-            written = self.completion_fn(prompts=prompts, num_completions=args.num_completions, **columns)
-            if not isinstance(written, Completions):
-                written = Completions(written, [[False] * len(group) for group in written])
-            if [len(group) for group in written.texts] != [args.num_completions] * len(prompts):
+            groups = as_groups(rows, {"completion_fn": self._ask_completion_fn(rows)})
+        else:
+            shares = {"student": 0, "teacher": args.num_completions}
+            by_teacher = shares.get(args.completion_source, args.num_teacher_completions)
+            writers = {"teacher": (self._teacher, by_teacher)}
+            writers["student"] = (self._student, args.num_completions - by_teacher)
+            groups = write_groups(
+                rows,
+                {name: (opened, num) for name, (opened, num) in writers.items() if num > 0},
+                seed=args.seed,
+                index=index,
+                max_new_tokens=args.max_completion_length,
+                temperature=args.temperature,
+                top_p=args.top_p,
+                offsets=offsets,
+            )
+        for group in groups:
+            if len(group["completions"]) < args.num_completions:
                 raise ValueError(
-                    f"`completion_fn` returned groups of {[len(group) for group in written.texts]} completions for "
-                    f"{len(prompts)} prompts, and `num_completions={args.num_completions}`."
+                    f"The prompt {group['prompt']!r} leaves no room for `max_completion_length="
+                    f"{args.max_completion_length}` in the context of a model that writes: drop or shorten it."
                 )
-            return written
-        by_teacher = {"student": 0, "teacher": args.num_completions}.get(
-            args.completion_source, args.num_teacher_completions
-        )
-        texts, clipped = [[] for _ in prompts], [[] for _ in prompts]
-        writers = {
-            "teacher": (self._teacher, by_teacher),
-            "student": (self._student, args.num_completions - by_teacher),
-        }
-        for name, (opened, num_completions) in writers.items():
-            if num_completions == 0:
-                continue
-            with opened() as writer:
-                written = write_unit(
-                    prompts,
-                    {name: (writer, num_completions)},
-                    unit,
-                    seed=args.seed,
-                    max_new_tokens=args.max_completion_length,
-                    temperature=args.temperature,
-                    top_p=args.top_p,
-                    columns=columns,
-                    places=places,
-                )
-            for row in range(len(prompts)):
-                texts[row] += written[0][row]
-                clipped[row] += written[1][row]
-                if not texts[row]:
-                    raise ValueError(
-                        f"The prompt {prompts[row]!r} leaves no room for `max_completion_length="
-                        f"{args.max_completion_length}` in the context of the {name}: drop or shorten it."
-                    )
-        return texts, clipped
+            # Without ids a cut completion that has no text has no token to train on but its end.
+            ids = group["completion_ids"] or [None] * len(group["completions"])
+            triples = zip(group["clipped"], group["completions"], ids, strict=True)
+            group["clipped"] = [cut and (bool(text) or tokens is not None) for cut, text, tokens in triples]
+        return groups
+
+    def _ask_completion_fn(self, rows: list[dict[str, Any]]) -> Completions:
+        num_completions, prompts = self.trainer.args.num_completions, [row["prompt"] for row in rows]
+        columns = columns_of(rows, without=["prompt"])
+        written = self.completion_fn(prompts=prompts, num_completions=num_completions, **columns)
+        if not isinstance(written, Completions):
+            written = Completions(written, [[False] * len(group) for group in written])
+        if [len(group) for group in written.texts] != [num_completions] * len(prompts):
+            raise ValueError(
+                f"`completion_fn` returned groups of {[len(group) for group in written.texts]} completions for "
+                f"{len(prompts)} prompts, and `num_completions={num_completions}`."
+            )
+        return written
 
     @contextmanager
     def _student(self) -> Iterator[Any]:
         trainer = self.trainer
         if self.vllm is not None:
             self.vllm.sync_weights()
-            yield _VLLMWriter(self.vllm, trainer.processing_class)
+            yield VLLMWriter(self.vllm, trainer.model, trainer.processing_class)
             return
         checkpointing = trainer.args.gradient_checkpointing_kwargs
         with unwrap_model_for_generation(
@@ -287,12 +281,14 @@ class OnlineGroups:
                     teacher, trainer.processing_class, score=trainer.args.score, tokens_per_batch=math.inf
                 )
 
-    def _log_completions(self, prompts: list[Any], texts: list[list[str]], scores: list[list[float]] | None) -> None:
+    def _log_completions(self, groups: list[dict[str, Any]]) -> None:
         step, report_to = self.trainer.state.global_step, self.trainer.args.report_to
-        table = {"prompt": [prompt for prompt, group in zip(prompts, texts, strict=True) for _ in group]}
-        table["completion"] = [text for group in texts for text in group]
-        columns = {} if scores is None else {"teacher": [score for group in scores for score in group]}
-        shown = sum(map(len, texts[:4]))
+        table = {"prompt": [group["prompt"] for group in groups for _ in group["completions"]]}
+        table["completion"] = [text for group in groups for text in group["completions"]]
+        columns = {}
+        if "teacher_scores" in groups[0]:
+            columns["teacher"] = [score for group in groups for score in group["teacher_scores"]]
+        shown = sum(len(group["completions"]) for group in groups[:4])
         printed = {name: values[:shown] for name, values in columns.items()}
         print_prompt_completions_sample(
             table["prompt"][:shown], table["completion"][:shown], printed, None, step, None
@@ -304,29 +300,6 @@ class OnlineGroups:
                 continue
             frame = pd.DataFrame({"step": step} | table | columns)
             tracker.log({"completions": tracker.Table(dataframe=frame)})
-
-
-class _VLLMWriter:
-    """TRL's vLLM as the half of a teacher that writes. Its own sampling decides; the seed is vLLM's."""
-
-    def __init__(self, vllm: Any, processing_class: Any):
-        self.vllm, self.processing_class = vllm, processing_class
-
-    def generate(
-        self, prompts, num_completions, *, seed, max_new_tokens, temperature, top_p, columns=None
-    ) -> Completions:
-        ids = [
-            encode_prompt(self.processing_class, prompt, **template_columns(columns, row))
-            for row, prompt in enumerate(prompts)
-            for _ in range(num_completions)
-        ]
-        _, completion_ids, _, _ = self.vllm.generate(ids, None, num_completions)
-        texts = self.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-        clipped = [
-            len(row) >= max_new_tokens and row[-1] != self.processing_class.eos_token_id for row in completion_ids
-        ]
-        starts = range(0, len(ids), num_completions)
-        return Completions(*([part[i : i + num_completions] for i in starts] for part in (texts, clipped)))
 
 
 def prepare_prompts(dataset: Any, args: Any, processing_class: Any, name: str) -> Any:
@@ -351,19 +324,6 @@ def prepare_prompts(dataset: Any, args: Any, processing_class: Any, name: str) -
     """
     if not isinstance(dataset, Dataset):
         raise ValueError("Online groups need a dataset with a length, and got a stream: load it without `streaming`.")
-    empty = [index for index, prompt in enumerate(dataset["prompt"]) if not prompt]
-    if empty:
-        raise ValueError(f"`prompt` of row {empty[0]} is empty: give it text or messages, or drop the row.")
-    if args.max_length is None:
-        return dataset
-    room = args.max_length - args.max_completion_length
-    kept = dataset.filter(lambda row: len(encode_prompt(processing_class, row["prompt"])) <= room)
-    if len(kept) < len(dataset):
-        message = (
-            f"{len(dataset) - len(kept)} of {len(dataset)} {name} prompts leave no room for "
-            f"`max_completion_length={args.max_completion_length}` within `max_length={args.max_length}`."
-        )
-        if len(kept) == 0:
-            raise ValueError(f"{message} Raise `max_length`, or lower `max_completion_length`.")
-        logger.warning(f"{message} They are dropped.")
-    return kept
+    lengths = {"max_length": args.max_length, "max_completion_length": args.max_completion_length}
+    prepared = data.prepare_prompts(dataset, processing_class, **lengths, num_proc=args.dataset_num_proc, name=name)
+    return prepared.remove_columns("prompt_ids")  # the writer tokenizes

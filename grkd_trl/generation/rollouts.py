@@ -11,8 +11,8 @@ from ..data import DataCollatorForGroups, first_groups
 from ..data.repeats import num_without_repeats
 from ..scoring import predicted_mask
 from ..teacher import sample_from_mixture
-from ..teacher.writing import row_numbers
-from .offline import content_seed, unit_seed
+from ..teacher.writing import end_token_ids, row_numbers
+from .core import content_seed, draw_seed
 
 
 class MixtureRollouts:
@@ -38,6 +38,8 @@ class MixtureRollouts:
     def _tokenize_text(self, dataset: Dataset) -> list[list[int]]:
         processing_class, args = self.trainer.processing_class, self.trainer.args
         eos_token_id = getattr(processing_class, "tokenizer", processing_class).eos_token_id
+        if eos_token_id is None:
+            raise ValueError("The tokenizer has no `eos_token`, which ends each text of `text_dataset`. Set one.")
 
         def tokenize(row):
             ids = processing_class(text=row["text"])["input_ids"]
@@ -83,7 +85,7 @@ class MixtureRollouts:
         """
         trainer, args, accelerator = self.trainer, self.trainer.args, self.trainer.accelerator
         size, world, step = args.train_batch_size, accelerator.num_processes, trainer.state.global_step
-        seed = unit_seed(args.seed, step, "mixture")
+        seed = draw_seed(args.seed, step, "mixture")
         batches, counts = [], torch.zeros(3, dtype=torch.long)
         for number, inputs in enumerate(prompts):
             # The step and a prompt's index in it decide its draws and the text beside it: neither a resumed run nor
@@ -121,10 +123,8 @@ class MixtureRollouts:
         """A batch of prompts as one of [`DataCollatorForGroups`]: of the first a sampled completion each, then text."""
         trainer, length = self.trainer, self.trainer.args.max_completion_length
         model, device = trainer.model_wrapped, trainer.accelerator.device
-        config_ends = trainer.model.generation_config.eos_token_id  # chat models end a turn with a token of their own
-        config_ends = config_ends if isinstance(config_ends, list) else [config_ends]
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-        ends = sorted({tokenizer.eos_token_id, *config_ends} - {None})
+        ends = sorted(end_token_ids(trainer.model, tokenizer))
         with trainer.compute_loss_context_manager():
             completions = sample_from_mixture(
                 model,

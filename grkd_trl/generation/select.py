@@ -6,7 +6,7 @@ from rapidfuzz.process import cdist
 
 def drop_repeats(texts: list[str]) -> list[int]:
     """
-    Completions that are not empty and were not there before.
+    Completions that are neither empty nor repeated.
 
     Args:
         texts (`list[str]`):

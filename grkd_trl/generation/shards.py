@@ -1,4 +1,4 @@
-"""A folder of groups that survives interruptions: Parquet shards, each written whole, and a manifest."""
+"""A folder of groups that survives interruptions: Parquet shards, each complete or absent, and a manifest."""
 
 import json
 import os
@@ -19,13 +19,13 @@ _COUNTS = b"grkd_trl.counts"
 
 def differences(made_with: Any, given: Any, name: str = "") -> list[str]:
     """
-    Where two manifests differ.
+    Differences between two manifests.
 
     Args:
         made_with (`Any`):
-            What the folder was made with.
+            Parameters that the folder was created with.
         given (`Any`):
-            What was given now.
+            Parameters of this run.
         name (`str`, *optional*, defaults to `""`):
             Name of the value, for nested ones.
 
@@ -41,41 +41,41 @@ def differences(made_with: Any, given: Any, name: str = "") -> list[str]:
 
 class Shards:
     """
-    The shards of a folder, one for each unit of work. A shard is there whole or not at all: it is written under
-    another name, brought to disk and renamed. What a unit dropped and counted is in its shard.
+    The shards of a folder. A shard is complete or absent: it is written under another name, flushed to disk and renamed.
+    What was dropped and counted while it was made is stored in it.
 
     Args:
         folder (`str` or `Path`):
             Folder, made if need be.
-        num_units (`int`):
-            Number of units.
+        num_shards (`int`):
+            Number of shards.
         manifest (`dict[str, Any]`):
-            What decides the content, as JSON can hold it.
+            Parameters that decide the content, as JSON can hold them.
     """
 
-    def __init__(self, folder: str | Path, num_units: int, manifest: dict[str, Any]):
-        self.folder, self.num_units = Path(folder), num_units
+    def __init__(self, folder: str | Path, num_shards: int, manifest: dict[str, Any]):
+        self.folder, self.num_shards = Path(folder), num_shards
         self.manifest = json.loads(json.dumps(manifest, default=str))
 
-    def path(self, unit: int) -> Path:
+    def path(self, shard: int) -> Path:
         """
-        Where the shard of a unit lies.
+        File of a shard.
 
         Args:
-            unit (`int`):
-                Unit.
+            shard (`int`):
+                Number of the shard.
 
         Returns:
-            `Path`: Its file.
+            `Path`: The file, whether it exists or not.
         """
-        return self.folder / "data" / f"groups-{unit:05d}-of-{self.num_units:05d}.parquet"
+        return self.folder / "data" / f"groups-{shard:05d}-of-{self.num_shards:05d}.parquet"
 
     def open(self) -> None:
         """
-        Start the folder, or go on in it.
+        Start the folder, or resume in it.
 
         Raises:
-            `ValueError`: If it was made with something else; the message names the difference.
+            `ValueError`: If it was created with different parameters; the message names them.
             `OSError`: If it cannot be written to.
         """
         path = self.folder / "manifest.json"
@@ -86,8 +86,8 @@ class Shards:
                 differing = differences(made_with, self.manifest)
                 if differing:
                     raise ValueError(
-                        f"{self.folder} holds groups made otherwise: {'; '.join(differing)}. Choose another "
-                        "`output_dir`, or give what it was made with to go on."
+                        f"{self.folder} was created with different parameters: {'; '.join(differing)}. Choose another "
+                        "`output_dir`, or rerun with those parameters to resume."
                     )
             else:
                 (self.folder / "data").mkdir(parents=True, exist_ok=True)
@@ -101,20 +101,20 @@ class Shards:
         except OSError as error:
             raise self._explain(error) from error
 
-    def read_counts(self, unit: int, *, verify: bool = True) -> Counter | None:
+    def read_counts(self, shard: int, *, verify: bool = True) -> Counter | None:
         """
-        What a unit counted, from its shard.
+        What was counted while a shard was made.
 
         Args:
-            unit (`int`):
-                Unit.
+            shard (`int`):
+                Number of the shard.
             verify (`bool`, *optional*, defaults to `True`):
                 Whether to read the whole shard and verify its checksums.
 
         Returns:
-            `Counter`, *optional*: `None` if the unit is still to be done, or its shard is damaged.
+            `Counter`, *optional*: `None` if the shard is absent or damaged.
         """
-        path = self.path(unit)
+        path = self.path(shard)
         if not path.exists():
             return None
         try:
@@ -122,16 +122,16 @@ class Shards:
                 pq.read_table(path, page_checksum_verification=True)
             return Counter(json.loads(pq.read_schema(path).metadata[_COUNTS]))
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            logger.warning(f"{path} is damaged and is made again: {error}")
+            logger.warning(f"{path} is damaged and will be made again: {error}")
             return None
 
-    def write(self, unit: int, rows: list[dict[str, Any]], features: Features, counts: Counter) -> None:
+    def write(self, shard: int, rows: list[dict[str, Any]], features: Features, counts: Counter) -> None:
         """
-        Write the shard of a unit.
+        Write a shard.
 
         Args:
-            unit (`int`):
-                Unit.
+            shard (`int`):
+                Number of the shard.
             rows (`list[dict]`):
                 Its groups, which may be none.
             features ([`~datasets.Features`]):
@@ -150,7 +150,7 @@ class Shards:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         try:
-            self._write_whole(self.path(unit), sink.getvalue())
+            self._write_whole(self.path(shard), sink.getvalue())
         except OSError as error:
             raise self._explain(error) from error
 
@@ -160,7 +160,7 @@ class Shards:
 
         Args:
             counts (`Counter`):
-                What all units counted.
+                What all shards counted.
         """
         closed = self.manifest | {"counts": dict(sorted(counts.items()))}
         self._write_whole(self.folder / "manifest.json", (json.dumps(closed, indent=2) + "\n").encode())
@@ -172,7 +172,7 @@ class Shards:
         Returns:
             [`~datasets.Dataset`]: Group after group, in the order of the prompts.
         """
-        return Dataset.from_parquet([str(self.path(unit)) for unit in range(self.num_units)])
+        return Dataset.from_parquet([str(self.path(shard)) for shard in range(self.num_shards)])
 
     def _write_whole(self, path: Path, content: Any) -> None:
         part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -190,6 +190,6 @@ class Shards:
         done = len(list((self.folder / "data").glob("*.parquet"))) if (self.folder / "data").is_dir() else 0
         return OSError(
             error.errno,
-            f"Cannot write to {self.folder} ({error.strerror or error}). {done} of {self.num_units} units are on disk "
-            "and kept: make room or choose a folder that can be written to, and run the same again to go on",
+            f"Cannot write to {self.folder} ({error.strerror or error}). {done} of {self.num_shards} shards are "
+            "finished and kept. Free some space or choose a folder that can be written to, then rerun to resume",
         )

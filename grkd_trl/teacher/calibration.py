@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl import common_prefix_length, pad
-from ..data import tokenize_completions
+from ..data import message_text, tokenize_completions
 from .local import LocalTeacher
 from .protocol import Completions, TeacherScores
-from .writing import evaluating
+from .writing import eval_mode
 
 
 SELECTION_TEMPLATE = (
@@ -82,9 +82,9 @@ def selection_probs(
     How often a teacher picks each completion of a group when it is shown two of them: for every pair the probability
     of the two letters as the next token, made to sum to 1, and of each completion the mean over its pairs.
 
-    A group of G costs G (G - 1) questions of two completions, half of that in one order. What all questions of the
-    group begin with, the prompt, is read once and its keys and values are shared, where the model has a cache that can
-    be repeated.
+    A group of G costs G (G - 1) questions of two completions, half of that in one order. The prefix that all questions
+    of a group share, the prompt, is encoded once and its keys and values are reused, if the model's cache can be
+    repeated.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -100,11 +100,11 @@ def selection_probs(
         letters (`tuple[str, str]`, *optional*, defaults to `("A", "B")`):
             What the template calls the two.
         both_orders (`bool`, *optional*, defaults to `True`):
-            Whether to ask each pair in both orders and average, so that the place of an answer does not matter.
+            Whether to ask each pair in both orders and average, so that the order of the answers does not matter.
         tokens_per_batch (`int`, *optional*, defaults to `16384`):
             Tokens in a batch, padding and shared prefix included.
         share_prefix (`bool`, *optional*, defaults to `True`):
-            Whether to share the keys and values of what the questions begin with.
+            Whether to share the keys and values of the questions' common prefix.
 
     Returns:
         `list[float]`: G probabilities.
@@ -137,13 +137,14 @@ def selection_probs(
 def _text(value: str | list[dict[str, Any]]) -> str:
     if isinstance(value, str):
         return value.strip()
+    texts = [message_text(turn).strip() for turn in value]
     if len(value) == 1:
-        return value[0]["content"].strip()
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in value)
+        return texts[0]
+    return "\n".join(f"{turn['role']}: {text}" for turn, text in zip(value, texts, strict=True))
 
 
 def _question_ids(processing_class, question: str, letters: tuple[str, str]) -> tuple[list[int], list[int]]:
-    """Tokens up to where the answers part, and there the token of each."""
+    """Tokens up to the first one in which the answers differ, and that token of each answer."""
     if processing_class.chat_template is None:
         prompt, answers = f"{question}\n\nThe better answer:", [f" {letter}" for letter in letters]
     else:
@@ -169,7 +170,7 @@ def _next_logps(
         shared = min(common_prefix_length(questions[0], ids) for ids in questions)
         shared = min(shared, *(len(ids) - 1 for ids in questions))
     cache = None
-    with evaluating(model):
+    with eval_mode(model):
         if shared > 0:
             prefix = torch.tensor([questions[0][:shared]], device=model.device)
             cache = model(input_ids=prefix, use_cache=True, logits_to_keep=1).get("past_key_values")
@@ -229,7 +230,7 @@ class CalibratedTeacher:
 
     def describe(self) -> dict[str, Any]:
         """
-        What tells this teacher from another.
+        Identify this teacher.
 
         Returns:
             `dict[str, Any]`: The teacher's description and the calibration.
@@ -287,22 +288,22 @@ class CalibratedTeacher:
         """
         scored = self.teacher.score(prompts, completions, columns=columns)
         for prompt, group, scores in zip(prompts, completions, scored.scores, strict=True):
-            fine = [position for position, value in enumerate(scores) if math.isfinite(value)]
-            if len(fine) < 2:
+            finite = [position for position, value in enumerate(scores) if math.isfinite(value)]
+            if len(finite) < 2:
                 scores[:] = [math.nan] * len(scores)
                 continue
             picked = selection_probs(
                 self.teacher.model,
                 self.teacher.processing_class,
                 prompt,
-                [group[position] for position in fine],
+                [group[position] for position in finite],
                 template=self.template,
                 both_orders=self.both_orders,
                 tokens_per_batch=self.teacher.tokens_per_batch,
             )
-            mean_logps = torch.tensor([scores[position] for position in fine], dtype=torch.float64)
+            mean_logps = torch.tensor([scores[position] for position in finite], dtype=torch.float64)
             picked = torch.tensor(picked, dtype=torch.float64)
             calibrated = calibrate_scores(mean_logps, picked, ratio=self.ratio)
-            for position, value in zip(fine, calibrated.tolist(), strict=True):
+            for position, value in zip(finite, calibrated.tolist(), strict=True):
                 scores[position] = value
         return scored

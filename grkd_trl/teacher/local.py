@@ -10,11 +10,20 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl import get_config_model_id
-from ..data import DataCollatorForGroups, read_group
-from ..scoring import score_completions, sequence_scores, to_groups, why_not_shared
+from ..data import (
+    DataCollatorForGroups,
+    as_read,
+    describe_tokenizer,
+    encode_prompt,
+    is_score,
+    read_group,
+    tokenizer_hash,
+)
+from ..data.rows import WRITTEN
+from ..scoring import refuse_not_finite, score_completions, sequence_scores, to_groups, why_not_shared
 from .protocol import Completions, TeacherScores, prompt_seeds
-from .retokenize import encode_prompt, read_groups, template_columns, tokenizer_hash
-from .writing import evaluating, pad_token_id, write_completions
+from .retokenize import read_groups, template_columns
+from .writing import eval_mode, pad_token_id, write_completions
 
 
 class LocalTeacher:
@@ -58,10 +67,10 @@ class LocalTeacher:
 
     def describe(self) -> dict[str, Any]:
         """
-        What tells this teacher from another.
+        Identify this teacher.
 
         Returns:
-            `dict[str, Any]`: Model, revision, dtype, a hash of the tokenizer, and the score.
+            `dict[str, Any]`: Model, revision, dtype, hashes of the tokenizer and of its chat template, and the score.
         """
         config = self.model.config
         return {
@@ -69,7 +78,7 @@ class LocalTeacher:
             "revision": getattr(config, "_commit_hash", None),  # only what came from a hub has one
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "quantization": str(config.quantization_config) if hasattr(config, "quantization_config") else None,
-            "tokenizer": tokenizer_hash(self.processing_class),
+            **describe_tokenizer(self.processing_class),
             "score": self.score_type,
         }
 
@@ -85,8 +94,8 @@ class LocalTeacher:
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Completions:
         """
-        Write completions. A prompt's seed decides its draws, whatever stands beside it, and torch's global generator is
-        left as it was.
+        Write completions. A prompt's draws depend on its seed alone, not on the prompts beside it, and torch's global
+        generator is not used.
 
         Args:
             prompts (`Sequence[str]` or `Sequence[list[dict]]`):
@@ -105,15 +114,17 @@ class LocalTeacher:
                 Further columns, a value a prompt. `tools` and `chat_template_kwargs` are read.
 
         Returns:
-            [`Completions`]: Texts and whether each was cut; none for a prompt that leaves no room for
-            `max_new_tokens` in the context.
+            [`Completions`]: Texts, whether each was cut, and the ids that were written; none for a prompt that leaves no
+            room for `max_new_tokens` in the context.
+
+        Raises:
+            `ValueError`: If the model's logits are not finite.
         """
         prompt_ids = [
             encode_prompt(self.processing_class, prompt, **template_columns(columns, row))
             for row, prompt in enumerate(prompts)
         ]
         rows = [row for row, ids in enumerate(prompt_ids) if len(ids) + max_new_tokens <= self.context_length]
-        texts, clipped = [[] for _ in prompts], [[] for _ in prompts]
         seeds = prompt_seeds(seed, len(prompts))
         written = write_completions(
             self.model,
@@ -127,9 +138,11 @@ class LocalTeacher:
             seeds=[seeds[row] for row in rows],
             progress=self.progress,
         )
-        for row, text, cut in zip(rows, *written, strict=True):
-            texts[row], clipped[row] = text, cut
-        return Completions(texts, clipped)
+        texts, clipped, completion_ids = ([[] for _ in prompts] for _ in range(3))
+        for position, row in enumerate(rows):
+            texts[row], clipped[row] = written.texts[position], written.clipped[position]
+            completion_ids[row] = written.completion_ids[position]
+        return Completions(texts, clipped, completion_ids, prompt_ids, tokenizer_hash(self.processing_class))
 
     @torch.no_grad()
     def score(
@@ -148,12 +161,17 @@ class LocalTeacher:
             completions (`Sequence[Sequence[str]]` or `Sequence[Sequence[list[dict]]]`):
                 A group of completions for each prompt.
             columns (`Mapping[str, Sequence]`, *optional*):
-                Further columns, a value a prompt. `clipped`, `tools` and `chat_template_kwargs` are read.
+                Further columns, a value a prompt. `clipped`, `tools`, `chat_template_kwargs`, and `prompt_ids`,
+                `completion_ids` and `tokenizer_hash` are read: ids of this tokenizer are scored as they were written.
 
         Returns:
-            [`TeacherScores`]: NaN for a completion that has no token, or with its prompt exceeds the context.
+            [`TeacherScores`]: NaN for a completion that has no token, exceeds the context with its prompt, or has a
+            probability of 0.
+
+        Raises:
+            `ValueError`: If the model's logits are not finite.
         """
-        groups, places, num_tokens, surprises = [], [], [], []
+        groups, indices, num_tokens, surprises = [], [], [], []
         read = read_groups(self.processing_class, prompts, completions, columns)
         for row, (prompt_ids, completion_ids, surprising) in enumerate(read):
             num_tokens.append([len(ids) for ids in completion_ids])
@@ -162,17 +180,19 @@ class LocalTeacher:
             if any(fits):
                 kept = [ids for ids, fit in zip(completion_ids, fits, strict=True) if fit]
                 groups.append({"prompt_ids": prompt_ids, "completion_ids": kept})
-                places.append([(row, position) for position, fit in enumerate(fits) if fit])
+                indices.append([(row, position) for position, fit in enumerate(fits) if fit])
         scores = [[math.nan] * len(counts) for counts in num_tokens]
-        with evaluating(self.model):
+        with eval_mode(self.model):
             for rows in token_batches(self.model, groups, self.tokens_per_batch, progress=self.progress):
                 batch = self._collate([groups[row] for row in rows])
                 logps = score_completions(self.model, batch).per_token_logps
+                refuse_not_finite(logps, "The teacher's logits", allow_impossible=True)
+                logps = logps.masked_fill(logps == -math.inf, math.nan)  # no score
                 values = to_groups(
                     sequence_scores(logps, batch["completion_mask"], score=self.score_type), batch["group_mask"]
                 )
                 for row, group_scores in zip(rows, values.tolist(), strict=True):
-                    for (prompt, position), value in zip(places[row], group_scores, strict=False):
+                    for (prompt, position), value in zip(indices[row], group_scores, strict=False):
                         scores[prompt][position] = value
         return TeacherScores(scores, num_tokens, surprises)
 
@@ -204,7 +224,7 @@ def token_batches(
     packed = why_not_shared(model) is None
     lengths = [len(group["prompt_ids"]) + max(map(len, group["completion_ids"])) for group in groups]
     rows, num_sequences, num_packed = [], 0, 0
-    order = sorted(range(len(groups)), key=lengths.__getitem__)  # the row in hand is the batch's longest
+    order = sorted(range(len(groups)), key=lengths.__getitem__)  # so the current row is the longest of its batch
     for row in tqdm(order, desc="Scoring groups", disable=not progress):
         size = len(groups[row]["completion_ids"])
         own = len(groups[row]["prompt_ids"]) + sum(map(len, groups[row]["completion_ids"]))
@@ -248,24 +268,26 @@ def score_groups(
         [`~datasets.Dataset`]: The dataset with a column `teacher_scores`, in place of one it had.
 
     Raises:
-        `ValueError`: If a row is no group, or a completion has no token or exceeds the teacher's context.
+        `ValueError`: If a row is no group, the teacher's logits are not finite, or a completion has no token, exceeds
+            the teacher's context or has a probability of 0.
     """
+    dataset = as_read(dataset)
     if "teacher_scores" in dataset.column_names:
         dataset = dataset.remove_columns("teacher_scores")
-    groups = [read_group(row, index) for index, row in enumerate(dataset)]
+    rows = list(dataset)
+    groups = [read_group(row, index) for index, row in enumerate(rows)]
     teacher = LocalTeacher(model, processing_class, score=score, tokens_per_batch=tokens_per_batch, progress=progress)
-    columns = {name: dataset[name] for name in ("tools", "chat_template_kwargs") if name in dataset.column_names}
+    columns = {name: [row.get(name) for row in rows] for name in ("tools", "chat_template_kwargs")}
+    columns |= {name: [group.get(name) for group in groups] for name in ("clipped", *WRITTEN)}
     scores, num_tokens, _ = teacher.score(
-        [group["prompt"] for group in groups],
-        [group["completions"] for group in groups],
-        columns=columns | {"clipped": [group["clipped"] for group in groups]},
+        [group["prompt"] for group in groups], [group["completions"] for group in groups], columns=columns
     )
     for index, row in enumerate(scores):
         for position, value in enumerate(row):
-            if math.isnan(value):
+            if not is_score(value):
                 raise ValueError(
                     f"`completions` of row {index} holds {num_tokens[index][position]} tokens at position {position}, "
-                    "and with the prompt it must come to at least one token and fit the teacher's context of "
-                    f"{teacher.context_length} tokens. Drop or shorten it."
+                    f"and their score is {value}. With the prompt it must come to at least one token, fit the teacher's "
+                    f"context of {teacher.context_length} tokens and be possible for the teacher. Drop or shorten it."
                 )
     return dataset.add_column("teacher_scores", scores)

@@ -7,11 +7,12 @@ import torch
 from accelerate import Accelerator
 
 from ..losses import mixture_logps
-from .writing import draw_tokens, evaluating
+from ..scoring import refuse_not_finite
+from .writing import draw_tokens, eval_mode
 
 
 class _Reader:
-    """A model that reads on where it stopped: the tokens it has not seen, against the keys and values of those before."""
+    """A model with its cache: each call encodes the new tokens against the keys and values of those before."""
 
     def __init__(self, model: torch.nn.Module):
         self.model, self.cache = model, None
@@ -71,19 +72,24 @@ def sample_from_mixture(
 
     Returns:
         `list[list[int]]`: Tokens of each completion, its end token included unless it was cut.
+
+    Raises:
+        `ValueError`: If the logits of either are not finite.
     """
     ends = torch.tensor(eos_token_ids, device=input_ids.device)
     going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     num_prompt = num_new = input_ids.shape[1]
     readers = {"student": _Reader(student)}
-    with evaluating(student):
+    with eval_mode(student):
         for step in range(max_new_tokens):
             logits = readers["student"].next_logits(input_ids, attention_mask, num_new)[:, :vocab_size]
+            refuse_not_finite(logits.max(-1).values, "The student's logits")  # of masked tokens alone -inf is right
             logps = logits.float().log_softmax(-1)
             if teacher_share > 0:
                 with teacher() as model:
                     reader = readers.setdefault("teacher", _Reader(model))
                     logits = reader.next_logits(input_ids, attention_mask, num_new)[:, :vocab_size]
+                refuse_not_finite(logits.max(-1).values, "The teacher's logits")
                 teacher_logps = logits.float().log_softmax(-1).to(logps.device)
                 logps = mixture_logps(logps, teacher_logps, teacher_share=teacher_share)
             tokens = draw_tokens(logps.exp(), numbers[:, step]).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""What a teacher is: it may write completions, and it scores them."""
+"""The interface of a teacher, which may write completions and scores them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -6,31 +6,41 @@ from typing import Any, NamedTuple, Protocol
 
 class Completions(NamedTuple):
     """
-    What was written for P prompts.
+    What was written for P prompts. A writer that knows its token ids returns them, and trainers and teachers with the
+    same tokenizer use these ids unchanged; the text is for people and for models with another tokenizer.
 
     Args:
         texts (`list[list[str]]`):
-            Completions of each prompt, without special tokens. None for a prompt that could not be completed.
+            Completions of each prompt, see [`~data.decode_completion`]. Empty for a prompt that could not be completed.
         clipped (`list[list[bool]]`):
             Whether each was cut at the maximum length, before its end.
+        completion_ids (`list[list[list[int]]]`, *optional*):
+            Ids of each completion, with its end token unless it was cut.
+        prompt_ids (`list[list[int]]`, *optional*):
+            Ids that each prompt's completions were written after.
+        tokenizer_hash (`str`, *optional*):
+            Hash of the writer's tokenizer, see [`~data.tokenizer_hash`].
     """
 
     texts: list[list[str]]
     clipped: list[list[bool]]
+    completion_ids: list[list[list[int]]] | None = None
+    prompt_ids: list[list[int]] | None = None
+    tokenizer_hash: str | None = None
 
 
 class TeacherScores(NamedTuple):
     """
-    What a teacher says of P groups of completions.
+    A teacher's scores of P groups of completions.
 
     Args:
         scores (`list[list[float]]`):
             Scores, higher is better; nats (per token) where the teacher is a language model. NaN for a completion that
             cannot be scored.
         num_tokens (`list[list[int]]`):
-            The teacher's tokens in each completion, EOS counted. 0 where it has none.
+            Number of the teacher's tokens in each completion, EOS included. 0 if it has none.
         surprises (`list[list[bool]]`):
-            Whether the teacher's tokenizer read a completion otherwise than as its text.
+            Whether the teacher's tokens of a completion differ from its text, as where its chat template drops a part.
     """
 
     scores: list[list[float]]
@@ -59,10 +69,10 @@ class Teacher(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """
-        What tells this teacher from another, for the manifest of what it wrote or scored.
+        Identify this teacher, for the manifest of what it wrote or scored.
 
         Returns:
-            `dict[str, Any]`: Names and values that JSON can hold.
+            `dict[str, Any]`: Values that JSON can hold.
         """
 
     def generate(
@@ -96,7 +106,7 @@ class Teacher(Protocol):
                 Further columns of the dataset, a value a prompt.
 
         Returns:
-            [`Completions`]: Texts, and whether each was cut.
+            [`Completions`]: Texts, whether each was cut, and the token ids where they are known.
         """
 
     def score(
@@ -115,7 +125,8 @@ class Teacher(Protocol):
             completions (`Sequence[Sequence[str]]` or `Sequence[Sequence[list[dict]]]`):
                 A group of completions for each prompt.
             columns (`Mapping[str, Sequence]`, *optional*):
-                Further columns of the dataset, a value a prompt; `clipped` among them.
+                Further columns of the dataset, a value a prompt; `clipped` among them, and for what a model wrote
+                `prompt_ids`, `completion_ids` and `tokenizer_hash`.
 
         Returns:
             [`TeacherScores`]: A score for each completion.

@@ -1,19 +1,20 @@
-"""Text that a teacher reads with its own tokenizer: the tokens, what is lost on the way, and which tokenizer it was."""
+"""How a teacher reads groups: token ids where they are of its tokenizer, else text, with a flag where text is lost."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .._trl import tokenize
-from ..data import tokenize_completions
+from ..data import encode_prompt, tokenize_completions, tokenizer_hash
+from ..data.rows import WRITTEN
+
+
+__all__ = ["encode_prompt", "read_groups", "reads_back", "template_columns", "tokenizer_hash"]
 
 
 def template_columns(columns: Mapping[str, Sequence[Any]] | None, row: int) -> dict[str, Any]:
     """
-    What a row gives to the chat template.
+    Arguments of a row for the chat template.
 
     Args:
         columns (`Mapping[str, Sequence]`, *optional*):
@@ -28,38 +29,6 @@ def template_columns(columns: Mapping[str, Sequence[Any]] | None, row: int) -> d
     return {name: columns[name][row] for name in names if name in (columns or {})}
 
 
-def encode_prompt(
-    processing_class: PreTrainedTokenizerBase,
-    prompt: str | list[dict[str, str]],
-    *,
-    tools: list | str | None = None,
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> list[int]:
-    """
-    Tokenize a prompt for writing, as [`~data.tokenize_completions`] does for scoring.
-
-    Args:
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer.
-        prompt (`str` or `list[dict]`):
-            Text, or messages, which the chat template ends with the start of the assistant's turn.
-        tools (`list` or `str`, *optional*):
-            Tools for the chat template, or their JSON.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            Further keyword arguments for the chat template.
-
-    Returns:
-        `list[int]`: Ids, without an EOS.
-    """
-    template = {}
-    if isinstance(prompt, list):
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        template = {"add_generation_prompt": True, "tools": tools} | (chat_template_kwargs or {})
-    ids = tokenize(processing_class, prompt, **template)["input_ids"]
-    ends_itself = not template and ids[-1] == processing_class.eos_token_id  # some tokenizers add EOS to text
-    return ids[:-1] if ends_itself else ids
-
-
 def read_groups(
     processing_class: PreTrainedTokenizerBase,
     prompts: Sequence[str] | Sequence[list[dict[str, str]]],
@@ -67,7 +36,7 @@ def read_groups(
     columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> Iterator[tuple[list[int], list[list[int]], list[bool]]]:
     """
-    Tokenize groups with a teacher's tokenizer and template.
+    Tokenize groups with a teacher's tokenizer and template. Ids that were written with its tokenizer stay as they are.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
@@ -77,18 +46,36 @@ def read_groups(
         completions (`Sequence[Sequence[str]]` or `Sequence[Sequence[list[dict]]]`):
             A group of completions for each prompt.
         columns (`Mapping[str, Sequence]`, *optional*):
-            Further columns, a value a prompt. `clipped`, `tools` and `chat_template_kwargs` are read.
+            Further columns, a value a prompt. `clipped`, `tools`, `chat_template_kwargs`, and `prompt_ids`,
+            `completion_ids` and `tokenizer_hash` are read.
 
     Yields:
-        `tuple`: Of each group the prompt's ids, each completion's ids, and whether [`reads_back`] denies it.
+        `tuple`: For each group the ids of the prompt, of each completion, and whether the completion's ids are a surprise:
+        they do not decode to its text (see [`reads_back`]), or another text of the group has the same ids.
     """
+    columns = columns or {}
+    own = tokenizer_hash(processing_class) if "tokenizer_hash" in columns else None
     for row, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
-        clipped = columns["clipped"][row] if "clipped" in (columns or {}) else None
+        given = {name: columns[name][row] for name in ("clipped", *WRITTEN) if name in columns}
         prompt_ids, completion_ids = tokenize_completions(
-            processing_class, prompt, group, clipped=clipped, **template_columns(columns, row)
+            processing_class, prompt, group, **given, **template_columns(columns, row)
         )
-        pairs = zip(group, completion_ids, strict=True)
-        yield prompt_ids, completion_ids, [not reads_back(processing_class, text, ids) for text, ids in pairs]
+        surprises = []
+        for position, (text, ids) in enumerate(zip(group, completion_ids, strict=True)):
+            if own is not None and given["tokenizer_hash"] == own and given["completion_ids"][position] is not None:
+                surprises.append(False)  # no text was read
+                continue
+            same = [other for other, theirs in zip(group, completion_ids, strict=True) if theirs == ids]
+            surprises.append(
+                not reads_back(processing_class, text, ids) or any(_differ(text, other) for other in same)
+            )
+        yield prompt_ids, completion_ids, surprises
+
+
+def _differ(text: str | list[dict[str, Any]], other: str | list[dict[str, Any]]) -> bool:
+    if isinstance(text, str) and isinstance(other, str):
+        return text.strip() != other.strip()  # templates trim
+    return type(text) is type(other) and text != other
 
 
 def reads_back(
@@ -107,9 +94,13 @@ def reads_back(
             What it was tokenized to, in its context.
 
     Returns:
-        `bool`: `False` if the text has unknown characters, special tokens, or merges with the prompt.
+        `bool`: `False` if the text has unknown characters or special tokens, merges with the prompt, or is not rendered
+        by the chat template.
     """
-    texts = [completion] if isinstance(completion, str) else [message["content"] for message in completion]
+    texts = [completion]
+    if not isinstance(completion, str):
+        fields = ("content", "reasoning_content", "thinking")  # what templates call them
+        texts = [turn[field] for turn in completion for field in fields if isinstance(turn.get(field), str)]
     decoded = processing_class.decode(completion_ids, skip_special_tokens=True)
     added = processing_class.added_tokens_decoder.items()
     special = {*processing_class.all_special_ids, *(token_id for token_id, token in added if token.special)}
@@ -119,19 +110,3 @@ def reads_back(
         if special.intersection(processing_class(text, add_special_tokens=False)["input_ids"]):
             return False
     return True
-
-
-def tokenizer_hash(processing_class: PreTrainedTokenizerBase) -> str:
-    """
-    A hash that tells tokenizers apart: vocabulary, special tokens and chat template.
-
-    Args:
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer.
-
-    Returns:
-        `str`: Sixteen hexadecimal digits.
-    """
-    vocab = sorted(processing_class.get_vocab().items())
-    parts = (vocab, processing_class.special_tokens_map, processing_class.chat_template)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..data import is_score
+from ..data.rows import WRITTEN
 from .protocol import TeacherScores
 
 
@@ -15,7 +17,7 @@ class CallableScorer:
         score_fn (`Callable`):
             `score_fn(prompts, completions, **columns) -> list[list[float]]`: a score for each completion of each
             prompt, higher is better, `None` or NaN for a completion to drop. `columns` are the dataset's further
-            columns, a value a prompt.
+            columns, a value a prompt, and `clipped`.
 
     Example:
 
@@ -35,7 +37,7 @@ class CallableScorer:
 
     def describe(self) -> dict[str, Any]:
         """
-        What tells this scorer from another.
+        Identify this scorer.
 
         Returns:
             `dict[str, Any]`: Module and name of the function.
@@ -65,19 +67,46 @@ class CallableScorer:
             [`TeacherScores`]: NaN where the function gave `None`; no token counts.
 
         Raises:
-            `ValueError`: If the function gives another number of scores, or an infinite one.
+            `ValueError`: If a column has a name that the function is called with already, or the function returns
+                anything but a finite number or `None` for each completion of each prompt.
         """
-        given = self.score_fn(prompts=prompts, completions=completions, **(columns or {}))
-        sizes = [len(group) for group in completions]
-        if [len(group) for group in given] != sizes:
+        name, sizes = self.describe()["score_fn"], [len(group) for group in completions]
+        columns = {key: values for key, values in (columns or {}).items() if key not in WRITTEN}  # it reads text
+        taken = {"prompts", "completions"}.intersection(columns)
+        if taken:
             raise ValueError(
-                f"`{self.describe()['score_fn']}` returned {[len(group) for group in given]} scores for groups of "
-                f"{sizes} completions: return a list for each prompt, with one number for each of its completions."
+                f"The dataset has a column `{min(taken)}`, and `{name}` is called with an argument of that name: the "
+                "prompts or completions of the groups. Rename the column."
             )
-        scores = [[math.nan if value is None else float(value) for value in group] for group in given]
-        if any(math.isinf(value) for group in scores for value in group):
-            raise ValueError(
-                f"`{self.describe()['score_fn']}` returned an infinite score. Scores are finite, higher is better; "
-                "`None` drops a completion."
-            )
-        return TeacherScores(scores, [[0] * size for size in sizes], [[False] * size for size in sizes])
+        given = self.score_fn(prompts=prompts, completions=completions, **columns)
+        wanted = (
+            "Return a list for each prompt, with one number for each of its completions, higher is better; `None` drops a "
+            "completion."
+        )
+        if not _is_list(given) or not all(map(_is_list, given)) or [len(group) for group in given] != sizes:
+            shown = [len(group) if _is_list(group) else group for group in given] if _is_list(given) else given
+            raise ValueError(f"`{name}` returned {shown!r:.200} scores for groups of {sizes} completions. {wanted}")
+        scores = [[_number(value) for value in group] for group in given]
+        for row, group in enumerate(scores):
+            for position, value in enumerate(group):
+                is_dropped = isinstance(value, float) and math.isnan(value)
+                if not is_dropped and not is_score(value):
+                    raise ValueError(
+                        f"`{name}` returned {value!r} for completion {position} of prompt {row}. An infinite score, one "
+                        f"that float32 cannot hold, or text is no score. {wanted}"
+                    )
+        return TeacherScores(
+            [[float(value) for value in group] for group in scores],
+            [[0] * size for size in sizes],
+            [[False] * size for size in sizes],
+        )
+
+
+def _is_list(value: Any) -> bool:
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, str | bytes | Mapping)
+
+
+def _number(value: Any) -> Any:
+    """A Python number of a number of any library, NaN of `None`; the rest as it is, to be refused."""
+    value = value.item() if hasattr(value, "item") else value
+    return math.nan if value is None else value

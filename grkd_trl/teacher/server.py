@@ -12,8 +12,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..data import describe_tokenizer
 from .protocol import Completions, TeacherScores, prompt_seeds
-from .retokenize import encode_prompt, read_groups, template_columns, tokenizer_hash
+from .retokenize import encode_prompt, read_groups, template_columns
 
 
 logger = logging.get_logger(__name__)
@@ -104,7 +105,7 @@ class ServerTeacher:
         """
         return {
             "model": self.model,
-            "tokenizer": tokenizer_hash(self.processing_class),
+            **describe_tokenizer(self.processing_class),
             "score": self.score_type,
             "server": self.server,
         }

@@ -4,10 +4,10 @@ import torch
 from datasets import Dataset, Features, Sequence, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import DataCollatorForGroups, tokenize_group
-from ..scoring import predicted_mask, score_completions, sequence_scores
+from ..data import DataCollatorForGroups, as_read, tokenize_group
+from ..scoring import predicted_mask, refuse_not_finite, score_completions, sequence_scores
 from .local import token_batches
-from .writing import evaluating, pad_token_id
+from .writing import eval_mode, pad_token_id
 
 
 @torch.no_grad()
@@ -23,8 +23,8 @@ def cache_soft_labels(
 ) -> Dataset:
     """
     Add a teacher's token soft labels to groups, so that `soft_label="token"` needs no teacher while training: at each
-    completion token the k most likely next tokens and their log-probabilities. What is left over counts as one class
-    more, see [`~losses.topk_soft_label_loss`].
+    completion token the k most likely next tokens and their log-probabilities. The remaining probability counts as one
+    more class, see [`~losses.topk_soft_label_loss`].
 
     A completion token costs 8 k + 4 bytes: 516 at k = 64, where the logits of a vocabulary of 152 064 have 608 256.
 
@@ -49,12 +49,13 @@ def cache_soft_labels(
         `(T, k)`), `teacher_token_ids` (the tokens they belong to), and `teacher_scores` if it had none.
 
     Raises:
-        `ValueError`: If k is out of range, or a row is no group.
+        `ValueError`: If k is out of range, a row is no group, or the teacher's logits are not finite.
     """
     vocab_size = model.config.get_text_config().vocab_size
     if not 1 <= k <= vocab_size:
         raise ValueError(f"`k` must lie between 1 and the vocabulary's {vocab_size}, got {k}.")
     own = ["teacher_top_ids", "teacher_top_logps", "teacher_token_ids"]
+    dataset = as_read(dataset)
     dataset = dataset.remove_columns([name for name in own if name in dataset.column_names])
     groups = [tokenize_group(row, index, processing_class=processing_class) for index, row in enumerate(dataset)]
     collator = DataCollatorForGroups(pad_token_id=pad_token_id(processing_class))
@@ -64,10 +65,11 @@ def cache_soft_labels(
         logps, ids = logits.float().log_softmax(-1).topk(k)
         return {"ids": ids, "logps": logps}
 
-    with evaluating(model):
+    with eval_mode(model):
         for rows in token_batches(model, groups, tokens_per_batch, progress=progress):
             batch = {name: tensor.to(model.device) for name, tensor in collator([groups[row] for row in rows]).items()}
             given = score_completions(model, batch, token_losses=top)
+            refuse_not_finite(given.per_token_logps, "The teacher's logits", allow_impossible=True)
             ids, logps = given.token_losses["ids"], given.token_losses["logps"]
             lengths = predicted_mask(batch["completion_mask"]).sum(-1).tolist()
             values = iter(sequence_scores(given.per_token_logps, batch["completion_mask"], score=score).tolist())

@@ -16,12 +16,14 @@ from transformers import (
 )
 
 from .._trl import pad
-from .retokenize import encode_prompt
+from ..data import decode_completion, encode_prompt, tokenizer_hash
+from ..scoring import refuse_not_finite
+from .protocol import Completions
 
 
 def pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:
     """
-    A token to pad with. Llama-3's tokenizer has none; masks come from lengths, so EOS will do.
+    Token to pad with: the pad token, or EOS for tokenizers without one, such as Llama 3's. Masks come from lengths.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
@@ -29,16 +31,41 @@ def pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:
 
     Returns:
         `int`: Its pad token, or EOS.
+
+    Raises:
+        `ValueError`: If it has neither.
     """
     padding = processing_class.pad_token_id
+    if padding is None and processing_class.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has neither a `pad_token` nor an `eos_token`, and batches are padded with one of them. Set "
+            '`tokenizer.eos_token = "..."` to the token that the model ends with.'
+        )
     return processing_class.eos_token_id if padding is None else padding
 
 
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
+def end_token_ids(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> set[int]:
     """
-    Put a model in evaluation mode, and afterwards each of its modules back in the mode it was in: in evaluation a wrapper
-    may be in training mode and the model in it not.
+    Tokens that end a completion: EOS, and the tokens that end a chat model's turn, which its generation config names.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model that writes.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+
+    Returns:
+        `set[int]`: Their ids.
+    """
+    ends = model.generation_config.eos_token_id
+    return {processing_class.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """
+    Put a model in evaluation mode, and afterwards each of its modules back in the mode it was in: during an evaluation a
+    wrapper may be in training mode while the model in it is not.
 
     Args:
         model (`torch.nn.Module`):
@@ -58,7 +85,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 def row_numbers(seed: int, num_rows: int, num_tokens: int) -> torch.Tensor:
     """
-    Random numbers that decide the draws of some rows, wherever they are made.
+    Random numbers that decide the draws of some rows, the same on every device.
 
     Args:
         seed (`int`):
@@ -77,8 +104,8 @@ def row_numbers(seed: int, num_rows: int, num_tokens: int) -> torch.Tensor:
 
 def draw_tokens(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """
-    Draw a token for each row by a number of its own, where the sum of the probabilities passes it. Drawing for one row
-    takes nothing from another, as draws from one generator would.
+    Draw a token for each row by inverting the cumulative distribution at the row's own random number, so that the draws
+    of one row do not depend on the others.
 
     Args:
         probs (`torch.Tensor` of shape `(N, V)`):
@@ -95,8 +122,16 @@ def draw_tokens(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(sums, numbers * sums[:, -1:], right=True).squeeze(-1)
 
 
+class _RefuseNaN(LogitsProcessor):
+    """Refuses logits that are not finite, on which `generate` would fail with an index error."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        refuse_not_finite(scores.max(-1).values, "The writing model's logits")  # of masked tokens alone -inf is right
+        return scores
+
+
 class _DrawByRow(LogitsProcessor):
-    """Leaves of each row's next tokens the drawn one alone, for a search that takes the most likely token."""
+    """Masks all next tokens of a row but the drawn one, so that greedy search takes it."""
 
     def __init__(self, numbers: torch.Tensor, num_prompt: int):
         self.numbers, self.num_prompt = numbers, num_prompt
@@ -146,10 +181,10 @@ def generate_completions(
             Whether to show a progress bar.
 
     Returns:
-        `tuple[list[list[str]], list[list[bool]]]`: Texts without special tokens, `(P, G)`, and whether each was cut
-        at `max_new_tokens` before its EOS.
+        `tuple[list[list[str]], list[list[bool]]]`: Texts, `(P, G)`, see [`~data.decode_completion`], and whether each was
+        cut at `max_new_tokens` before its end token. [`LocalTeacher.generate`] gives the token ids as well.
     """
-    return write_completions(
+    written = write_completions(
         model,
         processing_class,
         [encode_prompt(processing_class, prompt) for prompt in prompts],
@@ -161,6 +196,7 @@ def generate_completions(
         num_beams=num_beams,
         progress=progress,
     )
+    return written.texts, written.clipped
 
 
 @torch.no_grad()
@@ -177,9 +213,9 @@ def write_completions(
     num_beams: int = 1,
     seeds: list[int] | None = None,
     progress: bool = False,
-) -> tuple[list[list[str]], list[list[bool]]]:
+) -> Completions:
     """
-    [`generate_completions`] for prompts that are tokenized.
+    Like [`generate_completions`], for prompts that are tokenized.
 
     Args:
         model, processing_class, num_completions, max_new_tokens, temperature, top_p, batch_size, num_beams, progress:
@@ -190,28 +226,28 @@ def write_completions(
             Seed of each prompt's draws, in place of torch's global generator.
 
     Returns:
-        `tuple[list[list[str]], list[list[bool]]]`: As there.
+        [`Completions`]: With the ids that were written.
+
+    Raises:
+        `ValueError`: If the model's logits are not finite, or the tokenizer has no token to pad with.
     """
-    # `generate` takes what is not said from the model's generation config, which may hold other sampling settings.
+    # What is not passed comes from the model's generation config, which may hold other sampling settings.
     neutral = {"num_beams": num_beams, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None}
     cutoffs = {"min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
     sampling = {"do_sample": False} | neutral
     if temperature > 0 and seeds is None:
         sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} | cutoffs
     order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
-    texts, clipped = [[]] * len(prompt_ids), [[]] * len(prompt_ids)
-    # Chat models end a turn with a token of their own, which stands beside EOS in the generation config.
-    ends = model.generation_config.eos_token_id
-    ends = {processing_class.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-
+    texts, clipped, completion_ids = ([[] for _ in prompt_ids] for _ in range(3))
+    ends = end_token_ids(model, processing_class)
     padding = pad_token_id(processing_class)
-    sharded = isinstance(model, FSDPModule)  # `generate` knows of ZeRO-3 by itself, and not of accelerate's FSDP2
-    rows_per_prompt = 1 if seeds is None else num_completions  # several sequences of a row are for its own sampling
+    sharded = isinstance(model, FSDPModule)  # `generate` detects ZeRO-3 by itself, but not accelerate's FSDP2
+    rows_per_prompt = 1 if seeds is None else num_completions  # `num_return_sequences` is for its own sampling alone
 
     def write_batch(rows: list[int]) -> None:
         ids = [torch.tensor(prompt_ids[row], device=model.device) for row in rows for _ in range(rows_per_prompt)]
         input_ids = pad(ids, padding_value=padding, padding_side="left")
-        processors = LogitsProcessorList()
+        processors = LogitsProcessorList([_RefuseNaN()])
         if temperature > 0 and seeds is not None:
             numbers = torch.cat([row_numbers(seeds[row], num_completions, max_new_tokens) for row in rows])
             processors += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
@@ -222,20 +258,21 @@ def write_completions(
             attention_mask=pad([torch.ones_like(row) for row in ids], padding_side="left"),
             max_new_tokens=max_new_tokens,
             num_return_sequences=num_completions // rows_per_prompt,
-            eos_token_id=sorted(ends),
+            eos_token_id=sorted(ends) or None,
             pad_token_id=padding,
             use_cache=True,
             logits_processor=processors,
             synced_gpus=True if sharded else None,
             **sampling,
         )[:, input_ids.shape[1] :]
-        decoded = processing_class.batch_decode(output, skip_special_tokens=True)
-        ended = torch.isin(output, torch.tensor(sorted(ends), device=output.device)).any(-1).tolist()
-        for position, row in enumerate(rows):
-            group = slice(position * num_completions, (position + 1) * num_completions)
-            texts[row], clipped[row] = decoded[group], [not end for end in ended[group]]
+        for position, ids in enumerate(output.tolist()):
+            row = rows[position // num_completions]
+            end = next((index for index, token in enumerate(ids) if token in ends), None)
+            completion_ids[row].append(ids if end is None else ids[: end + 1])
+            clipped[row].append(end is None)
+            texts[row].append(decode_completion(processing_class, completion_ids[row][-1], clipped=end is None))
 
-    with evaluating(model):
+    with eval_mode(model):
         for start in tqdm(range(0, len(order), batch_size), desc="Writing completions", disable=not progress):
             write_batch(order[start : start + batch_size])
-    return texts, clipped
+    return Completions(texts, clipped, completion_ids, prompt_ids, tokenizer_hash(processing_class))

@@ -21,15 +21,15 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 
-from ..data import DataCollatorForGroups, count_items, prepare_groups
+from ..data import DataCollatorForGroups, count_items, prepare_groups, require_rows
 from ..data.repeats import number_rows, reduce_remainder, without_repeats
 from ..data.sampler import GroupedByLength, balance
 from ..scoring import predicted_mask, to_groups
 from ..teacher import disable_dropout, is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary
-from ..teacher.writing import evaluating
+from ..teacher.writing import eval_mode
 from .card import add_objective
 from .checkpoints import OrderOfEpoch, prepare_resume
-from .checks import GroupWarnings, check_finite, check_sampling
+from .checks import GroupWarnings, check_sampling
 from .compile import compile_layers, take_over_compilation
 from .config import GroupConfig, resolve_args
 from .metrics import RunningMeans, add_length_metrics, add_rank_metrics, peak_memory
@@ -100,6 +100,7 @@ class GroupTrainer(SFTTrainer):
                 "`model` and `teacher_model` cannot be the same object: the teacher is frozen. With adapters "
                 "(`peft_config`) they can, and the student's base is the teacher."
             )
+        require_rows(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_sampling(args, train_dataset)
         self.chosen_first = False
         teacher_model, train_dataset, eval_dataset = self.bring_teacher(
@@ -173,7 +174,7 @@ class GroupTrainer(SFTTrainer):
             with torch.no_grad():
                 yield self.teacher_model
             return
-        with evaluating(model), torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+        with eval_mode(model), torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
             yield model
 
     # The data
@@ -273,11 +274,6 @@ class GroupTrainer(SFTTrainer):
     def means(self) -> RunningMeans:
         """Where `compute_loss` adds what it logs: the means of training or those of evaluation."""
         return self.running_means["train" if self.model.training else "eval"]
-
-    def check_finite(self, inputs, student, teacher=None):
-        """Refuse a [`~scoring.CompletionScores`] that is not finite, see [`~trainers.checks.check_finite`]."""
-        logps = {"student": student.per_token_logps, "teacher": None if teacher is None else teacher.per_token_logps}
-        check_finite(inputs, self._tokenizer, **logps)
 
     def add_group_metrics(
         self, inputs: dict[str, torch.Tensor], student_scores: torch.Tensor, teacher_scores: torch.Tensor

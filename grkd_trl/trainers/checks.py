@@ -5,8 +5,10 @@ import os
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, logging
+
+from ..scoring import refuse_not_finite
 
 
 logger = logging.get_logger(__name__)
@@ -70,18 +72,12 @@ def check_launch(args: TrainingArguments) -> None:
         )
 
 
-def check_finite(
-    inputs: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, **logps: torch.Tensor | None
-) -> None:
+def check_finite(**logps: torch.Tensor | None) -> None:
     """
     Refuse log-probabilities that are not finite, in the step in which they appear and before anything is trained on
-    them. Logits of -inf (a masked vocabulary) are fine as long as the completions' own tokens are possible.
+    them. Logits of -inf (a masked vocabulary) are accepted as long as the completions' own tokens are possible.
 
     Args:
-        inputs (`dict[str, torch.Tensor]`):
-            Batch of [`~data.DataCollatorForGroups`].
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Student's tokenizer, to show the row.
         **logps (`torch.Tensor` of shape `(N, L - 1)`, *optional*):
             Log-probability of each token, in nats, by the name of the model that gave them.
 
@@ -90,18 +86,9 @@ def check_finite(
     """
     given = {name: values.detach() for name, values in logps.items() if values is not None}
     sums = torch.stack([values.sum(dtype=torch.float32).cpu() for values in given.values()])
-    if sums.isfinite().all():  # one wait for the device
-        return
-    for name, values in given.items():
-        rows = (~values.isfinite()).any(-1).nonzero().flatten().tolist()
-        if rows:
-            text = tokenizer.decode(inputs["input_ids"][rows[0]][inputs["attention_mask"][rows[0]].bool()])
-            raise ValueError(
-                f"The {name}'s logits are not finite in rows {rows} of a batch of {len(values)}; the first is "
-                f"{text[:200]!r}. Usual causes: weights with NaN (a broken checkpoint, or a learning rate too high in an "
-                "earlier step), float16 or a quantization that overflows (load it in bfloat16 or float32), or a "
-                "vocabulary whose mask forbids a token of the completion."
-            )
+    if not sums.isfinite().all():  # one wait for the device
+        for name, values in given.items():
+            refuse_not_finite(values, f"The {name}'s logits")
 
 
 def check_sampling(args: TrainingArguments, train_dataset: Dataset | IterableDataset | None) -> None:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalPrediction
 from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer as TRLTrainer
 
-from ..data import pair_groups, prepare_groups
+from ..data import pair_groups, prepare_groups, require_rows
 from ..generation.annotation import rank_datasets
 from .card import add_objective
 from .checkpoints import OrderOfEpoch, prepare_resume
@@ -125,6 +125,7 @@ class DPOTrainer(TRLTrainer):
         ref_model: PreTrainedModel | None = None,
     ):
         args = resolve_args(args, DPOConfig, model)
+        require_rows(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_sampling(args, train_dataset)
         train_dataset, eval_dataset = rank_datasets(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset

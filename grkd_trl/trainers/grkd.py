@@ -30,6 +30,7 @@ from ..losses import (
 )
 from ..scoring import score_completions, sequence_scores, to_groups
 from .base import GroupTrainer
+from .checks import check_finite
 from .grkd_config import GRKDConfig
 
 
@@ -248,7 +249,7 @@ class GRKDTrainer(GroupTrainer):
 
         needed = token_losses if args.needs_teacher_logits else None
         student = score_completions(model, inputs, token_losses=needed, **sharing, **self.router_kwargs)
-        self.check_finite(inputs, student, teacher)
+        check_finite(student=student.per_token_logps, teacher=teacher and teacher.per_token_logps)
         scores = sequence_scores(student.per_token_logps, completion_mask, score=args.score)
         student_scores = to_groups(scores, group_mask)
 

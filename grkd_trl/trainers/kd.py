@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ..losses import forward_kl
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
 from .base import GroupTrainer
+from .checks import check_finite
 from .config import GroupConfig, option
 
 
@@ -113,7 +114,7 @@ class KDTrainer(GroupTrainer):
             return {"soft": args.temperature**2 * kl}
 
         student = score_completions(model, inputs, token_losses=token_losses, **sharing, **self.router_kwargs)
-        self.check_finite(inputs, student, teacher)
+        check_finite(student=student.per_token_logps, teacher=teacher.per_token_logps)
         soft = student.token_losses["soft"]
         mask = predicted_mask(completion_mask)
         hard = -student.per_token_logps[mask.to(student.per_token_logps.device)]

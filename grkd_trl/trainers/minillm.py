@@ -17,8 +17,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 
-from .._trl import global_then_local_main_first
-from ..data import tokenize_prompt
+from ..data import prepare_prompts
 from ..generation.rollouts import MixtureRollouts
 from ..losses import clipped_policy_loss, minillm_returns, mixture_logps, reverse_kl
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
@@ -125,20 +124,9 @@ class MiniLLMTrainer(GroupTrainer):
         self.data_collator = data_collator or self.rollouts.collate
 
     def read(self, dataset, processing_class, args, name):
-        in_memory = isinstance(dataset, Dataset)
-        kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {name} prompts"} if in_memory else {}
-        fn_kwargs = {"processing_class": processing_class}
-        with global_then_local_main_first():
-            dataset = dataset.map(tokenize_prompt, with_indices=True, fn_kwargs=fn_kwargs, **kwargs)
-            if args.max_length is not None:
-                room = args.max_length - args.max_completion_length
-                dataset = dataset.filter(lambda row: len(row["prompt_ids"]) <= room)
-        if in_memory and len(dataset) == 0:
-            raise ValueError(
-                f"No {name} prompt leaves room for `max_completion_length={args.max_completion_length}` in "
-                f"`max_length={args.max_length}`. Raise `max_length`, or lower `max_completion_length`."
-            )
-        return dataset
+        lengths = {"max_length": args.max_length, "max_completion_length": args.max_completion_length}
+        dataset = prepare_prompts(dataset, processing_class, **lengths, num_proc=args.dataset_num_proc, name=name)
+        return dataset.map(lambda ids: {"length": len(ids)}, input_columns="prompt_ids")  # for samplers
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # Not those of `GroupTrainer`, which counts completions that are still to be sampled
@@ -181,8 +169,7 @@ class MiniLLMTrainer(GroupTrainer):
             return losses
 
         student = score_completions(model, inputs, token_losses=token_losses, **sharing, **self.router_kwargs)
-        check_finite(inputs, self._tokenizer, student=student.per_token_logps)
-        check_finite(rollout, self._tokenizer, teacher=teacher.per_token_logps)
+        check_finite(student=student.per_token_logps, teacher=teacher.per_token_logps)
         logps, teacher_logps, single_step = (
             student.token_losses[name] for name in ("logps", "teacher_logps", "single_step")
         )

@@ -10,6 +10,7 @@ from ..generation.annotation import rank_datasets
 from ..losses import pro_loss
 from ..scoring import score_completions, sequence_scores, to_groups
 from .base import GroupTrainer
+from .checks import check_finite
 from .config import GroupConfig, option
 
 
@@ -107,7 +108,7 @@ class PROTrainer(GroupTrainer):
         args, group_mask, teacher_scores = self.args, inputs["group_mask"], inputs["teacher_scores"]
         completion_mask = inputs["completion_mask"]
         student = score_completions(model, inputs, prompt_sharing=args.prompt_sharing, **self.router_kwargs)
-        self.check_finite(inputs, student)
+        check_finite(student=student.per_token_logps)
         scores, logps = (
             to_groups(sequence_scores(student.per_token_logps, completion_mask, score=score), group_mask)
             for score in ("mean", "sum")

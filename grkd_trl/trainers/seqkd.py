@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ..generation.annotation import teacher_texts
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
 from .base import GroupTrainer
+from .checks import check_finite
 from .config import GroupConfig, option
 
 
@@ -115,7 +116,7 @@ class SeqKDTrainer(GroupTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         group_mask, completion_mask = inputs["group_mask"], inputs["completion_mask"]
         student = score_completions(model, inputs, prompt_sharing=self.args.prompt_sharing, **self.router_kwargs)
-        self.check_finite(inputs, student)
+        check_finite(student=student.per_token_logps)
 
         # The teacher's text as the label: one value a token
         mask = predicted_mask(completion_mask)

@@ -8,6 +8,7 @@ from ..generation.annotation import rank_datasets
 from ..losses import simpo_loss
 from ..scoring import score_completions, sequence_scores, to_groups
 from .base import GroupTrainer
+from .checks import check_finite
 from .config import GroupConfig, option
 
 
@@ -109,7 +110,7 @@ class SimPOTrainer(GroupTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, group_mask, teacher_scores = self.args, inputs["group_mask"], inputs["teacher_scores"]
         student = score_completions(model, inputs, prompt_sharing=args.prompt_sharing, **self.router_kwargs)
-        self.check_finite(inputs, student)
+        check_finite(student=student.per_token_logps)
         scores = sequence_scores(student.per_token_logps, inputs["completion_mask"], score="mean")
         student_scores = to_groups(scores, group_mask)
 

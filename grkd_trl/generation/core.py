@@ -1,0 +1,201 @@
+"""The core of making groups, shared by offline and online generation: writing with fixed draws, and scoring."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from ..data import is_score
+from ..teacher import Completions, Teacher
+
+
+# Fields of a group with one value for each completion.
+PER_COMPLETION = (
+    "completions",
+    "clipped",
+    "written_by",
+    "completion_ids",
+    "teacher_scores",
+    "num_tokens",
+    "surprises",
+)
+_NOT_FOR_TEACHERS = {"prompt", "completions", "written_by", "teacher_scores", "num_tokens", "surprises"}
+
+
+def draw_seed(seed: int, index: int, writer: str) -> int:
+    """
+    Seed of one writer's draws for a batch of prompts that are written together; the i-th prompt adds i to it.
+
+    Args:
+        seed (`int`):
+            Seed of all.
+        index (`int`):
+            Number of the batch: of the shard offline, of the generation round online.
+        writer (`str`):
+            `"student"`, `"teacher"`, or another name.
+
+    Returns:
+        `int`: A seed below 2 ** 32.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed} {index} {writer}".encode()).digest()[:4], "big")
+
+
+def content_seed(prompt: Any) -> int:
+    """
+    Seed derived from a prompt, so that its draws are the same whenever it comes.
+
+    Args:
+        prompt (`str`, `list[dict]` or `list[int]`):
+            Prompt, as text, messages or token ids.
+
+    Returns:
+        `int`: A seed below 2 ** 48.
+    """
+    return int.from_bytes(hashlib.sha256(json.dumps(prompt).encode()).digest()[:6], "big")
+
+
+def columns_of(rows: Sequence[dict[str, Any]], *, without: Iterable[str]) -> dict[str, list[Any]]:
+    """
+    Rows as columns.
+
+    Args:
+        rows (`Sequence[dict]`):
+            Rows of a dataset.
+        without (`Iterable[str]`):
+            Columns to leave out.
+
+    Returns:
+        `dict[str, list]`: A value for each row, of every further column.
+    """
+    names = sorted({name for row in rows for name in row} - set(without))
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def keep(group: dict[str, Any], indices: Sequence[int]) -> dict[str, Any]:
+    """
+    Keep some completions of a group.
+
+    Args:
+        group (`dict[str, Any]`):
+            Group.
+        indices (`Sequence[int]`):
+            Completions to keep.
+
+    Returns:
+        `dict[str, Any]`: The group with these completions alone.
+    """
+    lists = {name: group[name] for name in PER_COMPLETION if group.get(name) is not None}
+    return group | {name: [values[index] for index in indices] for name, values in lists.items()}
+
+
+def write_groups(
+    rows: Sequence[dict[str, Any]],
+    writers: dict[str, tuple[Callable[[], AbstractContextManager[Teacher]], int]],
+    *,
+    seed: int,
+    index: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    offsets: Sequence[int] | None = None,
+) -> list[dict[str, Any]]:
+    """
+    Write completions for some prompts, without dropping any.
+
+    Args:
+        rows (`Sequence[dict]`):
+            P rows with `prompt`. Further columns reach the writers.
+        writers (`dict[str, tuple[Callable, int]]`):
+            For each name a function that opens the writer, and how many completions of each prompt it writes. One
+            writer is open at a time.
+        seed (`int`):
+            Seed of all.
+        index (`int`):
+            Number of the batch, for [`draw_seed`].
+        max_new_tokens (`int`):
+            Longest completion, in tokens.
+        temperature (`float`):
+            Sampling temperature.
+        top_p (`float`):
+            Share of the probability to sample from.
+        offsets (`Sequence[int]`, *optional*):
+            What each prompt adds to the seed, where these are not all prompts of the batch in order.
+
+    Returns:
+        `list[dict]`: P groups, see [`as_groups`]. A prompt that leaves a writer no room has no completion by it.
+    """
+    written = {}
+    offsets = range(len(rows)) if offsets is None else offsets
+    for name, (opened, num_completions) in writers.items():
+        with opened() as writer:
+            written[name] = writer.generate(
+                [row["prompt"] for row in rows],
+                num_completions,
+                seed=[draw_seed(seed, index, name) + offset for offset in offsets],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                columns=columns_of(rows, without=_NOT_FOR_TEACHERS),
+            )
+    return as_groups(rows, written)
+
+
+def as_groups(rows: Sequence[dict[str, Any]], written: dict[str, Completions]) -> list[dict[str, Any]]:
+    """
+    Join what several writers wrote into groups. Token ids are kept for one tokenizer: the student's if it wrote and knows
+    its ids, else that of the first writer who does. A completion in another tokenizer keeps its text alone.
+
+    Args:
+        rows (`Sequence[dict]`):
+            P rows with `prompt`.
+        written (`dict[str, Completions]`):
+            What each writer wrote for these prompts, by name.
+
+    Returns:
+        `list[dict]`: The rows, with `completions`, `clipped`, `written_by`, `prompt_ids`, `completion_ids` and
+        `tokenizer_hash`. The last three are `None` if no writer knows its ids.
+    """
+    with_ids = [name for name in ("student", *written) if name in written and written[name].completion_ids is not None]
+    first = written[with_ids[0]] if with_ids else None
+    groups = []
+    for position, row in enumerate(rows):
+        group = {"completions": [], "clipped": [], "written_by": [], "completion_ids": []}
+        for name, theirs in written.items():
+            texts = theirs.texts[position]
+            is_readable = first is not None and theirs.tokenizer_hash == first.tokenizer_hash
+            group["completions"] += texts
+            group["clipped"] += theirs.clipped[position]
+            group["written_by"] += [name] * len(texts)
+            group["completion_ids"] += theirs.completion_ids[position] if is_readable else [None] * len(texts)
+        ids = {"prompt_ids": None, "completion_ids": None, "tokenizer_hash": None}
+        if first is not None:
+            ids = {"prompt_ids": first.prompt_ids[position], "tokenizer_hash": first.tokenizer_hash}
+        groups.append(row | group | ids)
+    return groups
+
+
+def add_scores(groups: Sequence[dict[str, Any]], scorer: Teacher) -> list[dict[str, Any]]:
+    """
+    Score groups. A completion that cannot be scored is dropped.
+
+    Args:
+        groups (`Sequence[dict]`):
+            Groups with `prompt`, `completions` and `clipped`. Further columns reach the scorer.
+        scorer ([`~teacher.Teacher`]):
+            Scorer.
+
+    Returns:
+        `list[dict]`: The groups, with `teacher_scores`, `num_tokens` and `surprises`, and perhaps fewer completions.
+    """
+    scored = scorer.score(
+        [group["prompt"] for group in groups],
+        [group["completions"] for group in groups],
+        columns=columns_of(groups, without=_NOT_FOR_TEACHERS),
+    )
+    names = ("teacher_scores", "num_tokens", "surprises")
+    finished = []
+    for group, *values in zip(groups, *scored, strict=True):
+        finite = [position for position, score in enumerate(values[0]) if is_score(score)]
+        finished.append(keep(group | dict(zip(names, values, strict=True)), finite))
+    return finished
