@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 
 from ..losses import mixture_logps
-from .writing import draw_tokens, evaluating
+from ..scoring import eval_mode, without_router_loss
+from .writing import draw_tokens
 
 
 class _Reader:
@@ -24,6 +25,7 @@ class _Reader:
             position_ids=positions[:, -num_new:],
             past_key_values=self.cache,
             use_cache=True,
+            **without_router_loss(self.model),
         )
         self.cache = outputs.past_key_values
         return outputs.logits[:, -1]
@@ -76,7 +78,7 @@ def sample_from_mixture(
     going = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     num_prompt = num_new = input_ids.shape[1]
     readers = {"student": _Reader(student)}
-    with evaluating(student):
+    with eval_mode(student):
         for step in range(max_new_tokens):
             logits = readers["student"].next_logits(input_ids, attention_mask, num_new)[:, :vocab_size]
             logps = logits.float().log_softmax(-1)

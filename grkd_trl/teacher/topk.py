@@ -5,9 +5,9 @@ from datasets import Dataset, Features, Sequence, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import DataCollatorForGroups, tokenize_group
-from ..scoring import predicted_mask, score_completions, sequence_scores
+from ..scoring import eval_mode, predicted_mask, score_completions, sequence_scores
 from .local import token_batches
-from .writing import evaluating, pad_token_id
+from .writing import pad_token_id
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def cache_soft_labels(
         logps, ids = logits.float().log_softmax(-1).topk(k)
         return {"ids": ids, "logps": logps}
 
-    with evaluating(model):
+    with eval_mode(model):
         for rows in token_batches(model, groups, tokens_per_batch, progress=progress):
             batch = {name: tensor.to(model.device) for name, tensor in collator([groups[row] for row in rows]).items()}
             given = score_completions(model, batch, token_losses=top)

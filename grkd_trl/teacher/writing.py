@@ -1,8 +1,5 @@
 """Writing completions with a local model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
@@ -16,6 +13,7 @@ from transformers import (
 )
 
 from .._trl import pad
+from ..scoring import eval_mode, without_router_loss
 from .retokenize import encode_prompt
 
 
@@ -32,28 +30,6 @@ def pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:
     """
     padding = processing_class.pad_token_id
     return processing_class.eos_token_id if padding is None else padding
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """
-    Put a model in evaluation mode, and afterwards each of its modules back in the mode it was in: in evaluation a wrapper
-    may be in training mode and the model in it not.
-
-    Args:
-        model (`torch.nn.Module`):
-            Model.
-
-    Yields:
-        `None`.
-    """
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in in_training:
-            module.training = True
 
 
 def row_numbers(seed: int, num_rows: int, num_tokens: int) -> torch.Tensor:
@@ -227,6 +203,7 @@ def write_completions(
             use_cache=True,
             logits_processor=processors,
             synced_gpus=True if sharded else None,
+            **without_router_loss(model),
             **sampling,
         )[:, input_ids.shape[1] :]
         decoded = processing_class.batch_decode(output, skip_special_tokens=True)
@@ -235,7 +212,7 @@ def write_completions(
             group = slice(position * num_completions, (position + 1) * num_completions)
             texts[row], clipped[row] = decoded[group], [not end for end in ended[group]]
 
-    with evaluating(model):
+    with eval_mode(model):
         for start in tqdm(range(0, len(order), batch_size), desc="Writing completions", disable=not progress):
             write_batch(order[start : start + batch_size])
     return texts, clipped

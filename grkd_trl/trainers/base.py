@@ -24,9 +24,8 @@ from trl import SFTTrainer
 from ..data import DataCollatorForGroups, count_items, prepare_groups
 from ..data.repeats import number_rows, reduce_remainder, without_repeats
 from ..data.sampler import GroupedByLength, balance
-from ..scoring import predicted_mask, to_groups
+from ..scoring import eval_mode, predicted_mask, to_groups
 from ..teacher import disable_dropout, is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary
-from ..teacher.writing import evaluating
 from .card import add_objective
 from .checkpoints import OrderOfEpoch, prepare_resume
 from .checks import GroupWarnings, check_finite, check_sampling
@@ -173,7 +172,7 @@ class GroupTrainer(SFTTrainer):
             with torch.no_grad():
                 yield self.teacher_model
             return
-        with evaluating(model), torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+        with eval_mode(model), torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
             yield model
 
     # The data
