@@ -104,7 +104,7 @@ def _compare(model: torch.nn.Module, device: torch.device) -> str | None:
                     "The model's forward failed while packed rows were compared with plain ones. Set `prompt_sharing` "
                     "to 'off'."
                 ) from error
-            return f"its forward fails on packed rows ({type(error).__name__}: {error})"
+            return f"its forward fails on packed rows ({type(error).__name__}: {' '.join(str(error).split())})"
     reason = why_lost(model, packed_rows)
     if reason is not None:
         return reason
