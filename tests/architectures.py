@@ -191,7 +191,9 @@ def build(model_type: str, *, seed: int = 0, **kwargs) -> PreTrainedModel:
         size = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
     if size > MAX_PARAMETERS:
         raise MemoryError(f"{size:,} parameters")
-    return _randomize(auto.from_config(config, dtype=torch.float32, **attention), seed).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _randomize(auto.from_config(config, dtype=torch.float32, **attention), seed).eval()
 
 
 def has_limits(config: PreTrainedConfig) -> bool:
