@@ -103,7 +103,10 @@ _OWN = {
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "full_attn_idxs": None},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"qk_head_dim": 2 * HEAD_DIM},
-    "mistral4": {"rope_parameters": _ROPE},
+    "mistral4": {
+        "rope_parameters": _ROPE
+        | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8, "partial_rotary_factor": 1.0}
+    },
     "mamba2": {"num_heads": 8, "head_dim": HEAD_DIM},
     "ministral": {"head_dim": HEAD_DIM},
     "nemotron": {"head_dim": HEAD_DIM, "num_key_value_heads": 2},

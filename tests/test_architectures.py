@@ -1,8 +1,10 @@
 """Packed rows over every architecture of the installed transformers: the numbers of plain rows, or a refusal."""
 
 import random
+import re
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import architectures
 import pytest
@@ -15,7 +17,7 @@ from grkd_trl.scoring import check_packed_rows_on_all_ranks, score_completions
 
 
 CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-AT_LEAST_PACKED = 107  # of CAUSAL
+AT_LEAST_PACKED, AT_LEAST_CAUSAL = 144, 101  # of all, and of CAUSAL
 # Families that people train, which must not leave the one side or the other unseen.
 PACKED = set(
     "afmoe cohere2 dbrx deepseek_v2 deepseek_v3 ernie4_5 exaone4 gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4 "
@@ -108,10 +110,19 @@ def test_every_architecture(capsys):
             assert from_plain == 0, model_type  # it reads plain rows, whatever it was asked for
     assert packed >= PACKED and not packed & PLAIN
     assert {rows[model_type][0] for model_type in PLAIN} == {"plain rows"}
-    assert len(packed & CAUSAL) >= AT_LEAST_PACKED
+    assert len(packed) >= AT_LEAST_PACKED and len(packed & CAUSAL) >= AT_LEAST_CAUSAL
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", sorted(PLAIN))
 def test_what_is_refused_does_not_depend_on_the_length_of_a_window(model_type):
     assert with_long_limits(model_type) is not None
+
+
+def test_the_guide_checks_a_model(tmp_path, capsys):
+    guide = (Path(__file__).resolve().parent.parent / "examples/guides/architectures.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    for model_type, verdict in (("llama", "packed"), ("bart", "its forward takes no `position_ids`")):
+        architectures.build(model_type).save_pretrained(tmp_path / model_type)
+        exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / model_type)), {})
+        assert capsys.readouterr().out.strip().endswith(verdict)

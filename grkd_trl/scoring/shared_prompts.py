@@ -98,8 +98,10 @@ for _implementation in _IMPLEMENTATIONS:
 
 
 def _text_model(model: torch.nn.Module) -> torch.nn.Module:
-    # The module whose configuration its attention reads: that of a model of images and text is another's than its own.
-    return core_model(model).get_decoder()
+    # The module whose configuration its attention reads, a part of a model of images and text. A head that is called
+    # `decoder` is none.
+    decoder = core_model(model).get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else core_model(model)
 
 
 def implementation_of(model: torch.nn.Module) -> str:
@@ -155,9 +157,7 @@ def why_not_shared(model: torch.nn.Module) -> str | None:
     outer, core = extract_model_from_parallel(model), core_model(model)
     if isinstance(outer, PeftModel) and outer.active_peft_config.is_prompt_learning:
         return "its adapter puts virtual tokens before every row"
-    if not isinstance(core, PreTrainedModel) or not isinstance(_text_model(core), PreTrainedModel):
-        return "it does not use the attention interface of transformers"
-    if not _text_model(core)._can_set_attn_implementation():
+    if not isinstance(core, PreTrainedModel) or not _text_model(core)._can_set_attn_implementation():
         return "it does not use the attention interface of transformers"
     if not takes(model, "position_ids"):
         return "its forward takes no `position_ids`"
