@@ -72,6 +72,13 @@ class TestFamilies:
         verdict = check(architectures.build(family).to(dtype))
         assert (verdict is None) if reason is None else (reason in verdict)
 
+    @pytest.mark.parametrize("family, reason", FAMILIES.items())
+    def test_autocast_changes_no_verdict(self, family, reason):
+        model = architectures.build(family)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            verdict = check(model)
+        assert (verdict is None) if reason is None else (reason in verdict)
+
     def test_a_model_that_reads_on(self):
         model = architectures.build("bert", is_decoder=False)
         assert "change by" in check(model) and "with padding and with later tokens" in check(model)

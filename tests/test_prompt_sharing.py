@@ -188,6 +188,7 @@ class TestAroundTheModel:
         model, batch = make_model(), make_batch()
         model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
         plain, shared = (run(model, batch, prompt_sharing=sharing)[0] for sharing in ("off", "on"))
+        assert check_packed_rows_on_all_ranks(model, model.device) is None
         torch.testing.assert_close(shared, plain, rtol=0.05, atol=0.2)
         assert not torch.equal(shared, run(make_model(), batch, prompt_sharing="on")[0])
 

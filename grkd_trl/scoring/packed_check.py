@@ -132,8 +132,8 @@ def _compare(model: torch.nn.Module, device: torch.device) -> str | None:
 def _is_coarse(core: torch.nn.Module, dtype: torch.dtype) -> bool:
     """Whether numbers are rounded to fewer bits than those of float32, somewhere."""
     tensor_float = torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"
-    narrow = torch.finfo(dtype).bits < 32 or hasattr(core.config, "quantization_config")
-    return narrow or (dtype == torch.float32 and tensor_float)
+    narrow = min(torch.finfo(dtype).bits, torch.finfo(core.dtype).bits) < 32
+    return narrow or hasattr(core.config, "quantization_config") or (dtype == torch.float32 and tensor_float)
 
 
 def _run(

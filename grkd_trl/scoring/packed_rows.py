@@ -203,7 +203,7 @@ class AttentionCall(NamedTuple):
         mask_elements (`int`):
             Elements of the mask that the model gave it.
         dtype (`torch.dtype`):
-            Precision of its queries.
+            Precision that it computes in.
     """
 
     window: int | None

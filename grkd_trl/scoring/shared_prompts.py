@@ -50,7 +50,9 @@ def _packed_attention(own, implementation, module, query, key, value, mask, pack
         return torch.cat(outputs, dim=1)
 
     window = kwargs.get("sliding_window")
-    packed_rows.calls.append(AttentionCall(window, 1 if mask is None else mask.numel(), query.dtype))
+    device_type = query.device.type  # autocast leaves queries in float32 where positions are
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else query.dtype
+    packed_rows.calls.append(AttentionCall(window, 1 if mask is None else mask.numel(), dtype))
     split = (packed_rows.split(states.squeeze(0).transpose(0, 1)) for states in (query, key, value))
     outputs = []
     for block, queries, keys, values in zip(packed_rows.blocks, *split, strict=True):
