@@ -10,13 +10,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import extract_model_from_parallel
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from .forward import eval_mode, run_packed, run_plain
 from .packed_rows import PackedRows, read_rows
 from .shared_prompts import implementation_of, unwrap_attention, why_lost, why_not_shared, wrap_attention
-from .tiles import core_model
+from .tiles import core_model, unwrap
 
 
 # Prompts of the batch and the completions of each, in tokens: rows of several lengths, and the last ends in padding.
@@ -69,7 +68,7 @@ def check_packed_rows_on_all_ranks(model: torch.nn.Module, device: torch.device)
 def _compare_on_all_ranks(model: torch.nn.Module, device: torch.device) -> str | None:
     reason = _compare(model, device)
     sharded = _is_sharded(model)
-    if dist.is_initialized() and (sharded or extract_model_from_parallel(model) is not model):
+    if dist.is_initialized() and (sharded or unwrap(model) is not model):
         anywhere = torch.tensor(reason is not None, dtype=torch.int32, device=device)
         dist.all_reduce(anywhere, dist.ReduceOp.MAX)
         if anywhere and reason is None:

@@ -13,12 +13,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from .packed_rows import AttentionCall, PackedRows, query_slices
-from .tiles import core_model, takes
+from .tiles import core_model, takes, unwrap
 
 
 _IMPLEMENTATIONS = ("sdpa", "eager")  # those that take a mask for each row
@@ -156,7 +155,7 @@ def why_not_shared(model: torch.nn.Module) -> str | None:
     Returns:
         `str`, *optional*: The reason, or `None` if there is none to be seen.
     """
-    outer, core = extract_model_from_parallel(model), core_model(model)
+    outer, core = unwrap(model), core_model(model)
     if isinstance(outer, PeftModel) and outer.active_peft_config.is_prompt_learning:
         return "its adapter puts virtual tokens before every row"
     if not isinstance(core, PreTrainedModel) or not _text_model(core)._can_set_attn_implementation():

@@ -18,8 +18,9 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 # A batch with no more logits is computed at once, and then nothing is computed twice.
@@ -28,6 +29,26 @@ LOGITS_AT_ONCE = 2**24
 MIN_TILES, LOGITS_PER_TILE = 8, 2**25
 
 _unsuited = WeakKeyDictionary()  # models that do with their logits what is not known here
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """
+    A causal language model without what accelerate wraps it in; its adapters stay.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model, as it is or wrapped by accelerate (DDP, DeepSpeed, FSDP).
+
+    Returns:
+        `torch.nn.Module`: The model, or its [`~peft.PeftModel`].
+    """
+    while isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
+        model = model.module
+    if isinstance(model, PreTrainedModel | PeftModel):
+        return model
+    return extract_model_from_parallel(
+        model
+    )  # which takes a millisecond to look for DeepSpeed, several times a forward
 
 
 def core_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -41,7 +62,7 @@ def core_model(model: torch.nn.Module) -> torch.nn.Module:
     Returns:
         `torch.nn.Module`: The model itself.
     """
-    model = extract_model_from_parallel(model)
+    model = unwrap(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
