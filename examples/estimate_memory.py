@@ -165,8 +165,10 @@ def run_step(
     batch = DataCollatorForGroups(pad_token_id=0)(rows)
     kept, counted, taught = [], Counted(), None
     base.get_output_embeddings().register_forward_pre_hook(lambda *_: kept.append(counted.now))
-    # Whether tiles are the model's own logits is asked of values, which there are none of
-    with mock.patch("grkd_trl.scoring.rows.are_its_own", lambda *_: True), counted:
+    # Whether tiles are the model's own logits, and packed rows like plain ones, is asked of values, which there are none of
+    tiles = mock.patch("grkd_trl.scoring.forward.are_its_own", lambda *_: True)
+    packed = mock.patch("grkd_trl.scoring.packed_check._compare", lambda *_: None)
+    with tiles, packed, counted:
         if teacher is not None:
             teaching = student.disable_adapter() if teacher is student else nullcontext()
             with torch.no_grad(), teaching:

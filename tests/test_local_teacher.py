@@ -47,6 +47,28 @@ class TestLocalTeacher:
                 assert count == len(ids)
         assert not any(map(any, surprises))
 
+    def test_prompt_sharing_changes_the_work_alone(self):
+        scores, widths = {}, {}
+        for sharing in ("auto", "on", "off"):
+            teacher, read = make_teacher(prompt_sharing=sharing), []
+            teacher.score(PROMPTS[:1], COMPLETIONS[:1])  # checks the model
+            teacher.model.model.embed_tokens.register_forward_pre_hook(lambda _, args, read=read: read.append(args[0]))
+            scores[sharing] = [score for row in teacher.score(PROMPTS, COMPLETIONS).scores for score in row]
+            widths[sharing] = [tuple(ids.shape) for ids in read]
+        assert scores["on"] == pytest.approx(scores["off"], abs=1e-5)
+        assert scores["auto"] == pytest.approx(scores["off"], abs=1e-5)
+        assert widths["off"] == [(6, 9)] and widths["on"] == [(1, 24)]
+        with pytest.raises(ValueError, match="`prompt_sharing` must be 'auto', 'on' or 'off', got 'yes'"):
+            make_teacher(prompt_sharing="yes")
+
+    @pytest.mark.parametrize("sharing", ["on", "off"])
+    def test_what_is_not_shared_counts_for_every_row(self, sharing):
+        teacher, read = make_teacher(prompt_sharing=sharing, tokens_per_batch=30), []
+        teacher.score(PROMPTS[:1], COMPLETIONS[:1])
+        teacher.model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        teacher.score(PROMPTS, COMPLETIONS)
+        assert (len(read) == 1) == (sharing == "on") and all(ids.numel() <= 30 for ids in read)
+
     def test_reads_conversations_with_its_own_template(self):
         tokenizer = byte_tokenizer()
         tokenizer.chat_template = CHAT_TEMPLATES["qwen"]

@@ -14,7 +14,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from grkd_trl.data import DataCollatorForGroups
-from grkd_trl.scoring import packed_rows, score_completions
+from grkd_trl.scoring import check_packed_rows_on_all_ranks, packed_rows, score_completions, shared_prompts
 from grkd_trl.scoring import rows as scoring_rows
 from grkd_trl.scoring.packed_rows import PackedRows, causal_pairs, read_rows
 
@@ -74,12 +74,12 @@ def lengths_read(monkeypatch):
     """Number of tokens of each packed forward."""
     lengths = []
 
-    def forward_packed(model, input_ids, packed_rows, **kwargs):
+    def run_packed(model, batch, packed_rows, **kwargs):
         lengths.append(packed_rows.source.numel())
-        return original(model, input_ids, packed_rows, **kwargs)
+        return original(model, batch, packed_rows, **kwargs)
 
-    original = scoring_rows.forward_packed
-    monkeypatch.setattr(scoring_rows, "forward_packed", forward_packed)
+    original = scoring_rows.run_packed
+    monkeypatch.setattr(scoring_rows, "run_packed", run_packed)
     return lengths
 
 
@@ -169,6 +169,7 @@ class TestAroundTheModel:
         _, _, gradients = run(model, batch, prompt_sharing="off")
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
+        assert check_packed_rows_on_all_ranks(model, model.device) is None
         calls = []
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
         _, _, again = run(model, batch, prompt_sharing="on")
@@ -187,6 +188,7 @@ class TestAroundTheModel:
         model, batch = make_model(), make_batch()
         model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
         plain, shared = (run(model, batch, prompt_sharing=sharing)[0] for sharing in ("off", "on"))
+        assert check_packed_rows_on_all_ranks(model, model.device) is None
         torch.testing.assert_close(shared, plain, rtol=0.05, atol=0.2)
         assert not torch.equal(shared, run(make_model(), batch, prompt_sharing="on")[0])
 
@@ -282,8 +284,8 @@ class TestChoice:
 class Forgetful(LlamaForCausalLM):
     """Drops what its forward is given."""
 
-    def forward(self, packed_rows=None, **kwargs):
-        return super().forward(**kwargs)
+    def forward(self, position_ids=None, packed_rows=None, **kwargs):
+        return super().forward(position_ids=position_ids, **kwargs)
 
 
 def assert_falls_back(model, batch, reason, caplog, **kwargs):
@@ -309,7 +311,7 @@ class TestFallBack:
     def test_other_attention(self, caplog):
         model = make_model(attn_implementation="sdpa")
         model.config._attn_implementation_internal = "flash_attention_2"
-        reason = scoring_rows.why_not_shared(model)
+        reason = shared_prompts.why_not_shared(model)
         assert "its attention is 'flash_attention_2', and only 'sdpa' and 'eager'" in reason
 
     def test_layout_lost_on_the_way(self, caplog):

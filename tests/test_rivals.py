@@ -25,6 +25,7 @@ from runs import (
 from transformers import HfArgumentParser
 
 import grkd_trl
+from grkd_trl.scoring import check_packed_rows_on_all_ranks
 
 
 PAIRS, RANKED, OTHERS = ["DPO", "SimPO"], ["DPO", "SimPO", "PRO"], ["KD", "SeqKD"]
@@ -289,6 +290,7 @@ class TestForwards:
             def count(module, args, kwargs, name=name):
                 counts[name].append(kwargs.get("use_cache"))
 
+            check_packed_rows_on_all_ranks(model, model.device)  # else made before the first batch
             model.register_forward_pre_hook(count, with_kwargs=True)
         train(tmp_path, method="MiniLLM", **models)
         for seen in counts.values():
@@ -297,6 +299,7 @@ class TestForwards:
     @pytest.mark.parametrize("method", RANKED)
     def test_scoring_before_training_is_one_forward_more(self, tmp_path, method):
         count, teacher, rows = [], make_teacher(), make_rows(sizes=(2,), scores=False)
+        check_packed_rows_on_all_ranks(teacher, teacher.device)
         teacher.lm_head.register_forward_hook(lambda _, __, logits: count.append(logits.shape[:-1].numel()))
         train(tmp_path, rows, method=method, teacher_model=teacher, num_train_epochs=3)
         assert sum(count) == sum(len(ids) for row in rows for ids in to_ids(row)["completion_ids"])

@@ -110,7 +110,7 @@ class TestScoreGroups:
         )
         if not shares:
             for module in (local, scoring_rows):
-                monkeypatch.setattr(module, "why_not_shared", lambda model: "it is not to")
+                monkeypatch.setattr(module, "check_packed_rows_on_all_ranks", lambda model, device: "it is not to")
         scored(model, tokenizer, groups, tokens_per_batch=100)
         assert all(size <= 100 for size in sizes)
         assert 100 < sum(sizes)
@@ -123,7 +123,7 @@ class TestScoreGroups:
         groups = [{"prompt_ids": [3] * 50, "completion_ids": [[4] * 5] * 4}] * 4
         batches = lambda: [len(rows) for rows in local.token_batches(model, groups, 150, progress=False)]  # noqa: E731
         assert batches() == [2, 2]
-        monkeypatch.setattr(local, "why_not_shared", lambda model: "it is not to")
+        monkeypatch.setattr(local, "check_packed_rows_on_all_ranks", lambda model, device: "it is not to")
         assert batches() == [1, 1, 1, 1]
 
     def test_eos_counts_unless_clipped(self, model, tokenizer, words):

@@ -145,7 +145,7 @@ class TestLogits:
     def test_few_are_one_tile(self):
         model, calls = head_model(), []
         model.lm_head.register_forward_hook(lambda *_: calls.append(1))
-        score_completions(model, make_batch()).per_token_logps.sum().backward()
+        score_completions(model, make_batch(), prompt_sharing="off").per_token_logps.sum().backward()
         assert len(calls) == 1
 
     def test_many_are_eight_tiles_or_more(self, monkeypatch):
@@ -157,7 +157,7 @@ class TestLogits:
             monkeypatch.setattr(tiles, "LOGITS_PER_TILE", at_most * VOCAB)
             model.lm_head.register_forward_hook(lambda *_, calls=calls: calls.append(1))
             with torch.no_grad():
-                score_completions(model, batch)
+                score_completions(model, batch, prompt_sharing="off")
             assert len(calls) == 2 + num_tiles  # two for the first token: the model's forward and a tile, compared
 
 
@@ -177,7 +177,7 @@ class TestFallBack:
         use_tiles(monkeypatch.setattr, VOCAB)
         for _ in range(2):
             torch.testing.assert_close(score_completions(model, batch).per_token_logps, whole)
-        assert not tiles.needs_tiles(model, 99)
+        assert not tiles.can_tile(model)
 
     def test_an_adapter_that_is_switched_off(self, monkeypatch):
         model, batch = with_lora(), make_batch()

@@ -1,18 +1,21 @@
 """From a model and a batch to log-probabilities and scores: the one place that shifts and masks."""
 
 from .finite import refuse_not_finite
-from .rows import CompletionScores, predicted_mask, score_completions, sequence_scores, to_groups
-from .shared_prompts import why_not_shared
+from .forward import eval_mode, predicted_mask, without_router_loss
+from .packed_check import check_packed_rows_on_all_ranks
+from .rows import CompletionScores, score_completions, sequence_scores, to_groups
 from .tiles import core_model
 
 
 __all__ = [
     "CompletionScores",
+    "check_packed_rows_on_all_ranks",
     "core_model",
+    "eval_mode",
     "predicted_mask",
     "refuse_not_finite",
     "score_completions",
     "sequence_scores",
     "to_groups",
-    "why_not_shared",
+    "without_router_loss",
 ]

@@ -193,6 +193,24 @@ def _in_blocks(groups: list[list[Row]], device: torch.device) -> list[Block]:
     return blocks
 
 
+class AttentionCall(NamedTuple):
+    """
+    What a layer's attention was called with.
+
+    Args:
+        window (`int`, *optional*):
+            Length of its sliding window.
+        mask_elements (`int`):
+            Elements of the mask that the model gave it.
+        dtype (`torch.dtype`):
+            Precision that it computes in.
+    """
+
+    window: int | None
+    mask_elements: int
+    dtype: torch.dtype
+
+
 class PackedRows:
     """
     Layout of a batch as one sequence of T tokens.
@@ -210,7 +228,7 @@ class PackedRows:
             batch, row after row.
         blocks (`list[Block]`): What attends together.
         num_pairs (`int`): Query-key pairs that their attention computes.
-        windows (`list`): Sliding window of each layer that attended so far, in turn.
+        calls (`list[AttentionCall]`): Calls of attention so far, one a layer.
     """
 
     def __init__(self, rows: list[Row], device: torch.device):
@@ -237,7 +255,7 @@ class PackedRows:
         self.predicts = torch.cat(predicts).to(device)
         self.blocks = _in_blocks(groups, device)
         self.num_pairs = sum(block.num_pairs for block in self.blocks)
-        self.windows = []
+        self.calls = []
 
         def padded(first: int, length: int, to: int) -> torch.Tensor:
             return torch.cat([torch.arange(first, first + length), torch.full((to - length,), -1)])

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
+from .forward import predicted_mask, run_packed, run_plain
+from .packed_check import check_packed_rows_on_all_ranks
 from .packed_rows import PackedRows, causal_pairs, read_rows
-from .shared_prompts import forward_packed, implementation_of, why_not_shared
-from .tiles import TiledLogits, are_its_own, core_model, needs_tiles, over_tiles
+from .shared_prompts import implementation_of, why_lost
+from .tiles import TiledLogits, core_model, map_tiles
 
 
 logger = logging.get_logger(__name__)
@@ -31,7 +33,8 @@ class CompletionScores(NamedTuple):
         token_losses (`dict[str, torch.Tensor]`):
             Values of shape `(M,)` that the caller's function gave. Empty without one.
         aux_loss (`torch.Tensor`, *optional*):
-            Load-balancing loss of a mixture of experts, where the model returns one.
+            Load-balancing loss of a mixture of experts over all tokens of all rows, where it was asked for with
+            `output_router_logits` and the model has one.
     """
 
     per_token_logps: torch.Tensor
@@ -40,60 +43,23 @@ class CompletionScores(NamedTuple):
     aux_loss: torch.Tensor | None
 
 
-def predicted_mask(completion_mask: torch.Tensor) -> torch.Tensor:
-    """
-    Completion tokens that a position before them predicts.
-
-    Args:
-        completion_mask (`torch.Tensor` of shape `(N, L)`):
-            1 on completion tokens, EOS included.
-
-    Returns:
-        `torch.Tensor` of shape `(N, L - 1)`: `True` where the token at position 1..L - 1 belongs to the completion.
-    """
-    return completion_mask[:, 1:].bool()
-
-
-def _forward(
-    model: torch.nn.Module, predicting: Callable[[torch.Tensor], torch.Tensor], forward: Callable[[], Any]
-) -> tuple[Any, torch.Tensor | TiledLogits | None]:
-    # The model's own forward applies the head, so tied weights, bias, adapters, scaling and softcapping are those of
-    # the architecture. It is only handed fewer hidden states than the (N, L, H): the (1, M, H) that predict a
-    # completion token, or the first of them where these are still too many at once.
-    tiled = []
-
-    def hand_over(_, args):
-        states = predicting(args[0])
-        if needs_tiles(model, len(states)):
-            tiled.append(TiledLogits(model, states))
-            states = states[:1]
-        return (states.unsqueeze(0), *args[1:])
-
-    handle = core_model(model).get_output_embeddings().register_forward_pre_hook(hand_over)
-    try:
-        outputs = forward()
-    finally:
-        handle.remove()
-    if outputs is None:
-        return None, None
-    logits = outputs.logits.squeeze(0)
-    if tiled and not are_its_own(model, tiled[0], logits):
-        return _forward(model, predicting, forward)
-    return outputs, tiled[0] if tiled else logits
-
-
 def _work(model: torch.nn.Module, num_tokens: int, num_pairs: int) -> int:
     # In query-key pairs: a pair takes 2 H multiplications in a layer, a token 4 H^2 in the projections of attention and
     # about 8 H^2 in the MLP. The head reads the same tokens whatever the layout.
     return num_tokens * 6 * core_model(model).config.get_text_config().hidden_size + num_pairs
 
 
-def _pack(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], sharing: str, aux: bool) -> PackedRows | None:
+def _pack_on_all_ranks(
+    model: torch.nn.Module, batch: Mapping[str, torch.Tensor], sharing: str, aux: bool
+) -> PackedRows | None:
     if sharing not in ("auto", "on", "off"):
         raise ValueError(f"`prompt_sharing` must be 'auto', 'on' or 'off', got {sharing!r}.")
     if sharing == "off" or "position_ids" in batch:
         return None
-    reason = "the load-balancing loss of experts counts the tokens of every row" if aux else why_not_shared(model)
+    if aux:  # a prompt's tokens weigh as often as it has rows
+        reason = "the load-balancing loss of its experts counts the tokens of every row"
+    else:
+        reason = check_packed_rows_on_all_ranks(model, batch["input_ids"].device)
     if reason is not None:
         logger.warning_once(f"Every completion reads its own copy of the prompt: the model cannot share it, {reason}.")
         return None
@@ -120,7 +86,8 @@ def score_completions(
 ) -> CompletionScores:
     """
     Score the completions of a batch with one forward. The head runs on completion tokens alone, so `(N, L, V)` logits
-    never exist, and a prompt that several rows share is read once.
+    never exist, and a prompt that several rows share is read once. Whether the model can share prompts is checked on its
+    first batch, by a comparison on a small one of its own: on several processes all have to come to it together.
 
     Args:
         model (`torch.nn.Module`):
@@ -131,7 +98,7 @@ def score_completions(
         prompt_sharing (`str`, *optional*, defaults to `"auto"`):
             Whether a prompt is read once for all its rows, and padding never: `"auto"` where that is less work, counted
             in tokens and in query-key pairs of attention, `"on"` in every batch, or `"off"`. The scores are the same to
-            rounding. Where the model cannot, a warning says why, once, and every row is read.
+            rounding. Where the model cannot, a warning says why, once, and every row is read, with `"on"` as well.
         return_logits (`bool`, *optional*, defaults to `False`):
             Whether to keep the `(M, V)` logits.
         token_losses (`Callable`, *optional*):
@@ -139,34 +106,28 @@ def score_completions(
             that they are of, and returns tensors of shape `(m,)` by name. Where there are too many logits it is called
             tile by tile, and once more in backward, so they never exist at once.
         **model_kwargs:
-            Passed to the model's forward, e.g. `output_router_logits`.
+            Passed to the model's forward. With `output_router_logits` every row is read, since the load-balancing loss
+            counts its tokens; without, it is left out whatever the model's configuration says.
 
     Returns:
         [`CompletionScores`]: In float32 or wider; the logits in the model's dtype.
 
     Raises:
-        `ValueError`: If `prompt_sharing` is none of the three.
+        `ValueError`: If `prompt_sharing` is none of the three, or the model does otherwise with packed rows than it did
+            when it was checked.
     """
     mask = predicted_mask(batch["completion_mask"])
-    outputs = None
-    packed = _pack(model, batch, prompt_sharing, model_kwargs.get("output_router_logits", False))
-    if packed is not None:
-        outputs, logits = _forward(
-            model,
-            lambda states: states[0].index_select(0, packed.predicts.to(states.device)),
-            lambda: forward_packed(model, batch["input_ids"], packed, **model_kwargs),
-        )
-    if outputs is None:
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        if "position_ids" in batch:
-            inputs["position_ids"] = batch["position_ids"]
-        elif not inputs["attention_mask"][:, 0].all():  # left padding: models count positions from the first column
-            inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        outputs, logits = _forward(
-            model,  # prompt-learning adapters put virtual tokens in front
-            lambda states: states[:, -mask.shape[1] - 1 : -1][mask.to(states.device)],
-            lambda: model(**inputs, use_cache=False, **model_kwargs),
-        )
+    aux = model_kwargs.get("output_router_logits", False)
+    packed = _pack_on_all_ranks(model, batch, prompt_sharing, aux)
+    if packed is None:
+        outputs, logits = run_plain(model, batch, **model_kwargs)
+    else:
+        outputs, logits = run_packed(model, batch, packed, **model_kwargs)
+        reason = why_lost(model, packed)
+        if reason is not None:
+            raise ValueError(
+                f"The model cannot share prompts in this forward: {reason}. Set `prompt_sharing` to 'off'."
+            )
 
     targets = batch["input_ids"][:, 1:][mask]
 
@@ -175,10 +136,12 @@ def score_completions(
         nll = F.cross_entropy(wide, targets[rows].to(wide.device), reduction="none")
         return (token_losses(logits, rows) if token_losses else {}) | {"per_token_logps": -nll}
 
-    values = over_tiles(of_tokens, logits)
+    values = map_tiles(of_tokens, logits)
     logps = values.pop("per_token_logps")
     per_token_logps = logps.new_zeros(mask.shape).masked_scatter(mask.to(logps.device), logps)
-    return CompletionScores(per_token_logps, logits if return_logits else None, values, outputs.get("aux_loss"))
+    return CompletionScores(
+        per_token_logps, logits if return_logits else None, values, outputs.get("aux_loss") if aux else None
+    )
 
 
 def sequence_scores(per_token_logps: torch.Tensor, completion_mask: torch.Tensor, *, score: str) -> torch.Tensor:

@@ -3,27 +3,25 @@
 The model sees one sequence and one forward, so what wraps it (DDP, DeepSpeed, FSDP, LoRA, gradient checkpointing) needs
 no care. Attention alone must know who sees whom: through the attention interface of transformers it is handed the
 layout, and calls the model's own attention function on the prompts, and on the tails with the keys of their prompt.
+
+What a model's code and configuration say against it is read here; that the numbers are those of plain rows is proved in
+`packed_check`.
 """
 
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from .packed_rows import PackedRows, query_slices
-from .tiles import core_model
+from .packed_rows import AttentionCall, PackedRows, query_slices
+from .tiles import core_model, takes, unwrap
 
 
 _IMPLEMENTATIONS = ("sdpa", "eager")  # those that take a mask for each row
 _SUFFIX = "_shared_prompts"
-
-_unsuited = WeakKeyDictionary()  # models whose forward lost the layout on the way, and how
 
 
 def _own_attention(module: torch.nn.Module, implementation: str) -> Callable:
@@ -35,7 +33,7 @@ def _own_attention(module: torch.nn.Module, implementation: str) -> Callable:
 
 
 @torch.compiler.disable  # every batch has another layout, and would be compiled anew
-def _packed_attention(own, implementation, module, query, key, value, packed_rows: PackedRows, **kwargs):
+def _packed_attention(own, implementation, module, query, key, value, mask, packed_rows: PackedRows, **kwargs):
     def attend(query, key, value, mask):
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         if mask is None:
@@ -51,7 +49,9 @@ def _packed_attention(own, implementation, module, query, key, value, packed_row
         return torch.cat(outputs, dim=1)
 
     window = kwargs.get("sliding_window")
-    packed_rows.windows.append(window)
+    device_type = query.device.type  # autocast leaves queries in float32 where positions are
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else query.dtype
+    packed_rows.calls.append(AttentionCall(window, 1 if mask is None else mask.numel(), dtype))
     split = (packed_rows.split(states.squeeze(0).transpose(0, 1)) for states in (query, key, value))
     outputs = []
     for block, queries, keys, values in zip(packed_rows.blocks, *split, strict=True):
@@ -68,11 +68,27 @@ def _packed_attention(own, implementation, module, query, key, value, packed_row
 
 
 def _attention_of(implementation: str) -> Callable:
-    def attention(module, query, key, value, attention_mask, *, packed_rows: PackedRows | None = None, **kwargs):
+    def attention(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        *,
+        packed_rows: PackedRows | None = None,
+        attention_states: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        **kwargs,
+    ):
         own = _own_attention(module, implementation)
         if packed_rows is None:
-            return own(module, query, key, value, attention_mask, **kwargs)
-        return _packed_attention(own, implementation, module, query, key, value, packed_rows, **kwargs)
+            outputs = own(module, query, key, value, attention_mask, **kwargs)
+        else:
+            outputs = _packed_attention(
+                own, implementation, module, query, key, value, attention_mask, packed_rows, **kwargs
+            )
+        if attention_states is not None:
+            attention_states.append((query.transpose(1, 2).flatten(2), outputs[0].flatten(2)))
+        return outputs
 
     return attention
 
@@ -82,87 +98,129 @@ for _implementation in _IMPLEMENTATIONS:
     AttentionMaskInterface.register(_implementation + _SUFFIX, AttentionMaskInterface()[_implementation])
 
 
+def _text_model(model: torch.nn.Module) -> torch.nn.Module:
+    # The module whose configuration its attention reads, a part of a model of images and text. A head that is called
+    # `decoder` is none.
+    decoder = core_model(model).get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else core_model(model)
+
+
 def implementation_of(model: torch.nn.Module) -> str:
     """
-    Args:
-        model (`torch.nn.Module`):
-            Causal language model, as it is or wrapped.
-
-    Returns:
-        `str`: Its own attention, be it wrapped for packed rows or not.
-    """
-    return core_model(model).config.get_text_config()._attn_implementation.removesuffix(_SUFFIX)
-
-
-def why_not_shared(model: torch.nn.Module) -> str | None:
-    """
-    Why a model cannot read packed rows.
+    Name of a model's own attention, whether it is wrapped for packed rows or not.
 
     Args:
         model (`torch.nn.Module`):
             Causal language model, as it is or wrapped.
 
     Returns:
-        `str`, *optional*: The reason, or `None` if it can.
+        `str`: The name, e.g. `"sdpa"`.
     """
-    outer, core = extract_model_from_parallel(model), core_model(model)
-    if isinstance(outer, PeftModel) and outer.active_peft_config.is_prompt_learning:
-        return "its adapter puts virtual tokens before every row"
-    if not isinstance(core, PreTrainedModel) or not core._can_set_attn_implementation():
-        return "it does not use the attention interface of transformers"
-    config = core.config.get_text_config()
-    implementation = implementation_of(model)
-    if implementation not in _IMPLEMENTATIONS:
-        return f"its attention is {implementation!r}, and only 'sdpa' and 'eager' take a mask for each row"
-    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if others:
-        return f"it has layers of {' and '.join(sorted(others))}"
-    return _unsuited.get(core)
+    return _text_model(model).config._attn_implementation.removesuffix(_SUFFIX)
 
 
-def forward_packed(
-    model: torch.nn.Module, input_ids: torch.Tensor, packed_rows: PackedRows, **model_kwargs: Any
-) -> Mapping[str, torch.Tensor] | None:
+def wrap_attention(model: torch.nn.Module) -> None:
     """
-    One forward of packed rows. The model's attention is wrapped for it, on first use, and stays as it is for every
-    other call.
+    Give a model attention that can read packed rows, and that adds its queries and outputs to a list
+    `attention_states` where the forward is given one. In every other call it is the model's own, so it can stay: a layer
+    that gradient checkpointing runs again in backward needs it too.
 
     Args:
         model (`torch.nn.Module`):
             Causal language model for which [`why_not_shared`] knows no reason.
+    """
+    if not _text_model(model).config._attn_implementation.endswith(_SUFFIX):
+        _text_model(model).set_attn_implementation(implementation_of(model) + _SUFFIX)
+
+
+def unwrap_attention(model: torch.nn.Module) -> None:
+    """
+    Undo [`wrap_attention`].
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model.
+    """
+    _text_model(model).set_attn_implementation(implementation_of(model))
+
+
+def why_not_shared(model: torch.nn.Module) -> str | None:
+    """
+    What the code and the configuration of a model say against packed rows.
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model, as it is or wrapped.
+
+    Returns:
+        `str`, *optional*: The reason, or `None` if there is none to be seen.
+    """
+    outer, core = unwrap(model), core_model(model)
+    if isinstance(outer, PeftModel) and outer.active_peft_config.is_prompt_learning:
+        return "its adapter puts virtual tokens before every row"
+    if not isinstance(core, PreTrainedModel) or not _text_model(core)._can_set_attn_implementation():
+        return "it does not use the attention interface of transformers"
+    if not takes(model, "position_ids"):
+        return "its forward takes no `position_ids`"
+    implementation = implementation_of(model)
+    if implementation not in _IMPLEMENTATIONS:
+        return f"its attention is {implementation!r}, and only 'sdpa' and 'eager' take a mask for each row"
+    layers = getattr(core.config.get_text_config(), "layer_types", None) or ()
+    others = set(layers) - {"full_attention", "sliding_attention"}
+    if others:
+        return f"it has layers of {' and '.join(sorted(others))}"
+    return None
+
+
+def why_lost(model: torch.nn.Module, packed_rows: PackedRows) -> str | None:
+    """
+    What the calls of a model's attention say against packed rows, after a forward.
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model.
+        packed_rows ([`PackedRows`]):
+            Layout of the forward, which holds the calls.
+
+    Returns:
+        `str`, *optional*: The reason, or `None` if every layer read the layout, and nothing beside it.
+    """
+    config, calls = core_model(model).config.get_text_config(), packed_rows.calls
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if len(calls) < config.num_hidden_layers:
+        return "it does not hand what its forward is given to the attention of every layer"
+    if getattr(config, "sliding_window", None) and slides and not any(call.window for call in calls):
+        return "it does not tell its attention of the sliding window"
+    if any(call.mask_elements > 1 for call in calls):
+        return "it gives its attention a mask of its own"
+    return None
+
+
+def forward_packed(
+    model: torch.nn.Module, input_ids: torch.Tensor, packed_rows: PackedRows, **model_kwargs: Any
+) -> Mapping[str, torch.Tensor]:
+    """
+    One forward of packed rows.
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model with the attention of [`wrap_attention`].
         input_ids (`torch.Tensor` of shape `(N, L)`):
             Tokens of the batch.
         packed_rows ([`PackedRows`]):
-            Their layout.
+            Their layout, to which the calls of attention are added.
         **model_kwargs:
             Passed to the model's forward.
 
     Returns:
-        `Mapping`, *optional*: The model's output, or `None` if the layout did not reach every layer, which
-        [`why_not_shared`] will say from then on.
-
-    Raises:
-        `ValueError`: If it did not, and there are other processes.
+        `Mapping`: The model's output.
     """
-    core = core_model(model)
-    config = core.config.get_text_config()
-    if not config._attn_implementation.endswith(_SUFFIX):
-        core.set_attn_implementation(config._attn_implementation + _SUFFIX)
-    outputs = model(
+    return model(
         input_ids=input_ids.flatten()[packed_rows.source].unsqueeze(0),
-        attention_mask=input_ids.new_ones(
-            1, 1, 1, 1, dtype=torch.bool
-        ),  # of four dimensions: taken as it is, and no other is made
+        # of four dimensions: taken as it is, and no other is made
+        attention_mask=input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
         position_ids=packed_rows.position_ids,
         use_cache=False,
         packed_rows=packed_rows,
         **model_kwargs,
     )
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    if len(packed_rows.windows) < config.num_hidden_layers:
-        _unsuited[core] = "it does not hand what its forward is given to the attention of every layer"
-    elif getattr(config, "sliding_window", None) and slides and not any(packed_rows.windows):
-        _unsuited[core] = "it does not tell its attention of the sliding window"
-    if core in _unsuited and PartialState().num_processes > 1:  # another forward here alone would hang the others
-        raise ValueError(f"The model cannot share prompts: {_unsuited[core]}. Set `prompt_sharing` to 'off'.")
-    return None if core in _unsuited else outputs

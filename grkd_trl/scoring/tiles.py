@@ -5,7 +5,9 @@ TRL's fused head does so for log-probabilities; soft labels and ranked tokens ne
 so here any function of logits is put in its place.
 """
 
+import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,8 +18,9 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 # A batch with no more logits is computed at once, and then nothing is computed twice.
@@ -26,6 +29,26 @@ LOGITS_AT_ONCE = 2**24
 MIN_TILES, LOGITS_PER_TILE = 8, 2**25
 
 _unsuited = WeakKeyDictionary()  # models that do with their logits what is not known here
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """
+    A causal language model without what accelerate wraps it in; its adapters stay.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model, as it is or wrapped by accelerate (DDP, DeepSpeed, FSDP).
+
+    Returns:
+        `torch.nn.Module`: The model, or its [`~peft.PeftModel`].
+    """
+    while isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
+        model = model.module
+    if isinstance(model, PreTrainedModel | PeftModel):
+        return model
+    return extract_model_from_parallel(
+        model
+    )  # which takes a millisecond to look for DeepSpeed, several times a forward
 
 
 def core_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -39,8 +62,29 @@ def core_model(model: torch.nn.Module) -> torch.nn.Module:
     Returns:
         `torch.nn.Module`: The model itself.
     """
-    model = extract_model_from_parallel(model)
+    model = unwrap(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def takes(model: torch.nn.Module, argument: str) -> bool:
+    """
+    Whether the forward of a causal language model names an argument, and does not pass it on unread.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model, as it is or wrapped.
+        argument (`str`):
+            Name of the argument.
+
+    Returns:
+        `bool`: `True` if it does.
+    """
+    return argument in _arguments(type(core_model(model)))
+
+
+@lru_cache
+def _arguments(model_class: type) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
 
 
 def _to_logits(config: PretrainedConfig) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -91,7 +135,7 @@ class TiledLogits:
             `torch.Tensor` of shape `(m, V)`: Their logits.
         """
         with torch.set_grad_enabled(self._with_gradient and torch.is_grad_enabled()), torch.autocast(**self._autocast):
-            # A module of FSDP2 gathers and reduces in every call; its weights are gathered already, see `needs_tiles`.
+            # A module of FSDP2 gathers and reduces in every call; its weights are gathered already, see `keep_head_gathered`.
             head = self._head.forward if isinstance(self._head, FSDPModule) else self._head
             return self._to_logits(head(hidden_states))
 
@@ -107,23 +151,18 @@ def _holder(model: torch.nn.Module, head: torch.nn.Module) -> FSDPModule | None:
     return holders[-1] if holders else None  # the innermost
 
 
-def needs_tiles(model: torch.nn.Module, num_tokens: int) -> bool:
+def can_tile(model: torch.nn.Module) -> bool:
     """
-    Whether logits of so many tokens are too many at once, and the head can be called by itself: not under ZeRO-3 and the
-    first FSDP, where its weight is there during the model's forward alone, nor where an adapter of it is switched off
-    for a while.
-
-    To be asked within the model's forward. Under FSDP2 the weight then stays gathered: the student's until the end of its
-    backward, the teacher's from then on; and if one process needs tiles, all take them.
+    Whether the head of a model can be called by itself: not under ZeRO-3 and the first FSDP, where its weight is there
+    during the model's forward alone, nor where an adapter of it is switched off for a while, nor in a model that
+    [`refuse_tiles`] marked.
 
     Args:
         model (`torch.nn.Module`):
             Causal language model, as it is or wrapped.
-        num_tokens (`int`):
-            Number of tokens.
 
     Returns:
-        `bool`: `True` to compute them in tiles.
+        `bool`: `True` if it can.
     """
     core = core_model(model)
     head = core.get_output_embeddings()
@@ -131,28 +170,52 @@ def needs_tiles(model: torch.nn.Module, num_tokens: int) -> bool:
         return False
     if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper) and head.disable_adapters:
         return False
-    if any(
-        isinstance(part, FSDPModule) for part in list(head.modules())[1:]
-    ):  # adapters that are gathered by themselves
-        return False
-    too_many = num_tokens * core.config.get_text_config().vocab_size > LOGITS_AT_ONCE
-    holder = _holder(model, head)
-    if holder is not None:
-        anywhere = torch.tensor(too_many, dtype=torch.int32, device=next(head.parameters()).device)
-        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
-        too_many = bool(anywhere)
-        if too_many:
-            holder.set_reshard_after_forward(False, recurse=False)
-    return too_many
+    # Adapters of the head that are gathered by themselves
+    return not any(isinstance(part, FSDPModule) for part in list(head.modules())[1:])
 
 
-def are_its_own(model: torch.nn.Module, logits: TiledLogits, first: torch.Tensor) -> bool:
+def too_many_on_any_rank(model: torch.nn.Module, num_tokens: int) -> bool:
     """
-    Whether tiles are what the model's own forward makes of its hidden states. If not, the model is marked.
+    Whether logits of so many tokens are too many at once. Under FSDP2, whose processes gather the head's weight
+    together, all processes ask each other, and take tiles if one needs them.
 
     Args:
         model (`torch.nn.Module`):
-            Causal language model.
+            Causal language model, as it is or wrapped.
+        num_tokens (`int`):
+            Number of tokens of this process.
+
+    Returns:
+        `bool`: `True` if they are.
+    """
+    head = core_model(model).get_output_embeddings()
+    too_many = num_tokens * core_model(model).config.get_text_config().vocab_size > LOGITS_AT_ONCE
+    if _holder(model, head) is None:
+        return too_many
+    anywhere = torch.tensor(too_many, dtype=torch.int32, device=next(head.parameters()).device)
+    dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+    return bool(anywhere)
+
+
+def keep_head_gathered(model: torch.nn.Module) -> None:
+    """
+    Under FSDP2, keep the weight of the head gathered after the forward that is running, for tiles: the student's until
+    the end of its backward, the teacher's from then on.
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model, as it is or wrapped.
+    """
+    holder = _holder(model, core_model(model).get_output_embeddings())
+    if holder is not None:
+        holder.set_reshard_after_forward(False, recurse=False)
+
+
+def are_its_own(logits: TiledLogits, first: torch.Tensor) -> bool:
+    """
+    Whether tiles are what the model's own forward makes of its hidden states.
+
+    Args:
         logits ([`TiledLogits`]):
             Logits of its forward.
         first (`torch.Tensor` of shape `(1, V)`):
@@ -160,23 +223,33 @@ def are_its_own(model: torch.nn.Module, logits: TiledLogits, first: torch.Tensor
 
     Returns:
         `bool`: `False` if it does more with them than is known here.
-
-    Raises:
-        `ValueError`: If it does, and there are other processes, which another forward here alone would hang.
     """
     with torch.no_grad():
         own = logits[:1].to(first.dtype)
-    if not torch.allclose(own, first, rtol=0.01, atol=0.01 * first.abs().max().item()):
-        _unsuited[core_model(model)] = True
-        if PartialState().num_processes > 1:
-            raise ValueError(
-                f"`{type(core_model(model)).__name__}` changes its logits in a way that is not known here, so they are "
-                f"computed at once. Lower the batch size until it has at most {LOGITS_AT_ONCE:,} of them."
-            )
-    return core_model(model) not in _unsuited
+    return torch.allclose(own, first, rtol=0.01, atol=0.01 * first.abs().max().item())
 
 
-def over_tiles(
+def refuse_tiles(model: torch.nn.Module) -> None:
+    """
+    Mark a model whose logits are not known here, so that [`can_tile`] says `False` from then on.
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model, as it is or wrapped.
+
+    Raises:
+        `ValueError`: If there are other processes, which another forward here alone would hang.
+    """
+    core = core_model(model)
+    _unsuited[core] = True
+    if PartialState().num_processes > 1:
+        raise ValueError(
+            f"`{type(core).__name__}` changes its logits in a way that is not known here, so they are computed at once. "
+            f"Lower the batch size until it has at most {LOGITS_AT_ONCE:,} of them."
+        )
+
+
+def map_tiles(
     function: Callable[[torch.Tensor, slice], dict[str, torch.Tensor]], logits: torch.Tensor | TiledLogits
 ) -> dict[str, torch.Tensor]:
     """

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .._trl import common_prefix_length, pad
 from ..data import message_text, tokenize_completions
+from ..scoring import eval_mode, without_router_loss
 from .local import LocalTeacher
 from .protocol import Completions, TeacherScores
-from .writing import eval_mode
 
 
 SELECTION_TEMPLATE = (
@@ -169,11 +169,11 @@ def _next_logps(
     if share_prefix:
         shared = min(common_prefix_length(questions[0], ids) for ids in questions)
         shared = min(shared, *(len(ids) - 1 for ids in questions))
-    cache = None
+    cache, router = None, without_router_loss(model)
     with eval_mode(model):
         if shared > 0:
             prefix = torch.tensor([questions[0][:shared]], device=model.device)
-            cache = model(input_ids=prefix, use_cache=True, logits_to_keep=1).get("past_key_values")
+            cache = model(input_ids=prefix, use_cache=True, logits_to_keep=1, **router).get("past_key_values")
             if not hasattr(cache, "batch_repeat_interleave"):  # a state-space model, or a cache of its own
                 cache, shared = None, 0
         longest = max(map(len, questions))
@@ -194,6 +194,7 @@ def _next_logps(
                 past_key_values=past,
                 use_cache=past is not None,
                 logits_to_keep=kept,
+                **router,
             )
             yield outputs.logits[torch.arange(len(rests), device=model.device), row_of].float()
 

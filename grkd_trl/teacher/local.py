@@ -20,10 +20,17 @@ from ..data import (
     tokenizer_hash,
 )
 from ..data.rows import WRITTEN
-from ..scoring import refuse_not_finite, score_completions, sequence_scores, to_groups, why_not_shared
+from ..scoring import (
+    check_packed_rows_on_all_ranks,
+    eval_mode,
+    refuse_not_finite,
+    score_completions,
+    sequence_scores,
+    to_groups,
+)
 from .protocol import Completions, TeacherScores, prompt_seeds
 from .retokenize import read_groups, template_columns
-from .writing import eval_mode, pad_token_id, write_completions
+from .writing import pad_token_id, write_completions
 
 
 class LocalTeacher:
@@ -46,6 +53,9 @@ class LocalTeacher:
             Prompts in a batch that is written.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show progress bars.
+        prompt_sharing (`str`, *optional*, defaults to `"auto"`):
+            Whether each prompt is encoded once for all its completions: `"auto"` (where that is less work), `"on"` or
+            `"off"`, see [`~scoring.score_completions`]. The scores are the same to rounding.
     """
 
     def __init__(
@@ -57,10 +67,14 @@ class LocalTeacher:
         tokens_per_batch: int = 16384,
         prompts_per_batch: int = 64,
         progress: bool = False,
+        prompt_sharing: str = "auto",
     ):
         if score not in ("mean", "sum"):
             raise ValueError(f"`score` must be 'mean' or 'sum', got {score!r}.")
+        if prompt_sharing not in ("auto", "on", "off"):
+            raise ValueError(f"`prompt_sharing` must be 'auto', 'on' or 'off', got {prompt_sharing!r}.")
         self.model, self.processing_class, self.score_type = model, processing_class, score
+        self.prompt_sharing = prompt_sharing
         self.tokens_per_batch, self.prompts_per_batch, self.progress = tokens_per_batch, prompts_per_batch, progress
         # Not every architecture has a limit, ALiBi and state-space models among them.
         self.context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -183,9 +197,10 @@ class LocalTeacher:
                 indices.append([(row, position) for position, fit in enumerate(fits) if fit])
         scores = [[math.nan] * len(counts) for counts in num_tokens]
         with eval_mode(self.model):
-            for rows in token_batches(self.model, groups, self.tokens_per_batch, progress=self.progress):
+            sharing = {"prompt_sharing": self.prompt_sharing}
+            for rows in token_batches(self.model, groups, self.tokens_per_batch, progress=self.progress, **sharing):
                 batch = self._collate([groups[row] for row in rows])
-                logps = score_completions(self.model, batch).per_token_logps
+                logps = score_completions(self.model, batch, **sharing).per_token_logps
                 refuse_not_finite(logps, "The teacher's logits", allow_impossible=True)
                 logps = logps.masked_fill(logps == -math.inf, math.nan)  # no score
                 values = to_groups(
@@ -202,7 +217,12 @@ class LocalTeacher:
 
 
 def token_batches(
-    model: PreTrainedModel, groups: list[dict[str, Any]], tokens_per_batch: int, *, progress: bool
+    model: PreTrainedModel,
+    groups: list[dict[str, Any]],
+    tokens_per_batch: int,
+    *,
+    progress: bool,
+    prompt_sharing: str = "auto",
 ) -> Iterator[list[int]]:
     """
     Rows in batches of similar length.
@@ -217,11 +237,13 @@ def token_batches(
             all its rows as padded in the batch. A larger group is a batch of its own.
         progress (`bool`):
             Whether to show a progress bar.
+        prompt_sharing (`str`, *optional*, defaults to `"auto"`):
+            As the batches will be scored, see [`~scoring.score_completions`].
 
     Yields:
         `list[int]`: Rows of `groups`.
     """
-    packed = why_not_shared(model) is None
+    packed = prompt_sharing != "off" and check_packed_rows_on_all_ranks(model, model.device) is None
     lengths = [len(group["prompt_ids"]) + max(map(len, group["completion_ids"])) for group in groups]
     rows, num_sequences, num_packed = [], 0, 0
     order = sorted(range(len(groups)), key=lengths.__getitem__)  # so the current row is the longest of its batch

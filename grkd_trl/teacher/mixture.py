@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 
 from ..losses import mixture_logps
-from ..scoring import refuse_not_finite
-from .writing import draw_tokens, eval_mode
+from ..scoring import eval_mode, refuse_not_finite, without_router_loss
+from .writing import draw_tokens
 
 
 class _Reader:
@@ -25,6 +25,7 @@ class _Reader:
             position_ids=positions[:, -num_new:],
             past_key_values=self.cache,
             use_cache=True,
+            **without_router_loss(self.model),
         )
         self.cache = outputs.past_key_values
         return outputs.logits[:, -1]

@@ -5,9 +5,9 @@ from datasets import Dataset, Features, Sequence, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import DataCollatorForGroups, as_read, tokenize_group
-from ..scoring import predicted_mask, refuse_not_finite, score_completions, sequence_scores
+from ..scoring import eval_mode, predicted_mask, refuse_not_finite, score_completions, sequence_scores
 from .local import token_batches
-from .writing import eval_mode, pad_token_id
+from .writing import pad_token_id
 
 
 @torch.no_grad()

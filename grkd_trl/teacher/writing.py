@@ -1,8 +1,5 @@
 """Writing completions with a local model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
@@ -17,7 +14,7 @@ from transformers import (
 
 from .._trl import pad
 from ..data import decode_completion, encode_prompt, tokenizer_hash
-from ..scoring import refuse_not_finite
+from ..scoring import eval_mode, refuse_not_finite, without_router_loss
 from .protocol import Completions
 
 
@@ -59,28 +56,6 @@ def end_token_ids(model: PreTrainedModel, processing_class: PreTrainedTokenizerB
     """
     ends = model.generation_config.eos_token_id
     return {processing_class.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-
-
-@contextmanager
-def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """
-    Put a model in evaluation mode, and afterwards each of its modules back in the mode it was in: during an evaluation a
-    wrapper may be in training mode while the model in it is not.
-
-    Args:
-        model (`torch.nn.Module`):
-            Model.
-
-    Yields:
-        `None`.
-    """
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in in_training:
-            module.training = True
 
 
 def row_numbers(seed: int, num_rows: int, num_tokens: int) -> torch.Tensor:
@@ -263,6 +238,7 @@ def write_completions(
             use_cache=True,
             logits_processor=processors,
             synced_gpus=True if sharded else None,
+            **without_router_loss(model),
             **sampling,
         )[:, input_ids.shape[1] :]
         for position, ids in enumerate(output.tolist()):

@@ -24,9 +24,8 @@ from trl import SFTTrainer
 from ..data import DataCollatorForGroups, count_items, prepare_groups, require_rows
 from ..data.repeats import number_rows, reduce_remainder, without_repeats
 from ..data.sampler import GroupedByLength, balance
-from ..scoring import predicted_mask, to_groups
+from ..scoring import eval_mode, predicted_mask, to_groups
 from ..teacher import disable_dropout, is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary
-from ..teacher.writing import eval_mode
 from .card import add_objective
 from .checkpoints import OrderOfEpoch, prepare_resume
 from .checks import GroupWarnings, check_sampling
@@ -252,9 +251,19 @@ class GroupTrainer(SFTTrainer):
         """
         Add the load-balancing loss of a mixture of experts, a scalar that the student's forward gave, to the loss of a
         micro-batch: a mean over micro-batches, as `SFTTrainer` has it.
+
+        Raises:
+            `ValueError`: If `args.router_aux_loss_coef` asks for such a loss and the student gives none.
         """
         if not self.aux_loss_enabled:
             return loss
+        if aux_loss is None and self.args.router_aux_loss_coef is None:
+            return loss  # its configuration has a coefficient, Llama 4's for one, and its forward no loss
+        if aux_loss is None:
+            raise ValueError(
+                f"`router_aux_loss_coef` is {self.args.router_aux_loss_coef}, and the forward of the student gives no "
+                "load-balancing loss. Set it to 0.0."
+            )
         self.means.add("aux_loss", aux_loss.detach())
         steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
         return loss + self.router_aux_loss_coef * aux_loss / steps
@@ -315,6 +324,8 @@ class GroupTrainer(SFTTrainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self.running_means["eval"].read(self.accelerator)
         means["loss"] = self.objective(means)  # that of the groups, not of batches
+        if "aux_loss" in means:
+            means["loss"] += self.router_aux_loss_coef * means["aux_loss"]
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 

@@ -1,0 +1,175 @@
+"""Whether a model gives for packed rows what it gives for plain ones, proved on a small batch before it is relied on.
+
+Layer by layer: in bfloat16 the last layer of a deep model differs by a tenth and more from one order of its sums to the
+next, while the first differ by less than a hundredth, where a wrong mask or position shows in full.
+"""
+
+from contextlib import ExitStack
+from itertools import count
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+from .forward import eval_mode, run_packed, run_plain
+from .packed_rows import PackedRows, read_rows
+from .shared_prompts import implementation_of, unwrap_attention, why_lost, why_not_shared, wrap_attention
+from .tiles import core_model, unwrap
+
+
+# Prompts of the batch and the completions of each, in tokens: rows of several lengths, and the last ends in padding.
+_SHAPES = ((9, (9, 4)), (5, (3, 8)))
+# Tokens of the last row that are left out where it is read alone.
+_CUT = 2
+# Share of a token's states that rounding may change in the first layer, in float32 and below. It grows with depth, as the
+# sum of independent errors does. Measured: a tenth of that or less, and 20 % or more for a wrong mask or position.
+_ROUNDING, _COARSE_ROUNDING = 1e-4, 1 / 16
+# Below float32 rounding alone may route a token to another expert, so a quarter of the tokens may differ by more.
+_QUANTILE = 0.75
+
+# Of each model: the attention that it had when it was checked, and what speaks against packed rows.
+_verdicts: WeakKeyDictionary[torch.nn.Module, tuple[str, str | None]] = WeakKeyDictionary()
+
+
+def check_packed_rows_on_all_ranks(model: torch.nn.Module, device: torch.device) -> str | None:
+    """
+    Why a model cannot read packed rows. On the first call for a model, packed rows are compared with plain ones on a small
+    batch that is the same on every process, without gradients and in evaluation mode. Adapters do not change the answer,
+    so a student and its base, as a teacher, are one model.
+
+    Where the model is wrapped for several processes, all of them have to call this together, and get the same answer.
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model, as it is or wrapped.
+        device (`torch.device`):
+            Where its tokens go.
+
+    Returns:
+        `str`, *optional*: The reason, or `None` if it can. Its attention is then that of [`wrap_attention`].
+
+    Raises:
+        `ValueError`: If the forward of a model whose parameters are sharded fails.
+    """
+    reason, core = why_not_shared(model), core_model(model)
+    if reason is not None:
+        return reason
+    implementation = implementation_of(model)
+    if _verdicts.get(core, ("",))[0] != implementation:
+        wrap_attention(model)
+        reason = _compare_on_all_ranks(model, device)
+        if reason is not None:
+            unwrap_attention(model)
+        _verdicts[core] = implementation, reason
+    return _verdicts[core][1]
+
+
+def _compare_on_all_ranks(model: torch.nn.Module, device: torch.device) -> str | None:
+    reason = _compare(model, device)
+    sharded = _is_sharded(model)
+    if dist.is_initialized() and (sharded or unwrap(model) is not model):
+        anywhere = torch.tensor(reason is not None, dtype=torch.int32, device=device)
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        if anywhere and reason is None:
+            return "on another process its packed rows differ from plain ones"
+    return reason
+
+
+def _is_sharded(model: torch.nn.Module) -> bool:
+    sharded = isinstance(model, FSDPModule | FullyShardedDataParallel)
+    return sharded or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _compare(model: torch.nn.Module, device: torch.device) -> str | None:
+    batch = _make_batch(core_model(model), device)
+    packed_rows = PackedRows(read_rows(**batch), device)
+    (num_rows, length), num_alone = batch["input_ids"].shape, _SHAPES[-1][0] + _SHAPES[-1][1][-1] - _CUT
+    # The last row without its last tokens and its padding, which a causal model does not read
+    alone = {name: tensor[-1:, :num_alone] for name, tensor in batch.items()}
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(eval_mode(model))
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # nothing to compile for 20 tokens
+        try:
+            plain, plain_logits = _run(model, batch)
+            own, own_logits = _run(model, alone)
+            packed, packed_logits = _run(model, batch, packed_rows)
+        except Exception as error:  # of whatever kind a model's own code raises
+            if _is_sharded(model):  # its parameters are left gathered
+                raise ValueError(
+                    "The model's forward failed while packed rows were compared with plain ones. Set `prompt_sharing` "
+                    "to 'off'."
+                ) from error
+            return f"its forward fails on packed rows ({type(error).__name__}: {' '.join(str(error).split())})"
+    reason = why_lost(model, packed_rows)
+    if reason is not None:
+        return reason
+    if len(packed) != len(plain):
+        return "it attends another number of times when it is given packed rows"
+    first = (num_rows - 1) * length
+    compared = [
+        (states[first : first + num_alone], of_alone, states[packed_rows.source], of_packed)
+        for states, of_alone, of_packed in zip(plain, own, packed, strict=True)
+    ]
+    last_logits = plain_logits[-_SHAPES[-1][1][-1] : -_CUT]
+    compared.append((last_logits, own_logits, plain_logits, packed_logits))
+    coarse = _is_coarse(core_model(model), packed_rows.calls[0].dtype)
+    for depth, (of_row, of_alone, of_plain, of_packed) in enumerate(compared):
+        rounding = (_COARSE_ROUNDING if coarse else _ROUNDING) * (1 + depth) ** 0.5
+        difference = _difference(of_alone, of_row, coarse)
+        if not difference <= rounding:
+            return f"its states of a row change by {difference:.1%} with padding and with later tokens"
+        difference = _difference(of_packed, of_plain, coarse)
+        if not difference <= rounding:
+            return f"its states of packed rows differ by {difference:.1%} from those of plain rows"
+    return None
+
+
+def _is_coarse(core: torch.nn.Module, dtype: torch.dtype) -> bool:
+    """Whether numbers are rounded to fewer bits than those of float32, somewhere."""
+    tensor_float = torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"
+    narrow = min(torch.finfo(dtype).bits, torch.finfo(core.dtype).bits) < 32
+    return narrow or hasattr(core.config, "quantization_config") or (dtype == torch.float32 and tensor_float)
+
+
+def _run(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], packed_rows: PackedRows | None = None
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Queries and outputs of each layer's attention in turn, `(T, F)`, and the logits, `(M, V)`."""
+    states = []
+    kwargs = {"attention_states": states}
+    _, logits = run_packed(model, batch, packed_rows, **kwargs) if packed_rows else run_plain(model, batch, **kwargs)
+    logits = logits[:].float()
+    logits = logits - logits.where(logits.isfinite(), 0.0).mean(-1, keepdim=True)  # which is no matter to a softmax
+    return [state.flatten(0, 1) for pair in states for state in pair], logits
+
+
+def _make_batch(core: torch.nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+    config = core.config.get_text_config()
+    # Tokens without a meaning of their own: an image's would ask for an image.
+    fields = core.config.to_dict() | config.to_dict()
+    special = [value for name, value in fields.items() if name.endswith(("token_id", "token_index"))]
+    special = {token for value in special for token in (value if isinstance(value, list) else [value])}
+    tokens = (index * 7919 % config.vocab_size for index in count(1))
+    tokens = (token for token in tokens if token not in special)
+    length = max(prompt + max(completions) for prompt, completions in _SHAPES)
+    batch = {name: [] for name in ("input_ids", "attention_mask", "completion_mask")}
+    for num_prompt, completions in _SHAPES:
+        prompt = [next(tokens) for _ in range(num_prompt)]
+        for num_tokens in completions:
+            padding = [0] * (length - num_prompt - num_tokens)
+            batch["input_ids"].append([*prompt, *(next(tokens) for _ in range(num_tokens)), *padding])
+            batch["attention_mask"].append([1] * (num_prompt + num_tokens) + padding)
+            batch["completion_mask"].append([0] * num_prompt + [1] * num_tokens + padding)
+    return {name: torch.tensor(values, device=device) for name, values in batch.items()}
+
+
+def _difference(states: torch.Tensor, expected: torch.Tensor, coarse: bool) -> float:
+    """How far states of tokens, `(T, F)`, are apart, as a share of their length: of the worst token, or of a quantile."""
+    apart = torch.where(states == expected, 0.0, (states - expected).float()).norm(dim=-1)  # -inf equals -inf
+    lengths = expected.where(expected.isfinite(), 0.0).float().norm(dim=-1)
+    shares = apart / lengths.clamp(min=lengths.mean().item())
+    return shares.quantile(_QUANTILE if coarse else 1.0).item()
