@@ -314,6 +314,8 @@ def _make_unit(rows, unit, config, writers, scorer, features) -> tuple[list[dict
                 if name in features
             },
         )
+        num_asked = sum(num_drawn for num_drawn, _ in config.shares().values())
+        counts["not_written"] = sum(num_asked - len(group) for group in drawn)
 
     groups = []
     for row, group in zip(with_prompt, zip(drawn, clipped, written_by, strict=True), strict=True):

@@ -56,7 +56,7 @@ def encode_prompt(
         tools = json.loads(tools) if isinstance(tools, str) else tools
         template = {"add_generation_prompt": True, "tools": tools} | (chat_template_kwargs or {})
     ids = tokenize(processing_class, prompt, **template)["input_ids"]
-    ends_itself = not template and ids[-1] == processing_class.eos_token_id  # some tokenizers add EOS to text
+    ends_itself = not template and ids[-1:] == [processing_class.eos_token_id]  # some tokenizers add EOS to text
     return ids[:-1] if ends_itself else ids
 
 
