@@ -141,30 +141,76 @@ def read_echoed_logps(answer: dict[str, Any], ids: list[int], texts: Sequence[se
         [`UnusableAnswer`]: If there is not exactly one value a token sent.
         [`MissingLogps`]: If there is none at all.
     """
+    values, tokens, num_prompt = _echoed(answer)
+    if len(values) != len(ids) + 1:
+        raise UnusableAnswer(f"{len(values)} log-probabilities, {len(ids)} tokens were sent and one more asked for")
+    if num_prompt != len(ids):
+        raise UnusableAnswer(f"{num_prompt} prompt tokens in `usage`, {len(ids)} were sent")
+    if values[0] is not None:
+        raise UnusableAnswer("a log-probability of the first token, before which there is nothing")
+    _check_texts(tokens, texts)
+    return _logps(values[1 : len(ids)])
+
+
+def read_llama_cpp_logps(
+    answer: dict[str, Any], ids: list[int], texts: Sequence[set[str]], bos_token_id: int
+) -> list[float]:
+    """
+    Log-probabilities of a prompt that starts with BOS as llama-cpp-python gives them for `echo` with `logprobs`. It
+    leaves out every BOS, and the value of the token after the first one. Without a BOS at the start its values are of
+    other tokens.
+
+    Args:
+        answer (`dict[str, Any]`):
+            Answer of `/completions` to `echo`, `logprobs` and one token to write.
+        ids (`list[int]`):
+            T tokens of the text that was sent.
+        texts (`Sequence[set[str]]`):
+            For each of them the forms in which a server may write it.
+        bos_token_id (`int`):
+            BOS.
+
+    Returns:
+        `list[float]`: T - 1 values in nats, those of `ids[1:]`; NaN where there is none.
+
+    Raises:
+        [`UnusableAnswer`]: If the values are not those of the tokens sent.
+        [`MissingLogps`]: If there is none at all.
+    """
+    values, tokens, num_prompt = _echoed(answer)
+    kept = [position for position, token_id in enumerate(ids) if token_id != bos_token_id]
+    if num_prompt != len(ids) or len(values) not in (len(kept), len(kept) + 1):
+        raise UnusableAnswer(f"{len(values)} log-probabilities of {num_prompt} tokens, {len(ids)} were sent")
+    if ids[0] != bos_token_id or values[0] is not None:
+        raise UnusableAnswer("log-probabilities of a prompt that does not start with BOS")
+    _check_texts(tokens, [texts[position] for position in kept])
+    logps = [math.nan] * (len(ids) - 1)
+    for position, value in zip(kept[1:], _logps(values[1 : len(kept)]), strict=True):
+        logps[position - 1] = value
+    return logps
+
+
+def _echoed(answer: dict[str, Any]) -> tuple[list[Any], list[Any], Any]:
+    """Values, texts of their tokens, and how many tokens the server counted in the prompt."""
     (choice,) = _choices(answer, 1)
     logprobs = choice.get("logprobs")
     logprobs = logprobs if isinstance(logprobs, dict) else {}
     values, tokens = logprobs.get("token_logprobs"), logprobs.get("tokens")
     if not values:
         raise MissingLogps
-    usage = answer.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    num_written = usage.get("completion_tokens", 1)
-    if not isinstance(values, list) or num_written not in (0, 1) or len(values) != len(ids) + num_written:
-        raise UnusableAnswer(f"{len(values)} log-probabilities, {len(ids)} tokens were sent and one more asked for")
-    if usage.get("prompt_tokens") != len(ids):
-        raise UnusableAnswer(f"{usage.get('prompt_tokens')} prompt tokens in `usage`, {len(ids)} were sent")
-    if values[0] is not None:
-        raise UnusableAnswer("a log-probability of the first token, before which there is nothing")
-    if not isinstance(tokens, list) or len(tokens) != len(values):
+    if not isinstance(values, list) or not isinstance(tokens, list) or len(tokens) != len(values):
         raise UnusableAnswer("no `tokens` beside the log-probabilities, which may be of any")
+    usage = answer.get("usage")
+    return values, tokens, usage.get("prompt_tokens") if isinstance(usage, dict) else None
+
+
+def _check_texts(tokens: list[Any], texts: list[set[str]]) -> None:
     for position, (given, forms) in enumerate(zip(tokens, texts, strict=False)):
-        if not isinstance(given, str) or given not in forms:
+        if given not in forms:
             raise UnusableAnswer(
                 f"the log-probability of {given!r} at position {position}, where {min(forms)!r} was sent: is the "
                 "tokenizer the model's own?"
             )
-    return _logps(values[1 : len(ids)])
 
 
 def _logps(values: list[Any]) -> list[float]:

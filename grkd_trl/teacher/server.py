@@ -12,15 +12,34 @@ from transformers.utils import logging
 
 from .._http import ServerClient, ServerError, ServerRequest
 from .protocol import Completions, TeacherScores, prompt_seeds
-from .replies import MissingLogps, SplitReasoning, check_model, read_echoed_logps, read_texts, read_vllm_logps
+from .replies import (
+    MissingLogps,
+    SplitReasoning,
+    check_model,
+    read_echoed_logps,
+    read_llama_cpp_logps,
+    read_texts,
+    read_vllm_logps,
+)
 from .retokenize import encode_prompt, read_groups, template_columns, tokenizer_hash
 
 
 logger = logging.get_logger(__name__)
 
-_SERVERS = ("vllm", "sglang", "openai")
+_SERVERS = ("vllm", "sglang", "llama.cpp", "openai")
 _NEGATIVE_INFINITY = -9999.0  # what vLLM sends for a probability of 0, which JSON cannot hold
-_LOGPS_OF = {"vllm": "vLLM gives `prompt_logprobs`", "sglang": "SGLang gives them for `echo` with `logprobs`"}
+_LOGPS_OF = {
+    "vllm": "vLLM gives `prompt_logprobs`",
+    "sglang": "SGLang gives them for `echo` with `logprobs`",
+    "llama.cpp": "llama-cpp-python gives them if it was started with `--logits_all true`",
+}
+# Servers take what is not said from the model's generation config or defaults of their own.
+_NEUTRAL = {
+    "vllm": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
+    "sglang": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
+    "llama.cpp": {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0},
+    "openai": {},
+}
 
 
 class TeacherError(ServerError):
@@ -45,8 +64,9 @@ class ServerTeacher:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             The model's tokenizer.
         server (`str`, *optional*, defaults to `"vllm"`):
-            Whose answers to read: `"vllm"` (`prompt_logprobs`), `"sglang"` (`echo` with `logprobs`), or `"openai"`,
-            any other, which can write but not score.
+            The software that is running: `"vllm"` (scores with `prompt_logprobs`), `"sglang"` (`echo` with
+            `logprobs`), `"llama.cpp"` (the server of llama-cpp-python, which takes text in place of ids and scores
+            prompts that start with BOS), or `"openai"`, any other, which can write but not score.
         api_key_env (`str`, *optional*, defaults to `"GRKD_TEACHER_API_KEY"`):
             Environment variable that holds the key, if the server wants one.
         score (`str`, *optional*, defaults to `"mean"`):
@@ -152,15 +172,13 @@ class ServerTeacher:
             [`TeacherError`]: If a request fails in every attempt, or the server runs a reasoning parser, which takes
                 completions apart.
         """
-        # Servers take what is not said from the model's generation config, as `generate` does.
-        neutral = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0} if self.server != "openai" else {}
         seeds = prompt_seeds(seed, len(prompts))
 
         def read(answer: dict[str, Any]) -> list[tuple[str, bool] | str]:
             if self.server != "openai":  # other services resolve a name to that of a version
                 check_model(answer, self.model)
             try:
-                return read_texts(answer, num_completions)
+                return read_texts(answer, 1 if self.server == "llama.cpp" else num_completions)
             except SplitReasoning as error:
                 raise TeacherError(
                     f"The teacher's server moved reasoning out of its answers, into `{error}`: its reasoning parser is "
@@ -170,8 +188,8 @@ class ServerTeacher:
         rows, requests = [], []
         for row, prompt in enumerate(prompts):
             template = template_columns(columns, row)
-            num_tokens = len(encode_prompt(self.processing_class, prompt, **template))
-            if not 0 < num_tokens <= self.context_length - max_new_tokens:
+            ids = encode_prompt(self.processing_class, prompt, **template)
+            if not 0 < len(ids) <= self.context_length - max_new_tokens:
                 continue
             body = {
                 "model": self.model,
@@ -180,8 +198,16 @@ class ServerTeacher:
                 "max_tokens": max_new_tokens,
                 "temperature": temperature,
                 "top_p": top_p,
-                **neutral,
+                **_NEUTRAL[self.server],
             }
+            if self.server == "llama.cpp":  # it ignores `n`, and what the chat template is given
+                rows += [row] * num_completions
+                body |= {"prompt": self._as_text(ids), "n": 1}
+                requests += [
+                    ServerRequest("/completions", body | {"seed": (seeds[row] + i) % 2**31}, read)
+                    for i in range(num_completions)
+                ]
+                continue
             rows.append(row)
             if isinstance(prompt, str):
                 requests.append(ServerRequest("/completions", {"prompt": prompt, **body}, read))
@@ -195,11 +221,12 @@ class ServerTeacher:
         for row, group in zip(rows, self._client.post_all(requests), strict=True):
             withheld.update(reason for reason in group if isinstance(reason, str))
             written = [completion for completion in group if not isinstance(completion, str)]
-            texts[row], clipped[row] = [text for text, _ in written], [cut for _, cut in written]
+            texts[row] += [text for text, _ in written]
+            clipped[row] += [cut for _, cut in written]
         if withheld:
             reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(withheld.items()))
             logger.warning(
-                f"The teacher's server withheld {withheld.total()} of {len(rows) * num_completions} completions "
+                f"The teacher's server withheld {withheld.total()} of {len(set(rows)) * num_completions} completions "
                 f"({reasons}). They are dropped."
             )
         return Completions(texts, clipped)
@@ -242,36 +269,67 @@ class ServerTeacher:
             for position, own_ids in enumerate(completion_ids):
                 # The first token has no log-probability, and the server writes a token more.
                 if prompt_ids and 0 < len(own_ids) < self.context_length - len(prompt_ids):
-                    positions.append((row, position))
-                    requests.append(self._score_request(prompt_ids + own_ids))
+                    request = self._score_request(prompt_ids + own_ids)
+                    if request is not None:
+                        positions.append((row, position))
+                        requests.append(request)
         for (row, position), logps in zip(positions, self._client.post_all(requests), strict=True):
             logps = logps[len(groups[row][0]) - 1 :]
-            if min(logps) > _NEGATIVE_INFINITY:
+            if all(value > _NEGATIVE_INFINITY for value in logps):
                 scores[row][position] = sum(logps) / (len(logps) if self.score_type == "mean" else 1)
         return TeacherScores(
             scores, [[len(ids) for ids in completion_ids] for _, completion_ids, _ in groups], [g[2] for g in groups]
         )
 
-    def _score_request(self, ids: list[int]) -> ServerRequest:
+    def _score_request(self, ids: list[int]) -> ServerRequest | None:
+        bos_token_id = self.processing_class.bos_token_id
+
         def read(answer: dict[str, Any]) -> list[float]:
             check_model(answer, self.model)
             try:
                 if self.server == "vllm":
                     return read_vllm_logps(answer, ids)
-                return read_echoed_logps(answer, ids, [self._texts_of(token_id) for token_id in ids])
+                texts = [self._texts_of(token_id) for token_id in ids]
+                if self.server == "sglang":
+                    return read_echoed_logps(answer, ids, texts)
+                return read_llama_cpp_logps(answer, ids, texts, bos_token_id)
             except MissingLogps:
                 raise TeacherError(
                     f"The teacher's server answered without log-probabilities of the prompt. {_LOGPS_OF[self.server]}. "
                     "Check that `server=` names the software that is running."
                 ) from None
 
-        asked = {"prompt_logprobs": 0} if self.server == "vllm" else {"echo": True, "logprobs": 1}
-        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "return_token_ids": True}
-        return ServerRequest("/completions", body | asked, read)
+        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0}
+        if self.server == "vllm":
+            body |= {"prompt_logprobs": 0, "return_token_ids": True}
+        else:
+            body |= {"echo": True, "logprobs": 1}
+        if self.server == "llama.cpp":
+            if ids[0] != bos_token_id:
+                raise ValueError(
+                    "llama-cpp-python gives log-probabilities of other tokens for a prompt that does not start with "
+                    f"BOS, and this one starts with {self.processing_class.decode(ids[:5])!r}. Score with vLLM or "
+                    "SGLang, or give prompts as messages whose chat template starts with BOS."
+                )
+            body["prompt"] = self._as_text(ids)
+            if self.processing_class(body["prompt"])["input_ids"] != ids:
+                return None  # the text is read as other tokens
+        return ServerRequest("/completions", body, read)
+
+    def _as_text(self, ids: list[int]) -> str:
+        """Text that a server reads as these tokens, which adds BOS itself where the tokenizer does."""
+        added = self.processing_class("")["input_ids"]
+        kept = ids[len(added) :] if added and ids[: len(added)] == added else ids
+        return self.processing_class.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _texts_of(self, token_id: int) -> set[str]:
-        """Forms in which a server may write a token: decoded, or as in the vocabulary."""
+        """Forms in which a server may write a token: decoded, as in the vocabulary, or without what is no text."""
         if token_id not in self._token_texts:
+            decoded = self.processing_class.decode([token_id])
             token = self.processing_class.convert_ids_to_tokens(token_id)
-            self._token_texts[token_id] = {self.processing_class.decode([token_id]), token}
+            self._token_texts[token_id] = {decoded, token}
+            if self.server == "llama.cpp":
+                special = token_id in self.processing_class.all_special_ids
+                bare = "" if special else decoded.replace("\ufffd", "")
+                self._token_texts[token_id] |= {bare, token.replace("\u2581", " ")}
         return self._token_texts[token_id]
