@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from email.utils import parsedate_to_datetime
 from time import time
 from typing import Any, NamedTuple
@@ -149,13 +149,13 @@ class ServerClient:
                 text = text.replace(form, "[key]")
         return text
 
-    def post_all(self, requests: Sequence[ServerRequest]) -> list[Any]:
+    def post_all(self, requests: Iterable[ServerRequest]) -> list[Any]:
         """
         Send requests. After an error, those in flight are awaited without further attempts, and no other is sent.
 
         Args:
-            requests (`Sequence[ServerRequest]`):
-                Requests.
+            requests (`Iterable[ServerRequest]`):
+                Requests; each is taken when it is about to be sent.
 
         Returns:
             `list[Any]`: What their `read` made of the answers, in the order of the requests.
@@ -163,14 +163,14 @@ class ServerClient:
         Raises:
             [`ServerError`]: If a request is refused, or fails in every attempt.
         """
-        results: list[Any] = [None] * len(requests)
+        results: dict[int, Any] = {}
         errors: list[Exception] = []
-        waiting = iter(range(len(requests)))
+        waiting = enumerate(requests)
 
         async def work(http: httpx2.AsyncClient) -> None:
-            for index in waiting:
+            for index, request in waiting:
                 try:
-                    results[index] = await self._post(http, requests[index], errors)
+                    results[index] = await self._post(http, request, errors)
                 except Exception as error:
                     errors.append(error)
                 if errors:
@@ -180,7 +180,7 @@ class ServerClient:
             limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self.max_concurrency)
             http = httpx2.AsyncClient(headers=self._headers, timeout=None, limits=limits, follow_redirects=False)
             async with http, anyio.create_task_group() as group:
-                for _ in range(min(self.max_concurrency, len(requests))):
+                for _ in range(self.max_concurrency):
                     group.start_soon(work, http)
 
         # A thread of its own, because the caller may run within an event loop, as notebooks do.
@@ -188,7 +188,7 @@ class ServerClient:
             portal.call(run)
         if errors:
             raise errors[0]
-        return results
+        return [results[index] for index in sorted(results)]
 
     async def _post(self, http: httpx2.AsyncClient, request: ServerRequest, errors: list[Exception]) -> Any:
         path, body, read, amend = request
