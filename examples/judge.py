@@ -88,9 +88,12 @@ def announce(args: JudgeArguments, client: JudgeClient, conversations: list) -> 
 def rate(args: JudgeArguments, client: JudgeClient) -> dict:
     """MT-Bench: each turn of each answer by itself."""
     data = Path(args.mt_bench_data)
+    questions, answers = read_rows(data / "mt_bench/question.jsonl"), read_rows(args.answers)
+    answered = {row["question_id"] for row in answers}
+    subset = [row for row in questions if row["question_id"] in answered]
     requests = mt_bench_requests(
-        read_rows(data / "mt_bench/question.jsonl"),
-        read_rows(args.answers),
+        subset,
+        answers,
         read_rows(data / "judge_prompts.jsonl"),
         read_rows(data / "mt_bench/reference_answer/gpt-4.jsonl"),
     )
@@ -99,7 +102,9 @@ def rate(args: JudgeArguments, client: JudgeClient) -> dict:
     replies = client.ask(conversations)
     ratings = [mt_bench_rating(text) for text in replies]
     warn_of_unread(replies, [rating >= 0 for rating in ratings], "a rating")
-    return mt_bench_averages([row | {"score": rating} for (row, _), rating in zip(requests, ratings, strict=True)])
+    averages = mt_bench_averages([row | {"score": rating} for (row, _), rating in zip(requests, ratings, strict=True)])
+    items = {"items": len(subset)} | ({"subset_of": len(questions)} if len(subset) < len(questions) else {})
+    return items | averages
 
 
 def compare(args: JudgeArguments, client: JudgeClient) -> dict:
@@ -112,11 +117,11 @@ def compare(args: JudgeArguments, client: JudgeClient) -> dict:
 
 def main(args: JudgeArguments):
     folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     client = JudgeClient(
         args.judge_model, folder / "replies.jsonl", base_url=args.base_url, num_workers=args.num_workers
     )
     judged = rate(args, client) if args.mt_bench_data else compare(args, client)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "judged.json").write_text(json.dumps(judged, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({name: value for name, value in judged.items() if name != "per_pair"}, indent=2))
 

@@ -405,5 +405,13 @@ class TestExample:
         arguments = ["--answers", answers, "--mt_bench_data", data, "--output_dir", tmp_path / "out"]
         self.judge(monkeypatch, *arguments, "--judge_model", "j", "--base_url", server.url)
         judged = json.loads((tmp_path / "out/judged.json").read_text())
-        assert judged == {"vicuna-7b-v1.3": {"turn1": 4, "turn2": 4, "average": 4, "failed": 0}}
+        rated = {"vicuna-7b-v1.3": {"turn1": 4, "turn2": 4, "average": 4, "failed": 0}}
+        assert judged == {"items": 80} | rated
+        assert len(server.bodies) == 160
+        # Answers to a few questions, as `evaluate.py --limit` writes them, are judged as such.
+        few = tmp_path / "few.jsonl"
+        few.write_text("".join(answers.read_text().splitlines(keepends=True)[:5]))
+        arguments[1] = few
+        self.judge(monkeypatch, *arguments, "--judge_model", "j", "--base_url", server.url)
+        assert json.loads((tmp_path / "out/judged.json").read_text()) == {"items": 5, "subset_of": 80} | rated
         assert len(server.bodies) == 160
