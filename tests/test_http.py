@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from grkd_trl._http import ServerClient, ServerError, ServerRequest, UnusableAnswer
+from grkd_trl.teacher.http import ServerClient, ServerError, ServerRequest, UnusableAnswer
 
 
 KEY = "sk-not/to be+seen"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers.utils import logging
 
-from .._http import ServerClient, ServerError, ServerRequest, UnusableAnswer
+from ..teacher.http import ServerClient, ServerError, ServerRequest, UnusableAnswer
 
 
 logger = logging.get_logger(__name__)

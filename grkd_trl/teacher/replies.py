@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .._http import UnusableAnswer
+from .http import UnusableAnswer
 
 
 WITHHELD = {"content_filter": "filtered", "tool_calls": "tool calls", "function_call": "tool calls"}

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .._http import ServerClient, ServerError, ServerRequest
+from .http import ServerClient, ServerError, ServerRequest
 from .protocol import Completions, TeacherScores, prompt_seeds
 from .replies import (
     MissingLogps,
