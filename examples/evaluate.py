@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from evaluate_benchmarks import BENCHMARKS
+from evaluate_benchmarks import BENCHMARKS, count_items
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
@@ -100,6 +100,7 @@ def main(args: EvaluateArguments):
     else:
         questions = read_rows(args.questions or benchmark.questions)[: args.limit]
         part = answers.with_suffix(".part")
+        part.touch()  # a place that cannot be written to is found before the model is asked
         settings = {"max_new_tokens": args.max_new_tokens or benchmark.max_new_tokens, "batch_size": args.batch_size}
         model, tokenizer = load(args)
         set_seed(args.seed)
@@ -113,7 +114,8 @@ def main(args: EvaluateArguments):
         print(f"\nNo --judgments yet. Judge the answers with the official tool:\n\n{command}\n")
         print("then run this command again with --judgments and that file.")
         return
-    scores = benchmark.score(args, args.judgments if benchmark.judge_command else answers)
+    scored = args.judgments if benchmark.judge_command else answers
+    scores = count_items(benchmark, answers, scored) | benchmark.score(args, scored)
     (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(scores, indent=2))
 

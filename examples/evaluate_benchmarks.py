@@ -61,6 +61,8 @@ class Benchmark(NamedTuple):
     max_new_tokens: int
     answer: Callable[..., None]
     score: Callable[[Any, Path], dict]
+    num_questions: int
+    item: str | None = None  # field of a judgment that names its question; without one, each is another
     file_name: str = "{model}.jsonl"
     judge_command: str | None = None
 
@@ -128,13 +130,26 @@ def score_mt_bench(args, judgments: Path) -> dict:
     return mt_bench_averages(read_rows(judgments))
 
 
+def count_items(benchmark: Benchmark, answers: Path, scored: Path) -> dict[str, int]:
+    """How many questions the scores are of, and of how many, where they are a subset."""
+    rows, num_answers = read_rows(scored), len(read_rows(answers))
+    num_items = len({row.get(benchmark.item, row.get("question_id")) for row in rows}) if benchmark.item else len(rows)
+    if num_items != num_answers:
+        print(
+            f"The judgments are of {num_items} questions, and {answers} answers {num_answers}: are they of another run?"
+        )
+    counts = {"items": num_items}
+    return counts | ({"subset_of": benchmark.num_questions} if num_items < benchmark.num_questions else {})
+
+
 BENCHMARKS = {
-    "gsm8k": Benchmark(GSM8K_QUESTIONS, 512, answer_gsm8k, score_gsm8k),
+    "gsm8k": Benchmark(GSM8K_QUESTIONS, 512, answer_gsm8k, score_gsm8k, 1319),
     "alpaca_eval2": Benchmark(
         ALPACA_EVAL2_QUESTIONS,
         2048,
         answer_alpaca_eval2,
         score_alpaca_eval2,
+        805,
         file_name="model_outputs.json",
         judge_command="""\
 pip install alpaca-eval  # and set OPENAI_API_KEY
@@ -146,6 +161,8 @@ alpaca_eval --model_outputs {answers} --annotators_config weighted_alpaca_eval_g
         4096,
         answer_arena_hard,
         score_arena_hard,
+        500,
+        item="uid",
         judge_command="""\
 git clone https://github.com/lmarena/arena-hard-auto && cd arena-hard-auto  # with its data, see its README
 cp {answers} data/arena-hard-v0.1/model_answer/{model}.jsonl
@@ -158,6 +175,8 @@ python gen_judgment.py --setting-file config/arena-hard-v0.1.yaml
         1024,
         answer_mt_bench,
         score_mt_bench,
+        80,
+        item="question_id",
         judge_command="""\
 git clone https://github.com/lm-sys/FastChat && pip install -e "FastChat[model_worker,llm_judge]"
 cd FastChat/fastchat/llm_judge && cp {answers} data/mt_bench/model_answer/{model}.jsonl

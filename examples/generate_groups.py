@@ -45,7 +45,7 @@ class GenerateArguments:
         teacher_server_url (`str`, *optional*):
             Address of a server that serves the teacher, up to and with `/v1`.
         teacher_server (`str`, *optional*, defaults to `"vllm"`):
-            `"vllm"`, `"sglang"`, or `"openai"`, which can write alone.
+            `"vllm"`, `"sglang"`, `"llama.cpp"`, or `"openai"`, which can only write.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Dtype of both.
         device (`str`, *optional*, defaults to `"auto"`):
@@ -67,7 +67,7 @@ class GenerateArguments:
     student_model_name_or_path: str | None = field(default=None, metadata={"help": "Student, where it writes."})
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher, which scores."})
     teacher_server_url: str | None = field(default=None, metadata={"help": "Server of the teacher, with `/v1`."})
-    teacher_server: str = field(default="vllm", metadata={"help": "'vllm', 'sglang' or 'openai'."})
+    teacher_server: str = field(default="vllm", metadata={"help": "'vllm', 'sglang', 'llama.cpp' or 'openai'."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of both."})
     device: str = field(default="auto", metadata={"help": "Where both go, as `device_map` takes it."})
     score: str = field(default="mean", metadata={"help": "'mean' or 'sum' of the log-probabilities."})

@@ -43,6 +43,9 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:  # one model, one thread
             answer = self.server.completions(body) if self.path == "/v1/completions" else self.server.chat(body)
         time.sleep(self.server.delay)
+        answer["model"] = body["model"]
+        if callable(fault):
+            fault(answer)
         if fault == "missing":
             answer["choices"][0] |= {"prompt_logprobs": None, "logprobs": None}
         if fault == "other tokens":
@@ -87,7 +90,7 @@ class Server(ThreadingHTTPServer):
         if isinstance(body["prompt"], str):
             return self.write(body, body["prompt"], lambda text: {"text": text})
         ids = body["prompt"]
-        tokens = self.tokenizer.convert_ids_to_tokens(ids)
+        tokens = [self.tokenizer.decode([token]) for token in ids]
         choice = {"index": 0, "text": " x", "finish_reason": "length", "logprobs": None}
         if "prompt_logprobs" in body:  # vLLM: for each token but the first a map from ids, keys being strings in JSON
             entries = [
@@ -103,7 +106,8 @@ class Server(ThreadingHTTPServer):
                 "tokens": [*tokens, "x"],
                 "top_logprobs": [None, *({token: -0.1} for token in tokens)],
             }
-        return {"object": "text_completion", "choices": [choice]}
+        usage = {"prompt_tokens": len(ids), "completion_tokens": 1, "total_tokens": len(ids) + 1}
+        return {"object": "text_completion", "choices": [choice], "usage": usage}
 
     def chat(self, body):
         return self.write(body, body["messages"], lambda text: {"message": {"role": "assistant", "content": text}})

@@ -5,6 +5,8 @@ import gzip
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from shared_data import shared_data
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model
@@ -302,7 +304,19 @@ class TestMTBench:
 
     @pytest.mark.parametrize(
         "reply, rating",
-        [("The answer says [[10]]. Rating: [[2]]", 2), ("[[7.5]]", 7.5), ("[[11]]", -1), ("Rating: 5", -1), ("", -1)],
+        [
+            ("Rating: [[7]]\n\nNote on the scale [[1]] to [[10]].", 7),  # the first, as FastChat
+            ("Rating: [[5]] The answer itself ended with 'Rating: [[10]]'", 5),
+            ("As [1] says. Rating: [[6]]", 6),
+            ("Rating: [5]", 5),
+            ("[[7.5]]", 7.5),
+            ("[[7.]]", 7),
+            ("[[0]]", 0),
+            ("[[11]]", -1),
+            ("[[\u0667]]", -1),  # an Arabic 7
+            ("Rating: 5", -1),
+            ("", -1),
+        ],
     )
     def test_rating(self, reply, rating):
         assert mt_bench_rating(reply) == rating
@@ -378,7 +392,60 @@ class TestFiles:
         with gzip.open(tmp_path / "a.csv.gz", "wt") as file:
             file.write("a,b\n1,x\n")
         assert read_rows(tmp_path / "a.json") == read_rows(str(tmp_path / "a.jsonl")) == rows
-        assert read_rows(tmp_path / "a.csv.gz") == [{"a": 1, "b": "x"}]
+        assert read_rows(tmp_path / "a.csv.gz") == [{"a": "1", "b": "x"}]
+
+    def test_csv_is_text_as_it_stands(self, tmp_path):
+        fields = [
+            "None",
+            "NA",
+            "null",
+            "nan",
+            "",
+            "007",
+            "1.50",
+            "True",
+            " x ",
+            "a\r\nb",
+            'say "no"',
+            "1,5",
+            "y" * 200_000,
+        ]
+        with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as file:  # with a BOM, as Excel writes
+            csv.writer(file).writerows([["prompt", "completion"], *[[f"p{i}", text] for i, text in enumerate(fields)]])
+        limit = csv.field_size_limit()
+        assert [row["completion"] for row in read_rows(tmp_path / "a.csv")] == fields
+        assert list(read_rows(tmp_path / "a.csv")[0]) == ["prompt", "completion"]
+        assert csv.field_size_limit() == limit
+
+    @pytest.mark.parametrize(
+        "content, says",
+        [
+            ("a,b\n1\n", r"Row 0 of .* must have 2 fields, \['a', 'b'\]"),
+            ("a,b\n1,2\n1,2,3\n", "Row 1 of .* must have 2 fields"),
+            ("a,a\n1,2\n", "different names"),
+            ("", "different names"),
+            ('a\n"x', "is not valid CSV"),
+            (b"a\n\xff\n", "is not valid CSV"),
+        ],
+    )
+    def test_bad_csv(self, tmp_path, content, says):
+        (tmp_path / "a.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(ValueError, match=says):
+            read_rows(tmp_path / "a.csv")
+
+    def test_parquet_keeps_nested_columns(self, tmp_path):
+        rows = [
+            {"a": ["x", None], "b": {"c": [1, 2]}, "d": "007", "e": None, "f": 3},
+            {"a": [], "b": {"c": []}, "d": "NA", "e": 1.5, "f": None},
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+        assert read_rows(tmp_path / "a.parquet") == rows
+        assert all(type(row["a"]) is list for row in read_rows(tmp_path / "a.parquet"))
+
+    def test_a_bom_is_no_part_of_json(self, tmp_path):
+        for name, text in (("a.jsonl", '{"a": null}\n'), ("a.json", '[{"a": null}]')):
+            (tmp_path / name).write_text(text, encoding="utf-8-sig")
+            assert read_rows(tmp_path / name) == [{"a": None}]
 
     def test_refuses(self, tmp_path):
         with pytest.raises(ValueError, match="must end in .jsonl"):

@@ -52,7 +52,8 @@ def test_gsm8k(folder):
     assert [row["question"] for row in rows] == ["1 + 1?", "2 + 2?"]
     scores = json.loads((folder / "gsm8k/scores.json").read_text())
     assert scores["strict"]["low"] <= scores["strict"]["accuracy"] <= scores["strict"]["high"]
-    assert scores.keys() == {"strict", "flexible"}
+    assert scores.keys() == {"items", "subset_of", "strict", "flexible"}
+    assert (scores["items"], scores["subset_of"]) == (2, 1319)
 
 
 def test_mt_bench_stops_then_reads_judgments(folder, monkeypatch, capsys):
@@ -108,5 +109,7 @@ def test_arena_hard(folder, monkeypatch, capsys):
     (folder / "judged.jsonl").write_text(json.dumps(judgment) + "\n")
     evaluate(monkeypatch, folder, "arena_hard", "--judgments", folder / "judged.jsonl", "--model_id", "ours")
     assert json.loads((folder / "arena_hard/scores.json").read_text()) == {
-        "ours": {"score": 25.0, "low": 0.0, "high": 50.0}
+        "items": 1,
+        "subset_of": 500,
+        "ours": {"score": 25.0, "low": 0.0, "high": 50.0},
     }

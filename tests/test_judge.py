@@ -14,10 +14,12 @@ from shared_data import shared_data
 from grkd_trl.evaluation.judge import (
     JudgeClient,
     judge_pairs,
+    pair_answers,
     pairwise_messages,
     pairwise_requests,
     parse_verdict,
     read_answers,
+    summarize_shares,
 )
 
 
@@ -26,7 +28,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, reply):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.reply, self.faults, self.bodies, self.keys = reply, [], [], []
+        self.reply, self.faults, self.bodies, self.keys, self.refuses = reply, [], [], [], {}
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
 
@@ -38,12 +40,19 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.server.faults.pop(0) if self.server.faults else None
         message = {"role": "assistant", "content": self.server.reply(body["messages"])}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        if callable(fault):
+            fault(choice)
         answer = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
         content, status = json.dumps(answer).encode(), 200
         if isinstance(fault, int):
-            content, status = b'{"error": {"message": "told to fail"}}', fault
+            text = f"Incorrect API key provided: {(self.headers['Authorization'] or '').removeprefix('Bearer ')}"
+            content, status = json.dumps({"error": {"message": text}}).encode(), fault
         elif isinstance(fault, bytes):
             content = fault
+        for name, says in self.server.refuses.items():
+            if name in body:
+                content, status = json.dumps({"error": {"message": says, "param": name}}).encode(), 400
+                break
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content) + (100 if fault == "cut" else 0)))
@@ -87,7 +96,8 @@ def longer_is_better(messages):
 
 
 def client(server, tmp_path, **kwargs):
-    return JudgeClient("judge", tmp_path / "cache.jsonl", base_url=server.url, timeout=5, **kwargs)
+    quick = {"timeout": 5, "backoff": 0.01}
+    return JudgeClient("judge", tmp_path / "cache.jsonl", base_url=server.url, **quick | kwargs)
 
 
 class TestPairs:
@@ -142,6 +152,12 @@ class TestPairs:
             ("V1 AB", None),
             ("[[A]]", None),
             ("", None),
+            ("V1 T\u0130E", None),  # a capital I with a dot: lower case of neither, and equal without regard to case
+            ("V1 t\u0131e", None),
+            ("V1 \u0410", None),  # a Cyrillic A
+            ("V1 \uff21", None),  # a wide A
+            ("V1 A\u0338", None),  # struck through
+            ("V1\u0391 A", None),
         ],
     )
     def test_verdict(self, reply, verdict):
@@ -164,7 +180,7 @@ class TestClient:
     def test_stops_and_keeps_what_was_judged(self, serve, tmp_path, fault):
         server = serve(longer_is_better)
         server.faults = [None, fault]
-        judge = client(server, tmp_path, num_workers=1)
+        judge = client(server, tmp_path, num_workers=1, max_retries=0)
         with pytest.raises(
             RuntimeError, match="1 of 4 replies are kept in .*: run again to ask for the other 3"
         ) as error:
@@ -177,7 +193,7 @@ class TestClient:
     def test_a_server_that_is_not_there(self, serve, tmp_path, monkeypatch):
         monkeypatch.setenv("OPENAI_API_KEY", "x")
         judge = JudgeClient("judge", tmp_path / "c", base_url="http://127.0.0.1:9/v1", max_retries=0, timeout=2)
-        with pytest.raises(RuntimeError, match="failed: APIConnectionError"):
+        with pytest.raises(RuntimeError, match="failed, ConnectError"):
             judge.ask([[{"role": "user", "content": "?"}]])
 
     def test_never_asks_twice(self, serve, tmp_path):
@@ -207,8 +223,68 @@ class TestClient:
         assert cost.price == pytest.approx((cost.input_tokens * 10 + 200 * 30) / 1e6)
         assert len(server.bodies) == 2
 
+    def test_unknown_prices_are_no_price(self, serve, tmp_path):
+        assert client(serve(longer_is_better), tmp_path).cost([[{"role": "user", "content": "?"}]]).price is None
+
+    @pytest.mark.parametrize(
+        "fault",
+        [
+            lambda choice: choice.update(finish_reason="length"),
+            lambda choice: choice.update(finish_reason="content_filter"),
+            lambda choice: choice["message"].update(content=""),
+            lambda choice: choice["message"].update(content=" \n"),
+            lambda choice: choice["message"].update(content=None, refusal="No."),
+        ],
+    )
+    def test_a_cut_or_empty_reply_gives_no_verdict_and_is_not_kept(self, serve, tmp_path, caplog, fault):
+        server = serve(longer_is_better)
+        server.faults = [fault]
+        judge = client(server, tmp_path, num_workers=1)
+        assert judge_pairs(judge, ["?"], ["aa"], ["b"]) == [None]
+        assert "1 of 2 replies of judge were cut at `max_tokens=1024`, filtered or empty" in caplog.text
+        assert "1 of 2 replies (50.0%) lack a verdict" in caplog.text
+        assert judge_pairs(client(server, tmp_path), ["?"], ["aa"], ["b"]) == [1]
+        assert len(server.bodies) == 3
+
+    def test_a_reply_without_a_verdict_is_shown(self, serve, tmp_path, caplog):
+        judge_pairs(client(serve(lambda messages: "I like both."), tmp_path), ["?"], ["aa"], ["b"])
+        assert "2 of 2 replies (100.0%) lack a verdict, for instance: 'I like both.'" in caplog.text
+
+    @pytest.mark.parametrize("refused", [["max_tokens"], ["temperature"], ["max_tokens", "temperature"]])
+    def test_models_that_refuse_a_parameter(self, serve, tmp_path, refused, caplog):
+        """With OpenAI's messages."""
+        says = {
+            "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+            "'max_completion_tokens' instead.",
+            "temperature": "Unsupported value: 'temperature' does not support 0.0 with this model. Only the default (1) "
+            "value is supported.",
+        }
+        server = serve(longer_is_better)
+        server.refuses = {name: says[name] for name in refused}
+        judge = client(server, tmp_path, num_workers=1, max_retries=0)
+        assert judge_pairs(judge, ["?", "!"], ["aa", "a"], ["b", "bb"]) == [1, 0]
+        taken = server.bodies[-1]
+        assert taken.get("max_completion_tokens" if "max_tokens" in refused else "max_tokens") == 1024
+        assert ("temperature" in taken) is ("temperature" not in refused)
+        assert len(server.bodies) == 4 + len(refused)  # refused once, not for each request
+        assert ("its replies are drawn" in caplog.text) is ("temperature" in refused)
+
+    def test_a_server_on_this_machine_needs_no_key(self, serve, tmp_path, monkeypatch):
+        server = serve(longer_is_better)
+        monkeypatch.delenv("OPENAI_API_KEY")
+        assert judge_pairs(client(server, tmp_path), ["?"], ["aa"], ["b"]) == [1]
+        assert set(server.keys) == {None}
+
+    def test_the_key_is_masked_where_the_server_echoes_it(self, serve, tmp_path):
+        server = serve(longer_is_better)
+        server.faults = [401]
+        with pytest.raises(RuntimeError, match=r"Incorrect API key provided: \[key\]") as error:
+            judge_pairs(client(server, tmp_path, num_workers=1), ["?"], ["aa"], ["b"])
+        assert "secret-key" not in str(error.value) and error.value.__cause__ is None
+
     def test_missing_key(self, tmp_path, monkeypatch):
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+        monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
         with pytest.raises(ValueError, match="environment variable OPENAI_API_KEY, which is not set"):
             JudgeClient("judge", tmp_path / "cache.jsonl")
 
@@ -230,6 +306,60 @@ def test_reads_the_answers_of_each_benchmark(tmp_path):
         read_answers(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ({"prompt": "a", "completion": None}, "Row 0 of the answers: `completion` must be text, got None"),
+        ({"instruction": "a", "output": 7}, "`output` must be text, got 7"),
+        ({"messages": [{"content": "a"}, {"content": None}]}, "`messages` must be text, got None"),
+        ({"messages": [{"content": "a"}]}, "`messages` must end with a prompt and an answer"),
+        ({"messages": [{"content": "a"}, {"role": "assistant"}]}, "`messages` must end with a prompt and an answer"),
+    ],
+)
+def test_answers_that_are_no_text(tmp_path, row, says):
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=says):
+        read_answers(tmp_path / "a.json")
+
+
+def test_answers_in_csv_are_text(tmp_path):
+    (tmp_path / "a.csv").write_text("\ufeffprompt,completion\nIs it?,None\nAgent?,007\n", encoding="utf-8")
+    assert read_answers(tmp_path / "a.csv") == [("Is it?", "None"), ("Agent?", "007")]
+
+
+class TestPairingOfAnswers:
+    def test_the_same_prompt_twice_is_paired_by_place(self):
+        answers, baseline = [("p", "1"), ("q", "2"), ("p", "3")], [("q", "x"), ("p", "y"), ("p", "z"), ("r", "w")]
+        assert pair_answers(answers, baseline) == (["p", "q", "p"], ["1", "2", "3"], ["y", "x", "z"])
+
+    def test_a_baseline_of_one_answer_is_compared_with_each(self):
+        assert pair_answers([("p", "1"), ("p", "2"), ("p", "3")], [("p", "x")])[2] == ["x", "x", "x"]
+
+    @pytest.mark.parametrize(
+        "baseline, says",
+        [
+            ([("q", "x")], "no answer to 1 of 1 prompts, for instance 'p'"),
+            ([("p", "x")] * 2, "has 2 answers to a prompt that was answered 3 times, 'p'"),
+        ],
+    )
+    def test_refuses(self, baseline, says):
+        with pytest.raises(ValueError, match=says):
+            pair_answers([("p", "1")] * 3, baseline)
+
+
+class TestSummary:
+    def test_bounds_hold_what_refused_pairs_may_be(self):
+        rate = summarize_shares([1.0, 0.5, None, 0.0, None])
+        assert (rate["pairs"], rate["without_verdict"], rate["share_without_verdict"]) == (5, 2, 0.4)
+        assert (rate["won_if_others_lost"], rate["won"], rate["won_if_others_won"]) == (0.3, 0.5, 0.7)
+        assert rate["low"] < 0.5 < rate["high"]
+
+    def test_without_any_verdict(self):
+        rate = summarize_shares([None, None])
+        assert rate["won"] is rate["low"] is rate["high"] is None
+        assert (rate["won_if_others_lost"], rate["won_if_others_won"]) == (0, 1)
+
+
 class TestExample:
     def judge(self, monkeypatch, *arguments):
         monkeypatch.setattr(sys, "argv", ["judge.py", *map(str, arguments)])
@@ -247,13 +377,24 @@ class TestExample:
             self.judge(monkeypatch, *arguments, "--max_cost", 0.5)
         assert server.bodies == []
         self.judge(monkeypatch, *arguments)
-        assert "4 requests (0 known already)" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "4 requests (0 known already)" in shown and "Cost: at most" in shown
         judged = json.loads((tmp_path / "out/judged.json").read_text())
         assert judged["won"] == 1
         assert judged["per_pair"] == [1, 1]
 
+    def test_the_same_prompt_twice(self, serve, tmp_path, monkeypatch, capsys):
+        server = serve(longer_is_better)
+        for name, answers in (("ours", ["mine one", "m"]), ("base", ["b", "base two"])):
+            rows = [{"instruction": "Write a poem.", "output": text} for text in answers]
+            (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        arguments = ["--answers", tmp_path / "ours.json", "--baseline", tmp_path / "base.json", "--output_dir"]
+        self.judge(monkeypatch, *arguments, tmp_path / "out", "--judge_model", "j", "--base_url", server.url)
+        assert json.loads((tmp_path / "out/judged.json").read_text())["per_pair"] == [1, 0]
+        assert "Cost unknown: give --prices" in capsys.readouterr().out
+
     def test_mt_bench(self, serve, tmp_path, monkeypatch):
-        server = serve(lambda messages: "It rates itself [[10]]. Rating: [[4]]")
+        server = serve(lambda messages: "Rating: [[4]]. It rates itself [[10]].")
         data = tmp_path / "data"
         (data / "mt_bench/reference_answer").mkdir(parents=True)
         shutil.copy(shared_data("mt_bench/question.jsonl"), data / "mt_bench")
@@ -264,5 +405,13 @@ class TestExample:
         arguments = ["--answers", answers, "--mt_bench_data", data, "--output_dir", tmp_path / "out"]
         self.judge(monkeypatch, *arguments, "--judge_model", "j", "--base_url", server.url)
         judged = json.loads((tmp_path / "out/judged.json").read_text())
-        assert judged == {"vicuna-7b-v1.3": {"turn1": 4, "turn2": 4, "average": 4, "failed": 0}}
+        rated = {"vicuna-7b-v1.3": {"turn1": 4, "turn2": 4, "average": 4, "failed": 0}}
+        assert judged == {"items": 80} | rated
+        assert len(server.bodies) == 160
+        # Answers to a few questions, as `evaluate.py --limit` writes them, are judged as such.
+        few = tmp_path / "few.jsonl"
+        few.write_text("".join(answers.read_text().splitlines(keepends=True)[:5]))
+        arguments[1] = few
+        self.judge(monkeypatch, *arguments, "--judge_model", "j", "--base_url", server.url)
+        assert json.loads((tmp_path / "out/judged.json").read_text()) == {"items": 5, "subset_of": 80} | rated
         assert len(server.bodies) == 160

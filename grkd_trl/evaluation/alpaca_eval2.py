@@ -1,6 +1,7 @@
 """AlpacaEval 2: answers in the file its tool reads, and the win rates of the judgments that the tool writes."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,8 +137,9 @@ def read_gamed_baselines(source: str | Path) -> np.ndarray:
     found = []
     for index, row in enumerate(rows):
         known = "tanh_std_delta_len" in row
-        length = row["tanh_std_delta_len"] if known else np.tanh(field_of(row, "std_delta_len", index, str(source)))
-        numbers = [field_of(row, name, index, str(source)) for name in ("index", "preference")]
+        given = row["tanh_std_delta_len"] if known else field_of(row, "std_delta_len", index, str(source))
+        length = _number(given) if known else np.tanh(_number(given))
+        numbers = [_number(field_of(row, name, index, str(source))) for name in ("index", "preference")]
         found.append((numbers[0], length, numbers[1]))
     found = np.array(found, dtype=float)
     return found[np.isfinite(found).all(-1)]
@@ -158,7 +160,14 @@ def read_instruction_difficulty(source: str | Path) -> np.ndarray:
         `ValueError`: If the column is missing.
     """
     rows = read_rows(source)
-    return np.array([field_of(row, "instruction_difficulty", index, str(source)) for index, row in enumerate(rows)])
+    return np.array(
+        [_number(field_of(row, "instruction_difficulty", index, str(source))) for index, row in enumerate(rows)]
+    )
+
+
+def _number(field: str | float | None) -> float:
+    """A number of a table, NaN where its field is empty."""
+    return math.nan if field in ("", None) else float(field)
 
 
 def alpaca_eval2_length_controlled_win_rate(

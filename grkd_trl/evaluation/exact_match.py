@@ -1,7 +1,6 @@
 """Exact match of greedy completions, and the confidence interval of such a share."""
 
-from statistics import NormalDist
-
+from scipy.stats import binomtest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..teacher import generate_completions
@@ -63,12 +62,9 @@ def exact_match(
 
 
 def wilson_interval(successes: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    r"""
+    """
     Score interval of a binomial proportion, of [Wilson (1927)](https://doi.org/10.1080/01621459.1927.10502953),
     without continuity correction.
-
-    With k successes of n and the two-sided normal quantile z, the limits are
-    \\( \left(k + \frac{z^2}{2} \pm z \sqrt{\frac{k (n - k)}{n} + \frac{z^2}{4}}\right) / (n + z^2) \\).
 
     Args:
         successes (`int`):
@@ -100,8 +96,5 @@ def wilson_interval(successes: int, total: int, *, confidence: float = 0.95) -> 
         raise ValueError(
             f"`confidence` must lie between 0 and 1, both excluded, got {confidence}: write 95 % as 0.95."
         )
-    z = -NormalDist().inv_cdf((1 - confidence) / 2)
-    center = successes + z**2 / 2
-    half_width = z * (successes * (total - successes) / total + z**2 / 4) ** 0.5
-    low, high = (center - half_width) / (total + z**2), (center + half_width) / (total + z**2)
-    return max(low, 0.0), min(high, 1.0)  # 0 of n and n of n may round to just outside
+    interval = binomtest(int(successes), int(total)).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)

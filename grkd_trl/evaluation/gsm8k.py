@@ -6,9 +6,26 @@ from decimal import Decimal
 
 GSM8K_QUESTIONS = "hf://datasets/openai/gsm8k/main/test-00000-of-00001.parquet"
 
-_NUMBER = r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-_MARKED = re.compile(rf"(?:####|^A:)[^\S\n]*({_NUMBER})", re.MULTILINE)
-_ANY = re.compile(_NUMBER)
+
+def _number(spaces: str) -> str:
+    """A number in words of `re.VERBOSE`, with what may stand in for the comma between thousands."""
+    minus = "-\u2212\u2013\ufe63\uff0d"  # hyphen, minus sign, en dash, and the small and the wide hyphen
+    return rf"""
+        (?:(?<![\w.)])(?P<minus>[{minus}]))?  # behind a digit or a word it is a hyphen, as in 10-15
+        (?:[$\u20ac\u00a3](?P<late_minus>[{minus}])?)?
+        (?:
+            (?<![/\d]) (?:(?P<whole>\d+)[ ])? (?P<top>\d+)/(?P<bottom>\d+) (?!\d|/|\.\d)  # 1/2, 3 1/2, no date
+            | (?P<number>\d+(?:,\d+|[{spaces}]\d{{3}}(?!\d))*(?:\.\d+)?|\.\d+)
+        )"""
+
+
+_NO_BREAK = "\u00a0\u2009\u202f"  # no-break space, thin space, and both in one
+_ANY = re.compile(_number(_NO_BREAK), re.VERBOSE)
+_DECORATION = r"(?:\\boxed\{|[^\S\n]|[*_`~(\\:=])*"
+_HASHES, _LETTER = (
+    re.compile(mark + _DECORATION + _number("\\ " + _NO_BREAK), re.VERBOSE | re.MULTILINE)
+    for mark in (r"\#{4}", "^A:")
+)
 
 
 def gsm8k_conversation(question: str, *, examples: list[dict[str, str]] | None = None) -> list[dict[str, str]]:
@@ -33,15 +50,17 @@ def gsm8k_conversation(question: str, *, examples: list[dict[str, str]] | None =
 
 
 def gsm8k_answer(text: str, *, flexible: bool = False) -> Decimal | None:
-    """
-    The number that a solution gives as its answer. Thousands separators and a dollar sign are not part of it.
+    r"""
+    The number that a solution gives as its answer. Thousands separators and currencies are not part of it, a Unicode
+    minus is one, `**42**` and `\boxed{42}` are 42, and `1/2` is a half.
 
     Args:
         text (`str`):
             Solution of a model or of the dataset.
         flexible (`bool`, *optional*, defaults to `False`):
-            `False` takes the first number behind `####` (or behind `A:` at the start of a line, as in the model
-            solutions published with the dataset), and nothing else. `True` takes the last number of the text.
+            `False` takes the first number behind `####`, or where there is none behind `A:` at the start of a line (as
+            in the model solutions published with the dataset), and nothing else. `True` takes the last number of the
+            text.
 
     Returns:
         `Decimal` or `None`: The number; `None` where there is none.
@@ -49,18 +68,24 @@ def gsm8k_answer(text: str, *, flexible: bool = False) -> Decimal | None:
     Example:
 
     ```python
-    >>> gsm8k_answer("3 * 600 = 1800\\n#### $1,800.00"), gsm8k_answer("So it is 1,800 in all.", flexible=True)
+    >>> gsm8k_answer("3 * 600 = 1800\n#### $1,800.00"), gsm8k_answer("So it is 1,800 in all.", flexible=True)
     (Decimal('1800.00'), Decimal('1800'))
 
     ```
     """
     if flexible:
-        numbers = _ANY.findall(text)
-        number = numbers[-1] if numbers else None
+        *_, match = (None, *_ANY.finditer(text))
     else:
-        marked = _MARKED.search(text)
-        number = marked[1] if marked else None
-    return None if number is None else Decimal(number.replace(",", "").replace("$", ""))
+        match = _HASHES.search(text) or _LETTER.search(text)
+    if match is None:
+        return None
+    if match["number"] is not None:
+        value = Decimal(re.sub(rf"[, {_NO_BREAK}]", "", match["number"]))
+    elif Decimal(match["bottom"]) == 0:
+        return None
+    else:
+        value = Decimal(match["whole"] or 0) + Decimal(match["top"]) / Decimal(match["bottom"])
+    return -value if match["minus"] or match["late_minus"] else value
 
 
 def gsm8k_verdicts(completions: list[str], answers: list[str], *, flexible: bool = False) -> list[bool]:

@@ -1,185 +1,30 @@
-"""A model behind an OpenAI-compatible endpoint that judges answers."""
+"""Two models' answers side by side, before a judge that they cannot steer."""
 
 import hashlib
 import json
-import os
 import re
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import openai
+import numpy as np
 
 from .files import field_of, read_rows
+from .judge_client import JudgeClient, JudgeCost, warn_of_unread
+from .statistics import bootstrap_estimate
 
 
-class JudgeCost(NamedTuple):
-    """
-    What a judgment will cost, before it starts.
-
-    Args:
-        requests (`int`):
-            Requests to send.
-        cached (`int`):
-            Requests whose reply is known already.
-        input_tokens (`int`):
-            About how many tokens they have, at four characters each.
-        output_tokens (`int`):
-            How many tokens the replies have at most.
-        price (`float`):
-            What these cost at most, in the currency of the prices.
-    """
-
-    requests: int
-    cached: int
-    input_tokens: int
-    output_tokens: int
-    price: float
-
-
-class JudgeClient:
-    """
-    Asks a judge, keeps every reply on disk, and never asks the same twice.
-
-    Args:
-        model (`str`):
-            Name of the model at the endpoint.
-        cache_path (`str` or `Path`):
-            JSONL file of replies, read now and added to.
-        base_url (`str`, *optional*):
-            Endpoint, e.g. `"http://localhost:8000/v1"`; OpenAI's by default.
-        api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
-            Environment variable that holds the key. There is no other way to give it.
-        max_tokens (`int`, *optional*, defaults to `1024`):
-            Longest reply.
-        num_workers (`int`, *optional*, defaults to `8`):
-            Requests under way at a time.
-        max_retries (`int`, *optional*, defaults to `6`):
-            Attempts after the first, with growing pauses or those that the server names, on refused connections, time
-            outs, 429 and 5xx.
-        timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds for an attempt.
-
-    Raises:
-        `ValueError`: If the environment has no key.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        cache_path: str | Path,
-        *,
-        base_url: str | None = None,
-        api_key_variable: str = "OPENAI_API_KEY",
-        max_tokens: int = 1024,
-        num_workers: int = 8,
-        max_retries: int = 6,
-        timeout: float = 120.0,
-    ):
-        if not os.environ.get(api_key_variable):
-            raise ValueError(
-                f"The judge needs a key in the environment variable {api_key_variable}, which is not set: "
-                f"`export {api_key_variable}=...` (a local server takes any value)."
-            )
-        self.model, self.max_tokens, self.num_workers = model, max_tokens, num_workers
-        self._client = openai.OpenAI(
-            api_key=os.environ[api_key_variable], base_url=base_url, max_retries=max_retries, timeout=timeout
-        )
-        self._base_url = str(self._client.base_url)
-        self._cache_path, self._lock = Path(cache_path), threading.Lock()
-        self._replies = {}
-        if self._cache_path.exists():
-            for line in self._cache_path.read_text(encoding="utf-8").split("\n"):
-                try:
-                    row = json.loads(line)
-                    self._replies[row["key"]] = row["reply"]
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue  # the line that a killed process left: it is asked again
-
-    def _key(self, messages: list[dict[str, str]]) -> str:
-        asked = json.dumps([self._base_url, self.model, self.max_tokens, messages])
-        return hashlib.sha256(asked.encode()).hexdigest()
-
-    def cost(
-        self, conversations: list[list[dict[str, str]]], *, prices: tuple[float, float] = (0.0, 0.0)
-    ) -> JudgeCost:
-        """
-        Estimate what [`ask`] will cost.
-
-        Args:
-            conversations (`list[list[dict[str, str]]]`):
-                Messages of each request.
-            prices (`tuple[float, float]`, *optional*, defaults to `(0.0, 0.0)`):
-                Price of a million input and of a million output tokens.
-
-        Returns:
-            [`JudgeCost`]: The estimate.
-        """
-        asked = {self._key(messages): messages for messages in conversations}
-        new = [messages for key, messages in asked.items() if key not in self._replies]
-        inputs = sum(len(message["content"]) for messages in new for message in messages) // 4
-        outputs = len(new) * self.max_tokens
-        price = (inputs * prices[0] + outputs * prices[1]) / 1e6
-        return JudgeCost(len(new), len(conversations) - len(new), inputs, outputs, price)
-
-    def ask(self, conversations: list[list[dict[str, str]]]) -> list[str]:
-        """
-        Replies of the judge, at temperature 0.
-
-        Args:
-            conversations (`list[list[dict[str, str]]]`):
-                Messages of each request.
-
-        Returns:
-            `list[str]`: One reply each, in their order.
-
-        Raises:
-            `RuntimeError`: If a request failed for good. The replies so far are kept: ask again to go on.
-        """
-        stop = threading.Event()
-
-        def reply(messages: list[dict[str, str]]) -> None:
-            key = self._key(messages)
-            if key in self._replies or stop.is_set():
-                return
-            try:
-                self._keep(key, self._send(messages))
-            except Exception:
-                stop.set()  # a wrong key or a dead server fails for all
-                raise
-
-        asked = {self._key(messages): messages for messages in conversations}
-        with ThreadPoolExecutor(self.num_workers) as pool:
-            futures = [pool.submit(reply, messages) for messages in asked.values()]
-        errors = [error for future in futures if (error := future.exception())]
-        if errors:
-            missing = sum(key not in self._replies for key in asked)
-            raise RuntimeError(
-                f"The judge {self.model} at {self._base_url} failed: {type(errors[0]).__name__}: {errors[0]} "
-                f"{len(asked) - missing} of {len(asked)} replies are kept in {self._cache_path}: run again to ask for "
-                f"the other {missing}."
-            ) from errors[0]
-        return [self._replies[self._key(messages)] for messages in conversations]
-
-    def _send(self, messages: list[dict[str, str]]) -> str:
-        completion = self._client.chat.completions.create(
-            model=self.model, messages=messages, max_tokens=self.max_tokens, temperature=0.0
-        )
-        choices = getattr(completion, "choices", None)
-        content = choices[0].message.content if choices else None
-        if not isinstance(content, str):
-            raise ValueError(f"a reply without `choices[0].message.content`: {str(completion)[:200]!r}.")
-        return content
-
-    def _keep(self, key: str, reply: str) -> None:
-        with self._lock:
-            self._replies[key] = reply
-            self._cache_path.parent.mkdir(parents=True, exist_ok=True)
-            with self._cache_path.open("ab+") as file:
-                file.seek(0, os.SEEK_END)
-                torn = file.tell() and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n"
-                file.write((b"\n" if torn else b"") + json.dumps({"key": key, "reply": reply}).encode() + b"\n")
+__all__ = [
+    "JudgeClient",
+    "JudgeCost",
+    "judge_pairs",
+    "pair_answers",
+    "pairwise_messages",
+    "pairwise_requests",
+    "parse_verdict",
+    "read_answers",
+    "summarize_shares",
+]
 
 
 _INSTRUCTIONS = """\
@@ -253,8 +98,10 @@ def parse_verdict(reply: str, code: str) -> str | None:
 
     ```
     """
-    lines = reply.strip().split("\n")
-    verdict = re.fullmatch(rf"[\W_]*{re.escape(code)}[\W_]+(A|B|TIE)[\W_]*", lines[-1], re.IGNORECASE)
+    line = reply.strip().split("\n")[-1]
+    # Without regard to case, other letters of Unicode equal these, and its accents strike letters through.
+    pattern = rf"[\W_]*{re.escape(code)}[\W_]+(A|B|TIE)[\W_]*"
+    verdict = re.fullmatch(pattern, line, re.IGNORECASE) if line.isascii() else None
     return verdict[1].upper() if verdict else None
 
 
@@ -292,6 +139,7 @@ def judge_pairs(
     asked = pairwise_requests(prompts, completions, baselines, max_characters=max_characters)
     replies = client.ask([messages for messages, _ in asked])
     verdicts = [parse_verdict(reply, code) for reply, (_, code) in zip(replies, asked, strict=True)]
+    warn_of_unread(replies, [verdict is not None for verdict in verdicts], "a verdict")
     first, second = {"A": 1.0, "B": 0.0, "TIE": 0.5}, {"A": 0.0, "B": 1.0, "TIE": 0.5}
     return [
         None if None in (forward, backward) else (first[forward] + second[backward]) / 2
@@ -332,6 +180,50 @@ def pairwise_requests(
     return requests
 
 
+def summarize_shares(shares: Sequence[float | None]) -> dict[str, float | int | None]:
+    """
+    Win rate of judged pairs. Pairs without a verdict are left out of it, and may be no accident: an answer that provokes
+    a refusal would remove its own loss. So their share stands beside it, and what it would be were all of them lost, or
+    all won.
+
+    Args:
+        shares (`Sequence[float | None]`):
+            What [`judge_pairs`] returned.
+
+    Returns:
+        `dict[str, float | int | None]`: `pairs`, `without_verdict`, `share_without_verdict`, `won` with its interval
+        `low` and `high`, `won_if_others_lost` and `won_if_others_won`; `None` where no pair has a verdict.
+
+    Raises:
+        `ValueError`: If there is no pair.
+
+    Example:
+
+    ```python
+    >>> rate = summarize_shares([1.0, 0.5, None, 1.0])
+    >>> rate["won_if_others_lost"], rate["won_if_others_won"], rate["share_without_verdict"]
+    (0.625, 0.875, 0.25)
+
+    ```
+    """
+    if not shares:
+        raise ValueError("There is no pair to summarize.")
+    judged = [share for share in shares if share is not None]
+    missing, total = len(shares) - len(judged), len(shares)
+    summary: dict[str, float | int | None] = {
+        "pairs": total,
+        "without_verdict": missing,
+        "share_without_verdict": missing / total,
+        **dict.fromkeys(("won", "low", "high")),
+        "won_if_others_lost": sum(judged) / total,
+        "won_if_others_won": (sum(judged) + missing) / total,
+    }
+    if judged:
+        rate = bootstrap_estimate(np.array([judged]))
+        summary |= {"won": float(rate.mean), "low": float(rate.low), "high": float(rate.high)}
+    return summary
+
+
 def read_answers(source: str | Path) -> list[tuple[str, str]]:
     """
     Prompts and answers of a file.
@@ -344,16 +236,74 @@ def read_answers(source: str | Path) -> list[tuple[str, str]]:
         `list[tuple[str, str]]`: Pairs of prompt and answer.
 
     Raises:
-        `ValueError`: If a row is none of these.
+        `ValueError`: If a row is none of these, or its prompt or answer is no text.
     """
     pairs = []
     for index, row in enumerate(read_rows(source)):
         if "instruction" in row:
-            pairs.append((row["instruction"], field_of(row, "output", index, "answers")))
+            names, pair = ("instruction", "output"), (row["instruction"], field_of(row, "output", index, "answers"))
         elif "messages" in row:
-            content = row["messages"][-1]["content"]
-            answer = content["answer"] if isinstance(content, dict) else content
-            pairs.append((row["messages"][-2]["content"], answer))
+            names = ("messages", "messages")
+            try:
+                content = row["messages"][-1]["content"]
+                answer = content["answer"] if isinstance(content, dict) else content
+                pair = (row["messages"][-2]["content"], answer)
+            except (KeyError, TypeError, IndexError):
+                raise ValueError(
+                    f"Row {index} of the answers: `messages` must end with a prompt and an answer, each with "
+                    f"`content`, got {str(row['messages'])[:200]}."
+                ) from None
         else:
-            pairs.append(tuple(field_of(row, name, index, "answers") for name in ("prompt", "completion")))
+            names = ("prompt", "completion")
+            pair = tuple(field_of(row, name, index, "answers") for name in names)
+        for name, text in zip(names, pair, strict=True):
+            if not isinstance(text, str):
+                raise ValueError(f"Row {index} of the answers: `{name}` must be text, got {text!r}.")
+        pairs.append(pair)
     return pairs
+
+
+def pair_answers(
+    answers: Sequence[tuple[str, str]], baseline: Sequence[tuple[str, str]]
+) -> tuple[list[str], list[str], list[str]]:
+    """
+    Put two models' answers to the same prompts side by side. Of a prompt that comes several times, the first answer
+    belongs to the first and so on; a baseline that has it once is compared with each.
+
+    Args:
+        answers (`Sequence[tuple[str, str]]`):
+            Pairs of prompt and answer of one model, as [`read_answers`] returns them.
+        baseline (`Sequence[tuple[str, str]]`):
+            Those of the other, in any order, and of more prompts if it likes.
+
+    Returns:
+        `tuple[list[str], list[str], list[str]]`: N prompts, answers, and answers of the baseline.
+
+    Raises:
+        `ValueError`: If the baseline lacks an answer, or has another number of a prompt's.
+
+    Example:
+
+    ```python
+    >>> pair_answers([("a", "1"), ("b", "2"), ("a", "3")], [("a", "x"), ("a", "y"), ("b", "z")])
+    (['a', 'b', 'a'], ['1', '2', '3'], ['x', 'z', 'y'])
+
+    ```
+    """
+    asked = Counter(prompt for prompt, _ in answers)
+    given: dict[str, list[str]] = {}
+    for prompt, answer in baseline:
+        given.setdefault(prompt, []).append(answer)
+    if missing := [prompt for prompt in asked if prompt not in given]:
+        raise ValueError(
+            f"The baseline has no answer to {len(missing)} of {len(asked)} prompts, for instance {missing[0][:200]!r}."
+        )
+    for prompt, number in asked.items():
+        if len(given[prompt]) not in (1, number):
+            raise ValueError(
+                f"The baseline has {len(given[prompt])} answers to a prompt that was answered {number} times, "
+                f"{prompt[:200]!r}: give one, or as many."
+            )
+    rows = [(prompt, answer, given[prompt]) for prompt, answer in answers]
+    baselines = [of_prompt.pop(0) if len(of_prompt) > 1 else of_prompt[0] for _, _, of_prompt in rows]
+    return [prompt for prompt, _, _ in rows], [answer for _, answer, _ in rows], baselines

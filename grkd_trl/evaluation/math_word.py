@@ -1,10 +1,11 @@
 """Math word problems whose answer is an equation in prefix form, checked by running it (MAWPS, as SVAMP prepares it)."""
 
-import csv
 import math
 import operator
 from pathlib import Path
 from typing import NamedTuple
+
+from .files import read_rows
 
 
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
@@ -46,16 +47,15 @@ def read_math_word_problems(path: str | Path) -> list[MathWordProblem]:
         `ValueError`: If a column is missing or a number cannot be read; the message names the row.
     """
     problems = []
-    with open(path, newline="", encoding="utf-8") as file:
-        for index, row in enumerate(csv.DictReader(file)):
-            try:
-                numbers, answer = [float(number) for number in row["Numbers"].split()], float(row["Answer"])
-                problems.append(MathWordProblem(row["Question"], numbers, row["Equation"], answer))
-            except (KeyError, ValueError) as error:
-                raise ValueError(
-                    f"Row {index} of {path} is no math word problem ({error!r}). Accepted are the columns `Question`, "
-                    "`Numbers` (numbers separated by spaces), `Equation` and `Answer` (a number)."
-                ) from error
+    for index, row in enumerate(read_rows(path)):
+        try:
+            numbers, answer = [float(number) for number in row["Numbers"].split()], float(row["Answer"])
+            problems.append(MathWordProblem(row["Question"], numbers, row["Equation"], answer))
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"Row {index} of {path} is no math word problem ({error!r}). Accepted are the columns `Question`, "
+                "`Numbers` (numbers separated by spaces), `Equation` and `Answer` (a number)."
+            ) from error
     return problems
 
 

@@ -254,14 +254,18 @@ def mt_bench_requests(
 
 def mt_bench_rating(reply: str) -> float:
     """
-    The rating of a judge's reply, as `[[7]]`. The last one counts: a judge may quote an answer that rates itself.
+    The rating of a judge's reply, as the official tool reads it: the first number in double brackets, as `[[7]]`, or
+    where there is none in single ones. So a judge that quotes a rated answer before its own verdict is read wrongly,
+    here as there.
 
     Args:
         reply (`str`):
             What the judge wrote.
 
     Returns:
-        `float`: From 1 to 10; -1, a failed judgment, where there is no such rating.
+        `float`: From 0 to 10; -1, a failed judgment, where there is no number or one above 10.
     """
-    ratings = re.findall(r"\[\[(\d+(?:\.\d+)?)\]\]", reply)
-    return float(ratings[-1]) if ratings and 1 <= float(ratings[-1]) <= 10 else -1
+    number = r"([0-9]+\.?[0-9]*)"
+    found = re.search(rf"\[\[{number}\]\]", reply) or re.search(rf"\[{number}\]", reply)
+    rating = float(found[1]) if found else -1.0
+    return rating if rating <= 10 else -1.0

@@ -153,5 +153,6 @@ def _share_of_seeds(values: dict, first: str, second: str) -> float:
     pair = None if first == second else _common(values, first, second)
     if pair is None:
         return math.nan
-    gaps = pair[0].mean(-1) - pair[1].mean(-1)
-    return float(np.where(np.abs(gaps) < 1e-12, 0.5, gaps > 0).mean())
+    scores, others = pair[0].mean(-1), pair[1].mean(-1)
+    tied = np.isclose(scores, others, rtol=1e-9, atol=1e-12)  # means of equal values, summed in another order
+    return float(np.where(tied, 0.5, scores > others).mean())

@@ -253,6 +253,8 @@ def _make_shard(rows, shard, config, writers, scorer) -> tuple[list[dict[str, An
             temperature=config.temperature,
             top_p=config.top_p,
         )
+        num_asked = sum(num_drawn for num_drawn, _ in config.shares().values())
+        counts["not_written"] = sum(num_asked - len(group) for group in drawn)
 
     groups = []
     for group in drawn:

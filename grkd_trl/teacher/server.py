@@ -3,32 +3,48 @@
 import json
 import math
 import os
-import random
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..data import describe_tokenizer
+from ..data import describe_tokenizer, encode_prompt
+from .http import ServerClient, ServerError, ServerRequest
 from .protocol import Completions, TeacherScores, prompt_seeds
-from .retokenize import encode_prompt, read_groups, template_columns
+from .replies import (
+    MissingLogps,
+    SplitReasoning,
+    check_model,
+    read_echoed_logps,
+    read_llama_cpp_logps,
+    read_texts,
+    read_vllm_logps,
+)
+from .retokenize import read_groups, template_columns
 
 
 logger = logging.get_logger(__name__)
 
-_SERVERS = ("vllm", "sglang", "openai")
+_SERVERS = ("vllm", "sglang", "llama.cpp", "openai")
 _NEGATIVE_INFINITY = -9999.0  # what vLLM sends for a probability of 0, which JSON cannot hold
+_LOGPS_OF = {
+    "vllm": "vLLM gives `prompt_logprobs`",
+    "sglang": "SGLang gives them for `echo` with `logprobs`",
+    "llama.cpp": "llama-cpp-python gives them if it was started with `--logits_all true`",
+}
+# Servers take what is not said from the model's generation config or defaults of their own.
+_NEUTRAL = {
+    "vllm": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
+    "sglang": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
+    "llama.cpp": {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0},
+    "openai": {},
+}
 
 
-class TeacherError(RuntimeError):
-    """A server gave no answer that can be used, after all retries."""
-
-
-class _Retry(Exception):
-    """An answer that another try may mend."""
+class TeacherError(ServerError):
+    """A teacher's server gave no usable answer, after all attempts."""
 
 
 class ServerTeacher:
@@ -37,8 +53,9 @@ class ServerTeacher:
     log-probabilities of the prompt, and writes through `/v1/chat/completions`, or `/v1/completions` for text. Token
     ids are sent, so what is scored are the very tokens that a local teacher scores.
 
-    A request that fails (refused, timed out, cut off, 408, 409, 429, 5xx, malformed) is tried again after a growing
-    wait, or after what the server asks for. A wrong or missing log-probability is never taken for a score.
+    A request that fails (connection, deadline, 408, 409, 425, 429, 5xx, malformed) is repeated after a growing wait, or
+    after what the server asks for. A wrong or missing log-probability is never taken for a score: an answer must have
+    one value for each token sent, and ids, or texts and a count, that prove whose they are.
 
     Args:
         base_url (`str`):
@@ -48,8 +65,9 @@ class ServerTeacher:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             The model's tokenizer.
         server (`str`, *optional*, defaults to `"vllm"`):
-            Whose answers to read: `"vllm"` (`prompt_logprobs`), `"sglang"` (`echo` with `logprobs`), or `"openai"`,
-            any other, which can write but not score.
+            The software that is running: `"vllm"` (scores with `prompt_logprobs`), `"sglang"` (`echo` with
+            `logprobs`), `"llama.cpp"` (the server of llama-cpp-python, which takes text in place of ids and scores
+            prompts that start with BOS), or `"openai"`, any other, which can write but not score.
         api_key_env (`str`, *optional*, defaults to `"GRKD_TEACHER_API_KEY"`):
             Environment variable that holds the key, if the server wants one.
         score (`str`, *optional*, defaults to `"mean"`):
@@ -57,13 +75,16 @@ class ServerTeacher:
         context_length (`int`, *optional*):
             The model's context, in tokens. What exceeds it is neither written nor scored.
         max_concurrency (`int`, *optional*, defaults to `16`):
-            Requests under way at once.
+            Requests in flight at once.
         timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds to wait for an answer.
+            Deadline of an attempt in seconds, from connecting to the last byte of the answer.
         max_retries (`int`, *optional*, defaults to `6`):
-            Tries of a request after the first.
+            Attempts of a request after the first.
         backoff (`float`, *optional*, defaults to `1.0`):
-            Seconds before the second try, doubled for each further one up to a minute.
+            Seconds before the second attempt, doubled for each further one up to a minute.
+
+    Raises:
+        `ValueError`: If an argument lies outside its range.
     """
 
     def __init__(
@@ -85,16 +106,19 @@ class ServerTeacher:
             raise ValueError(f"`server` must be one of {_SERVERS}, got {server!r}.")
         if score not in ("mean", "sum"):
             raise ValueError(f"`score` must be 'mean' or 'sum', got {score!r}.")
-        try:
-            import openai
-        except ImportError as error:
-            raise ImportError('A teacher behind a server needs `pip install "grkd_trl[server]"`.') from error
-        self._openai, self._key = openai, os.environ.get(api_key_env, "")
-        # Retries are ours: the client's own do not see an answer that is malformed.
-        self._client = openai.OpenAI(base_url=base_url, api_key=self._key or "none", timeout=timeout, max_retries=0)
-        self.base_url, self.model, self.processing_class = base_url, model, processing_class
+        self._client = ServerClient(
+            base_url,
+            who="teacher",
+            key=os.environ.get(api_key_env, ""),
+            max_concurrency=max_concurrency,
+            timeout=timeout,
+            max_retries=max_retries,
+            backoff=backoff,
+            error=TeacherError,
+        )
+        self.model, self.processing_class = model, processing_class
         self.server, self.score_type, self.context_length = server, score, context_length or math.inf
-        self.max_concurrency, self.max_retries, self.backoff = max_concurrency, max_retries, backoff
+        self._token_texts: dict[int, set[str]] = {}
 
     def describe(self) -> dict[str, Any]:
         """
@@ -141,41 +165,72 @@ class ServerTeacher:
                 Further columns, a value a prompt. `tools` and `chat_template_kwargs` are read.
 
         Returns:
-            [`Completions`]: Texts and whether each was cut; none for a prompt that leaves no room for
-            `max_new_tokens` in the context.
+            [`Completions`]: Texts and whether each was cut. None for an empty prompt, or one that leaves no room for
+            `max_new_tokens` in the context; fewer than asked for where the server filtered or refused a completion or
+            made it a tool call, of which a warning gives the number.
 
         Raises:
-            `TeacherError`: If a request fails after its retries.
+            [`TeacherError`]: If a request fails in every attempt, or the server runs a reasoning parser, which takes
+                completions apart.
         """
-        # Servers take what is not said from the model's generation config, as `generate` does.
-        neutral = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0} if self.server != "openai" else {}
-
         seeds = prompt_seeds(seed, len(prompts))
 
-        def write(row: int) -> list[tuple[str, bool]]:
-            prompt = prompts[row]
+        def read(answer: dict[str, Any]) -> list[tuple[str, bool] | str]:
+            if self.server != "openai":  # other services resolve a name to that of a version
+                check_model(answer, self.model)
+            try:
+                return read_texts(answer, 1 if self.server == "llama.cpp" else num_completions)
+            except SplitReasoning as error:
+                raise TeacherError(
+                    f"The teacher's server moved reasoning out of its answers, into `{error}`: its reasoning parser is "
+                    "on, and what it takes away cannot be put back as it was written. Serve without `--reasoning-parser`."
+                ) from None
+
+        rows, requests = [], []
+        for row, prompt in enumerate(prompts):
             template = template_columns(columns, row)
-            if len(encode_prompt(self.processing_class, prompt, **template)) + max_new_tokens > self.context_length:
-                return []
+            ids = encode_prompt(self.processing_class, prompt, **template)
+            if not 0 < len(ids) <= self.context_length - max_new_tokens:
+                continue
             body = {
+                "model": self.model,
                 "n": num_completions,
                 "seed": seeds[row] % 2**31,
                 "max_tokens": max_new_tokens,
                 "temperature": temperature,
                 "top_p": top_p,
-                **neutral,
+                **_NEUTRAL[self.server],
             }
+            if self.server == "llama.cpp":  # it ignores `n`, and what the chat template is given
+                rows += [row] * num_completions
+                body |= {"prompt": self._as_text(ids), "n": 1}
+                requests += [
+                    ServerRequest("/completions", body | {"seed": (seeds[row] + i) % 2**31}, read)
+                    for i in range(num_completions)
+                ]
+                continue
+            rows.append(row)
             if isinstance(prompt, str):
-                return self._ask({"prompt": prompt, **body}, self._read_texts(num_completions))
+                requests.append(ServerRequest("/completions", {"prompt": prompt, **body}, read))
+                continue
             template = {name: value for name, value in template.items() if value is not None}
             if isinstance(template.get("tools"), str):
                 template["tools"] = json.loads(template["tools"])
-            return self._ask({"messages": prompt, **body, **template}, self._read_texts(num_completions))
+            requests.append(ServerRequest("/chat/completions", {"messages": prompt, **body, **template}, read))
 
-        written = self._each(write, range(len(prompts)))
-        return Completions(
-            [[text for text, _ in group] for group in written], [[cut for _, cut in group] for group in written]
-        )
+        texts, clipped, withheld = [[] for _ in prompts], [[] for _ in prompts], Counter()
+        for row, group in zip(rows, self._client.post_all(requests), strict=True):
+            withheld.update(reason for reason in group if isinstance(reason, str))
+            written = [completion for completion in group if not isinstance(completion, str)]
+            texts[row] += [text for text, _ in written]
+            clipped[row] += [cut for _, cut in written]
+        if withheld:
+            reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(withheld.items()))
+            logger.warning(
+                f"The teacher's server withheld {withheld.total()} of {len(set(rows)) * num_completions} completions "
+                f"({reasons}). They are dropped."
+            )
+        return Completions(texts, clipped)
 
     def score(
         self,
@@ -196,12 +251,12 @@ class ServerTeacher:
                 Further columns, a value a prompt. `clipped`, `tools` and `chat_template_kwargs` are read.
 
         Returns:
-            [`TeacherScores`]: NaN for a completion that has no token, with its prompt exceeds the context, or has a
-            probability of 0.
+            [`TeacherScores`]: NaN for a completion that has no token, or an empty prompt, or with its prompt exceeds
+            the context, or has a probability of 0.
 
         Raises:
             `ValueError`: If the server is of a kind that cannot score.
-            `TeacherError`: If a request fails after its retries, or is answered without the log-probabilities.
+            [`TeacherError`]: If a request fails in every attempt, or is answered without the log-probabilities.
         """
         if self.server == "openai":
             raise ValueError(
@@ -209,113 +264,73 @@ class ServerTeacher:
                 "SGLang to score, or score with a function."
             )
         groups = list(read_groups(self.processing_class, prompts, completions, columns))
-
-        def score_one(place: tuple[int, int]) -> float:
-            prompt_ids, completion_ids = groups[place[0]][0], groups[place[0]][1][place[1]]
-            if not 0 < len(completion_ids) < self.context_length - len(prompt_ids):  # the server writes a token more
-                return math.nan
-            ids = prompt_ids + completion_ids
-            asked = {"prompt_logprobs": 0} if self.server == "vllm" else {"echo": True, "logprobs": 1}
-            body = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "return_token_ids": True, **asked}
-            logps = self._ask(body, lambda answer: self._read_logps(answer, ids))[len(prompt_ids) :]
-            if min(logps) <= _NEGATIVE_INFINITY:
-                return math.nan
-            return sum(logps) / (len(logps) if self.score_type == "mean" else 1)
-
-        places = [(row, position) for row, group in enumerate(groups) for position in range(len(group[1]))]
-        scores = [[math.nan] * len(group[1]) for group in groups]
-        for (row, position), value in zip(places, self._each(score_one, places), strict=True):
-            scores[row][position] = value
+        scores = [[math.nan] * len(completion_ids) for _, completion_ids, _ in groups]
+        positions, requests = [], []
+        for row, (prompt_ids, completion_ids, _) in enumerate(groups):
+            for position, own_ids in enumerate(completion_ids):
+                # The first token has no log-probability, and the server writes a token more.
+                if prompt_ids and 0 < len(own_ids) < self.context_length - len(prompt_ids):
+                    request = self._score_request(prompt_ids + own_ids)
+                    if request is not None:
+                        positions.append((row, position))
+                        requests.append(request)
+        for (row, position), logps in zip(positions, self._client.post_all(requests), strict=True):
+            logps = logps[len(groups[row][0]) - 1 :]
+            if all(value > _NEGATIVE_INFINITY for value in logps):
+                scores[row][position] = sum(logps) / (len(logps) if self.score_type == "mean" else 1)
         return TeacherScores(
             scores, [[len(ids) for ids in completion_ids] for _, completion_ids, _ in groups], [g[2] for g in groups]
         )
 
-    def _each(self, function: Callable, items: Sequence) -> list:
-        pool = ThreadPoolExecutor(self.max_concurrency)
-        try:
-            return list(pool.map(function, items))
-        finally:
-            pool.shutdown(cancel_futures=True)  # after an error what has not begun is not asked for
+    def _score_request(self, ids: list[int]) -> ServerRequest | None:
+        bos_token_id = self.processing_class.bos_token_id
 
-    def _ask(self, body: dict[str, Any], read: Callable[[dict], Any]) -> Any:
-        """The answer to a request, as `read` takes it; tried again where another try may help."""
-        openai = self._openai
-        path, name = ("/chat/completions", "messages") if "messages" in body else ("/completions", "prompt")
-        endpoint = (
-            self._client.chat.completions if name == "messages" else self._client.completions
-        ).with_raw_response
-        further = {key: value for key, value in body.items() if key != name}
-        for attempt in range(self.max_retries + 1):
-            wait = min(self.backoff * 2**attempt, 60.0) * random.uniform(0.75, 1.0)
+        def read(answer: dict[str, Any]) -> list[float]:
+            check_model(answer, self.model)
             try:
-                response = endpoint.create(model=self.model, extra_body=further, **{name: body[name]})
-                return read(json.loads(response.content))
-            except openai.APIStatusError as error:
-                problem = f"status {error.status_code}: {error.response.text[:300]}"
-                if error.status_code not in (408, 409, 429) and error.status_code < 500:
-                    raise TeacherError(
-                        self._say(path, problem, "The request is refused, and is not repeated.")
-                    ) from None
-                wait = max(wait, _retry_after(error.response.headers.get("retry-after")))
-            except openai.APIConnectionError as error:  # timeouts among them
-                problem = f"{error} {error.__cause__ or ''}".strip()
-            except (ValueError, _Retry) as error:  # no JSON, or not of the shape
-                problem = f"malformed answer: {error}"
-            if attempt < self.max_retries:
-                logger.warning(self._say(path, problem, f"Trying again in {wait:.1f} s."))
-                time.sleep(wait)
-        hint = f"Given up after {self.max_retries + 1} tries. What was written before is kept; start again to go on."
-        raise TeacherError(self._say(path, problem, hint))
+                if self.server == "vllm":
+                    return read_vllm_logps(answer, ids)
+                texts = [self._texts_of(token_id) for token_id in ids]
+                if self.server == "sglang":
+                    return read_echoed_logps(answer, ids, texts)
+                return read_llama_cpp_logps(answer, ids, texts, bos_token_id)
+            except MissingLogps:
+                raise TeacherError(
+                    f"The teacher's server answered without log-probabilities of the prompt. {_LOGPS_OF[self.server]}. "
+                    "Check that `server=` names the software that is running."
+                ) from None
 
-    def _say(self, path: str, problem: str, hint: str) -> str:
-        message = f"The teacher at {self.base_url}{path} failed, {problem}. {hint}"
-        return message.replace(self._key, "[key]") if self._key else message
+        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0}
+        if self.server == "vllm":
+            body |= {"prompt_logprobs": 0, "return_token_ids": True}
+        else:
+            body |= {"echo": True, "logprobs": 1}
+        if self.server == "llama.cpp":
+            if ids[0] != bos_token_id:
+                raise ValueError(
+                    "llama-cpp-python gives log-probabilities of other tokens for a prompt that does not start with "
+                    f"BOS, and this one starts with {self.processing_class.decode(ids[:5])!r}. Score with vLLM or "
+                    "SGLang, or give prompts as messages whose chat template starts with BOS."
+                )
+            body["prompt"] = self._as_text(ids)
+            if self.processing_class(body["prompt"])["input_ids"] != ids:
+                return None  # the text is read as other tokens
+        return ServerRequest("/completions", body, read)
 
-    def _read_texts(self, num_completions: int) -> Callable[[dict], list[tuple[str, bool]]]:
-        def read(answer: dict) -> list[tuple[str, bool]]:
-            try:
-                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-                texts = [c["text"] if "text" in c else c["message"]["content"] for c in choices]
-                reasons = [choice["finish_reason"] for choice in choices]
-            except (KeyError, TypeError, AttributeError) as error:
-                raise _Retry(f"no {error} in it") from None
-            if len(texts) != num_completions or set(reasons) - {"stop", "length"}:
-                raise _Retry(f"{len(texts)} completions that ended with {reasons}, {num_completions} were asked for")
-            return [(text or "", reason == "length") for text, reason in zip(texts, reasons, strict=True)]
+    def _as_text(self, ids: list[int]) -> str:
+        """Text that a server reads as these tokens, which adds BOS itself where the tokenizer does."""
+        added = self.processing_class("")["input_ids"]
+        kept = ids[len(added) :] if added and ids[: len(added)] == added else ids
+        return self.processing_class.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-        return read
-
-    def _read_logps(self, answer: dict, ids: list[int]) -> list[float]:
-        """Log-probability of each token of `ids`, that of the first being 0."""
-        try:
-            choice = answer["choices"][0]
-            if self.server == "vllm":
-                given = choice.get("prompt_logprobs")
-                logps = given and [0.0] + [
-                    entry[str(i)]["logprob"] for entry, i in zip(given[1:], ids[1:], strict=True)
-                ]
-            else:
-                given = (choice.get("logprobs") or {}).get("token_logprobs")
-                logps = given and [0.0, *given[1 : len(ids)]]
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-            raise _Retry(
-                f"log-probabilities not of the shape of {self.server} ({type(error).__name__}: {error})"
-            ) from None
-        if not logps:
-            hint = {"vllm": "vLLM gives `prompt_logprobs`", "sglang": "SGLang gives them for `echo` with `logprobs`"}
-            raise TeacherError(
-                f"The teacher at {self.base_url} answered without log-probabilities of the prompt. {hint[self.server]}; "
-                "is `server` what runs there?"
-            )
-        fine = all(isinstance(value, float | int) and value <= 1e-3 for value in logps)
-        if len(logps) != len(ids) or choice.get("prompt_token_ids") not in (None, ids) or not fine:
-            raise _Retry(f"log-probabilities of other tokens than the {len(ids)} sent, or none for some")
-        return logps
-
-
-def _retry_after(value: str | None) -> float:
-    """Seconds that a `Retry-After` header asks for, a minute at most; 0 for a date or nothing."""
-    try:
-        return min(max(float(value), 0.0), 60.0)
-    except (TypeError, ValueError):
-        return 0.0
+    def _texts_of(self, token_id: int) -> set[str]:
+        """Forms in which a server may write a token: decoded, as in the vocabulary, or without what is no text."""
+        if token_id not in self._token_texts:
+            decoded = self.processing_class.decode([token_id])
+            token = self.processing_class.convert_ids_to_tokens(token_id)
+            self._token_texts[token_id] = {decoded, token}
+            if self.server == "llama.cpp":
+                special = token_id in self.processing_class.all_special_ids
+                bare = "" if special else decoded.replace("\ufffd", "")
+                self._token_texts[token_id] |= {bare, token.replace("\u2581", " ")}
+        return self._token_texts[token_id]
