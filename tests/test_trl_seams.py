@@ -4,13 +4,15 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from tiny import tiny_model, tiny_tokenizer
 from transformers import Trainer
 from trl import DPOTrainer, SFTConfig, SFTTrainer
@@ -20,6 +22,8 @@ from grkd_trl.trainers import GroupTrainer
 
 
 ROOT = Path(__file__).resolve().parents[1]
+
+AT_LEAST_1_16 = Version(_trl.INSTALLED_TRL) >= Version("1.16")
 
 # How the package calls each name of `_trl.py`: positional arguments, keyword arguments.
 CALLS = {
@@ -42,7 +46,9 @@ CALLS = {
         (["prompts", "completions", "rewards", "advantages", "step", "num_samples"], [])
     ],
     "remove_none_values": [(["example"], [])],
-    "unwrap_model_for_generation": [(["model", "accelerator"], ["gradient_checkpointing_kwargs"])],
+    "_unwrap_model_for_generation": [
+        (["model", "accelerator"], ["gradient_checkpointing_kwargs"] if AT_LEAST_1_16 else []),
+    ],
     "VLLMGeneration": [
         (
             ["model", "accelerator", "processing_class"],
@@ -89,7 +95,7 @@ class TestNames:
 
     def test_every_keyword_we_use_is_among_the_calls(self):
         """A keyword that the package gives to one of these names, and the table above does not know."""
-        for path in (ROOT / "grkd_trl").rglob("*.py"):
+        for path in set((ROOT / "grkd_trl").rglob("*.py")) - {ROOT / "grkd_trl/_trl.py"}:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS:
                     given = {keyword.arg for keyword in node.keywords if keyword.arg}
@@ -101,9 +107,37 @@ class TestNames:
         assert padded.dtype == torch.bool
         assert padded.tolist() == [[True, True], [True, False]]
 
-    def test_supported_range_is_the_one_that_pip_installs(self):
+    def test_oldest_is_the_one_that_pip_installs(self):
         (declared,) = re.findall(r'"trl(>=[^"]*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-        assert SpecifierSet(declared) == _trl.SUPPORTED_TRL
+        assert declared == f">={_trl.OLDEST_TRL}"  # and no upper bound: TRL releases every two weeks
+
+    @pytest.mark.parametrize("name", ["IterableDatasetShard", "SeedableRandomSampler", "LengthGroupedSampler"])
+    def test_names_of_accelerate_and_transformers(self, name):
+        assert inspect.isclass(getattr(_trl, name))
+
+
+class TestVersions:
+    def test_too_old(self):
+        with pytest.raises(ImportError, match=r'needs trl 1.14.2 or newer, but trl 1.13.0 .*pip install -U "trl>='):
+            _trl.check_trl_version("1.13.0")
+
+    @pytest.mark.parametrize("installed", ["1.14.2", "1.15.0", "1.16.0", "1.16.3"])
+    def test_tested(self, installed, caplog):
+        _trl.check_trl_version(installed)
+        assert not caplog.records
+
+    def test_newer_is_one_warning(self, monkeypatch):
+        said = []
+        monkeypatch.setattr(_trl.logger, "warning", said.append)
+        _trl.check_trl_version("1.17.0")
+        assert len(said) == 1 and "tested with trl 1.14.2 to 1.16.0" in said[0]
+
+    def test_missing_name_is_named(self):
+        """A TRL without one of the names, as a process of its own sees it."""
+        code = "import trl.trainer.utils as utils; del utils.pad; import grkd_trl"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+        assert run.returncode != 0
+        assert re.search(r"lacks a name that grkd_trl uses: cannot import name 'pad'.*pip install \"trl==", run.stderr)
 
 
 class TestSFTTrainer:

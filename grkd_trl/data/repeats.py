@@ -3,9 +3,9 @@ would depend on the number of processes."""
 
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import IterableDatasetShard
 from datasets import Dataset, IterableDataset
 
+from .._trl import IterableDatasetShard, active_dataset, get_remainder, last_round, set_remainder
 from .collator import first_groups
 
 
@@ -57,14 +57,14 @@ def num_without_repeats(accelerator: Accelerator, batch: dict[str, torch.Tensor]
         `int`: 0 to the number of rows.
     """
     size, process = len(next(iter(batch.values()))), accelerator.process_index
-    if not _is_last_round(accelerator):
+    if not last_round(accelerator):
         return size
     if _is_shared_stream(accelerator, batch):
         # The last round is filled up with rows of the first, none of which stands at its own index.
         indices = torch.arange(process * size, (process + 1) * size, device=batch["row"].device)
         return int((batch["row"] % (size * accelerator.num_processes) == indices).sum())
     # How many rows the last round had: unknown, and not above 0, where there are no repeats.
-    remainder = accelerator.gradient_state.remainder
+    remainder = get_remainder(accelerator)
     return min(max(remainder - process * size, 0), size) if remainder > 0 else size
 
 
@@ -79,18 +79,11 @@ def reduce_remainder(accelerator: Accelerator, batch: dict[str, torch.Tensor]) -
         batch (`dict[str, torch.Tensor]`):
             The batch read last, as for [`num_without_repeats`].
     """
-    if _is_last_round(accelerator) and _is_shared_stream(accelerator, batch):
+    if last_round(accelerator) and _is_shared_stream(accelerator, batch):
         num_rows = torch.tensor(num_without_repeats(accelerator, batch), device=batch["row"].device)
-        accelerator.gradient_state.active_dataloader.remainder = accelerator.reduce(num_rows).item()
-
-
-def _is_last_round(accelerator: Accelerator) -> bool:
-    # Of several processes: one has no repeats.
-    loader = accelerator.gradient_state.active_dataloader
-    return loader is not None and loader.end_of_dataloader and accelerator.num_processes > 1
+        set_remainder(accelerator, accelerator.reduce(num_rows).item())
 
 
 def _is_shared_stream(accelerator: Accelerator, batch: dict[str, torch.Tensor]) -> bool:
     # Every process reads the whole stream and keeps its rows; where each has files of its own, there are no repeats.
-    dataset = accelerator.gradient_state.active_dataloader.dataset
-    return isinstance(dataset, IterableDatasetShard) and "row" in batch
+    return isinstance(active_dataset(accelerator), IterableDatasetShard) and "row" in batch

@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from .._trl import LengthGroupedSampler, SeedableRandomSampler
 
 
 class BalancedSampler(Sampler[int]):

@@ -18,7 +18,7 @@ from transformers import (
     ProcessorMixin,
     TrainingArguments,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from .._trl import (
@@ -27,6 +27,7 @@ from .._trl import (
     get_config_model_id,
     prepare_deepspeed,
     prepare_fsdp,
+    unset_hf_deepspeed_config,
 )
 
 

@@ -17,10 +17,10 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 
+from .._trl import LengthGroupedSampler
 from ..data import DataCollatorForGroups, count_items, prepare_groups, require_rows
 from ..data.repeats import number_rows, reduce_remainder, without_repeats
 from ..data.sampler import GroupedByLength, balance

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
+
+from .._trl import sort_checkpoints
 
 
 logger = logging.get_logger(__name__)

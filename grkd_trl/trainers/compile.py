@@ -6,6 +6,7 @@ from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
+from .._trl import switch_off_compilation
 from ..scoring import core_model
 
 
@@ -27,7 +28,7 @@ def take_over_compilation(accelerator: Accelerator, args: TrainingArguments) -> 
     plugin = TorchDynamoPlugin(args.torch_compile_backend, args.torch_compile_mode)
     if plugin.backend == DynamoBackend.NO:
         return None
-    accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+    switch_off_compilation(accelerator)
     # Above a limit, 8 by default, a layer's code would run uncompiled. It is traced for student and teacher, with and
     # without gradients, for each kind of attention, all of it twice under FSDP2, and for each trainer of a process.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

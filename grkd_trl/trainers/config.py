@@ -83,7 +83,7 @@ def check_completion_fields(args: SFTConfig) -> None:
         "padding_free": args.padding_free,
         "assistant_only_loss": args.assistant_only_loss,
         "completion_only_loss": args.completion_only_loss is False,
-        "loss_type": args.loss_type not in ("nll", "chunked_nll"),
+        "loss_type": args.loss_type not in (None, "nll", "chunked_nll"),  # `None` is the default of TRL before 1.15
         "label_smoothing_factor": args.label_smoothing_factor != 0,
         "dataset_kwargs": "skip_prepare_dataset" in (args.dataset_kwargs or ()),  # a `dict`, or JSON still unread
     }

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
+from .._trl import make_train_dataloader
 from ..data import bring_scores, bring_soft_labels, count_items
 from ..generation.online import OnlineGroups, prepare_prompts
 from ..losses import (
@@ -175,13 +176,7 @@ class GRKDTrainer(GroupTrainer):
     def get_train_dataloader(self):
         if self.online is None:
             return super().get_train_dataloader()
-        return self._get_dataloader(
-            dataset=self.train_dataset,
-            description="Training",
-            batch_size=self.online.batch_size,
-            sampler_fn=self.online.sampler,
-            is_training=True,
-        )
+        return make_train_dataloader(self, self.online.batch_size, self.online.sampler)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.online is None:
