@@ -29,6 +29,15 @@ CELLS = {
     "completion None in a chat": ({"prompt": USER, "completions": ["b", None]}, "Completion 1 .*`completions`, is None"),
     "no role": ({"prompt": USER, "completions": ["b", [{"content": "b"}]]}, "Completion 1 .*which is no message"),
     "text and messages": ({"prompt": "a ", "completions": ["b", [MESSAGE]]}, "is text and completion 1.*is messages"),
+    "content a number": ({"prompt": [{"role": "user", "content": 5}], "completions": ["b", "c"]}, "content 5 .int."),
+    "ids without a prompt": (
+        {"prompt": "a ", "completions": ["b", "c"], "completion_ids": [[5], [6]], "tokenizer_hash": "0"},
+        "`prompt_ids` .*is None",
+    ),
+    "ids of one completion": (
+        {"prompt": "a ", "completions": ["b", "c"], "prompt_ids": [4], "completion_ids": [[5]], "tokenizer_hash": "0"},
+        "`completion_ids` .*1 entries for 2",
+    ),
     "chosen None": ({"prompt": "a ", "chosen": None, "rejected": "b"}, "`chosen` .*is None"),
     "chosen None, prompt in it": ({"chosen": None, "rejected": "b"}, "`chosen` .*is None"),
     "rejected a number": ({"chosen": "b", "rejected": 1.5}, "`rejected` .*is 1.5 .float."),

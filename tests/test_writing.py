@@ -1,14 +1,16 @@
 """Completions that a model writes: greedy ones against a plain loop, sampled ones against the distribution."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
 from scipy.stats import chisquare
 from test_teacher import chat_tokenizer, make_model
-from tiny import CHAT_TEMPLATES, tiny_tokenizer
+from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_tokenizer
 
-from grkd_trl.teacher import generate_completions
+from grkd_trl.teacher import generate_completions, sample_from_mixture, selection_probs
+from grkd_trl.teacher.writing import row_numbers
 
 
 @pytest.fixture
@@ -240,3 +242,48 @@ class TestSampling:
         assert all(length < 6 for length, cut in lengths if not cut)
         assert all(length == 6 or special for length, cut in lengths if cut)
         assert sum(length == 6 for length, cut in lengths if cut) > 0
+
+
+class TestMixturesOfExperts:
+    """Config that asks for router logits, as TRL saves it: writing needs no load-balancing loss."""
+
+    @staticmethod
+    def make(kind, tokenizer, **kwargs):
+        experts = {"num_local_experts": 4} if kind in ("gpt_oss", "mixtral") else {"num_experts": 4}
+        experts |= {"moe_intermediate_size": 32} if kind == "qwen3_moe" else {}
+        return make_model(kind, len(tokenizer), num_experts_per_tok=2, **experts, **kwargs)
+
+    @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "gpt_oss", "olmoe"])
+    def test_writes_as_without(self, tokenizer, words, kind):
+        prompts = make_prompts(words)
+        plain = write(self.make(kind, tokenizer), tokenizer, prompts, temperature=0.0)
+        asked = self.make(kind, tokenizer, output_router_logits=True)
+        assert write(asked, tokenizer, prompts, temperature=0.0) == plain
+
+    def test_mixture_of_student_and_teacher(self, tokenizer, words):
+        ids = torch.tensor([tokenizer(" ".join(words[:3]))["input_ids"], tokenizer(" ".join(words[3:6]))["input_ids"]])
+        written = []
+        for asks in (False, True):
+            model = self.make("qwen3_moe", tokenizer, output_router_logits=asks)
+            written.append(
+                sample_from_mixture(
+                    model,
+                    lambda model=model: nullcontext(model),
+                    ids,
+                    torch.ones_like(ids),
+                    teacher_share=0.5,
+                    max_new_tokens=5,
+                    eos_token_ids=[tokenizer.eos_token_id],
+                    vocab_size=len(tokenizer),
+                    numbers=row_numbers(0, 2, 5),
+                )
+            )
+        assert written[0] == written[1]
+
+    def test_calibration(self):
+        tokenizer = byte_tokenizer()
+        picked = [
+            selection_probs(self.make("qwen3_moe", tokenizer, output_router_logits=asks), tokenizer, "a", ["b", "c"])
+            for asks in (False, True)
+        ]
+        assert picked[0] == picked[1]

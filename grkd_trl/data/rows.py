@@ -151,6 +151,8 @@ def check_text(value: Any, where: str) -> None:
     for turn in value:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise ValueError(f"{where} holds {_shown(turn)}, which is no message. Accepted is {_FORMS}.")
+        if not isinstance(turn.get("content"), str | list | tuple | None):
+            raise ValueError(f"{where} holds a message with the content {_shown(turn['content'])}: give text.")
 
 
 def message_text(message: dict[str, Any]) -> str:
@@ -263,6 +265,8 @@ def read_group(row: dict[str, Any], index: int, *, min_completions: int = 2) -> 
     for name in ("teacher_scores", "clipped", "completion_ids"):
         if name in group:
             check_one_each(group, name, index)
+    if "completion_ids" in group and group["prompt_ids"] is None:
+        raise ValueError(f"`prompt_ids` of row {index} is None, and `completion_ids` were written after a prompt.")
     for position, value in enumerate(group.get("teacher_scores", [])):
         if not is_score(value):
             field = "teacher_scores" if "completions" in row else ("score_chosen", "score_rejected")[position]

@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.utils import logging
 
-from ..data import as_read, bring_scores, encode_prompt, read_prompt
+from ..data import as_read, bring_scores, encode_prompt, plain_rows, read_prompt
 from ..teacher import load_teacher, loading_whole, score_groups, tokenizer_of
 from ..teacher.writing import write_completions
 from .core import keep
@@ -137,6 +137,7 @@ def teacher_texts(
             return None
         if isinstance(dataset, dict):
             return type(dataset)({name: write(part) for name, part in dataset.items()})
+        dataset = as_read(dataset) if isinstance(dataset, Dataset) else plain_rows(dataset)
         if "written_by" in (dataset.column_names or next(iter(dataset), {})):
             return dataset.map(own).filter(lambda row: len(row["completions"]) > 0)
         if teacher_model is None:
@@ -153,7 +154,7 @@ def teacher_texts(
             )
         if teacher is None:
             teacher, tokenizer = _load(args, model, teacher_model, processing_class)
-        rows = list(as_read(dataset))
+        rows = list(dataset)
         prompts = [read_prompt(row, index) for index, row in enumerate(rows)]
         template = [{name: row.get(name) for name in ("tools", "chat_template_kwargs")} for row in rows]
         state = PartialState()

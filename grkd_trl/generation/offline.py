@@ -254,7 +254,7 @@ def _make_shard(rows, shard, config, writers, scorer) -> tuple[list[dict[str, An
             top_p=config.top_p,
         )
         num_asked = sum(num_drawn for num_drawn, _ in config.shares().values())
-        counts["not_written"] = sum(num_asked - len(group) for group in drawn)
+        counts["not_written"] = sum(num_asked - len(group["completions"]) for group in drawn)
 
     groups = []
     for group in drawn:

@@ -75,7 +75,7 @@ class GRKDTrainer(GroupTrainer):
             As in [`~trainers.GroupTrainer`].
         completion_fn (`Callable`, *optional*):
             Writes online groups in place of student and teacher: `completion_fn(prompts, num_completions, **columns)`
-            gives as many texts for each prompt, or [`~teacher.Completions`] to say which were cut.
+            gives as many texts for each prompt, or [`~teacher.Completions`], which also say which were cut and hold token ids.
         score_fn (`Callable`, *optional*):
             Scores online groups in place of the teacher: `score_fn(prompts, completions, **columns)` gives a number for
             each completion of each prompt, higher is better. See [`~teacher.CallableScorer`].
