@@ -59,35 +59,37 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import sort_checkpoints
 
 try:
-    # The prompt and completion boundary must be TRL's own, or the token ids differ (since 1.4).
+    # The prompt and completion boundary must be TRL's own, or the token ids differ (1.8).
     from trl.data_utils import _tokenize as tokenize
+
+    # How long two lists of ids agree, by which TRL finds that boundary (1.14).
     from trl.data_utils import common_prefix_length
 
-    # Loads the class named in the checkpoint, in float32 unless told otherwise, as TRL's trainers load a student (0.25).
+    # Loads the class named in the checkpoint, in float32 unless told otherwise, as TRL's trainers load a student (0.25 or before).
     from trl.trainer.utils import create_model_from_path
 
-    # The id or path a model was loaded from, which names default output folders and finds its tokenizer (0.25).
+    # The id or path a model was loaded from, which names default output folders and finds its tokenizer (0.25 or before).
     from trl.trainer.utils import get_config_model_id
 
-    # The main process of the job, then of each node, runs `Dataset.map` first; the others read its cache (1.13).
+    # The main process of the job, then of each node, runs `Dataset.map` first; the others read its cache (1.14).
     from trl.trainer.utils import global_then_local_main_first
 
-    # Sets the rate of dropout modules to 0 (0.4).
+    # Sets the rate of dropout modules to 0 (0.25 or before).
     from trl.trainer.utils import disable_dropout_in_model
 
-    # Pads a list of tensors, to a multiple of a length if asked (0.13).
+    # Pads a list of tensors, to a multiple of a length if asked (0.25 or before).
     from trl.trainer.utils import pad
 
-    # Drops the `None` with which Arrow fills the fields that a message or a tool does not have (0.25).
+    # Drops the `None` with which Arrow fills the fields that a message or a tool does not have (0.25 or before).
     from trl.trainer.utils import remove_none_values
 
-    # Frozen models beside the trained one under DeepSpeed and FSDP (0.19).
+    # Frozen models beside the trained one under DeepSpeed and FSDP (0.25 or before).
     from trl.models import prepare_deepspeed, prepare_fsdp
 
-    # Gives the model without wrappers, whole and without gradient checkpointing, to generate in the training loop (0.8).
+    # Gives the model without wrappers, whole and without gradient checkpointing, to generate in the training loop (0.25 or before).
     from trl.models.utils import unwrap_model_for_generation as _unwrap_model_for_generation
 
-    # The table of completions that GRPO prints (0.16).
+    # The table of completions that GRPO prints (0.25 or before).
     from trl.trainer.utils import print_prompt_completions_sample
 except ImportError as error:
     raise ImportError(
@@ -214,7 +216,7 @@ def make_train_dataloader(trainer: Trainer, batch_size: int, sampler_fn: Callabl
 
 
 def __getattr__(name: str):
-    # vLLM beside the training loop or behind a server, which gets the student's weights (1.0). It imports vLLM where
+    # vLLM beside the training loop or behind a server, which gets the student's weights (0.28). It imports vLLM where
     # that is installed, which takes long and claims a GPU: only when asked for.
     if name == "VLLMGeneration":
         from trl.generation.vllm_generation import VLLMGeneration
