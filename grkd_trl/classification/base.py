@@ -138,7 +138,7 @@ class ClassifierTrainer(Trainer):
         else:
             self.eval_dataset = number_rows(evaluation)
         if isinstance(train, IterableDataset) or isinstance(evaluation, IterableDataset):
-            # Batches of different length cannot be joined to be shared out: every process reads its own.
+            # Batches of different length cannot be joined and sliced: every process reads its own.
             self.accelerator.dataloader_config.dispatch_batches = False
 
     def _set_signature_columns_if_needed(self):

@@ -1,4 +1,4 @@
-"""The order of groups and of prompts: the same steps on any number of processes, with the work shared out evenly."""
+"""The order of groups and of prompts: the same steps on any number of processes, with the work divided evenly."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from .._trl import LengthGroupedSampler, SeedableRandomSampler
 
 class BalancedSampler(Sampler[int]):
     """
-    The order of another sampler, with the groups of each optimizer step shared out among its micro-batches and processes
+    The order of another sampler, with the groups of each optimizer step divided among its micro-batches and processes
     so that the padded tokens of a micro-batch are about the same on each. What a step trains on is unchanged, and so is
     its loss.
 
@@ -149,7 +149,7 @@ class GroupedByLength(Sampler[int]):
 
 def indices_of_process(process: int, num_processes: int, batch_size: int, num_batches: int) -> list[int]:
     """
-    Indices, in the order of the steps, of the rows of one process: each micro-batch of all processes is shared out in
+    Indices, in the order of the steps, of the rows of one process: each micro-batch of all processes is divided in
     order.
 
     Args:

@@ -94,10 +94,10 @@ def _curves(summary: TaskSummary, done: list[dict], colors: dict[str, str]) -> F
         steps = sorted(points)
         seconds = [np.mean([second for second, _ in points[step]]) for step in steps]
         scores = [[score for _, score in points[step]] for step in steps]
-        for axes, places in zip(panels, (steps, seconds), strict=True):
-            axes.plot(places, [np.mean(found) for found in scores], color=colors[name], label=_label(name))
+        for axes, positions in zip(panels, (steps, seconds), strict=True):
+            axes.plot(positions, [np.mean(found) for found in scores], color=colors[name], label=_label(name))
             axes.fill_between(
-                places, *([edge(found) for found in scores] for edge in (min, max)), color=colors[name], alpha=0.1
+                positions, *([edge(found) for found in scores] for edge in (min, max)), color=colors[name], alpha=0.1
             )
     for axes, unit in zip(panels, ("steps", "seconds"), strict=True):
         axes.set_xlabel(unit)

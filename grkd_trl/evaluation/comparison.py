@@ -70,7 +70,7 @@ def compare(
         search_space (`dict[str, list[dict[str, Any]]]`, *optional*):
             By method, the settings to choose from, as many for each method.
         tune (`int`, *optional*, defaults to `0`):
-            Trials for each method: points of its search space, the same places in each, drawn once. Each is run with
+            Trials for each method: points of its search space, the same points in each, drawn once. Each is run with
             `tuning_seed` on the validation split, and the one with the best first metric goes into the comparison.
         tuning_seed (`int`, *optional*, defaults to `1000`):
             Seed of the trials, none of `seeds`.

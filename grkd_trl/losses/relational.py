@@ -60,10 +60,10 @@ def ranknet_loss(
     teacher = widen(teacher_scores).masked_fill(~present, 0.0) / temperature
     # With i the teacher's choice of each pair, -log sigmoid(m) + (1 - P) m: the relative loss and a term linear in m.
     order = teacher.masked_fill(~present, -torch.inf).argsort(-1, descending=True)
-    places = order.argsort(-1)
-    relative = group_relative_loss(student, -places.to(student.dtype), mask=present)
+    ranks = order.argsort(-1)
+    relative = group_relative_loss(student, -ranks.to(student.dtype), mask=present)
     with torch.no_grad():
-        slope = _doubt(torch.where(present, teacher, -torch.inf).gather(-1, order)).gather(-1, places)
+        slope = _doubt(torch.where(present, teacher, -torch.inf).gather(-1, order)).gather(-1, ranks)
         num_present = present.sum(-1)
         num_pairs = (num_present * (num_present - 1) / 2).clamp(min=1)
     loss = relative + (slope * student).masked_fill(~present, 0.0).sum(-1) / num_pairs

@@ -222,7 +222,7 @@ class PackedRows:
             Where the tokens are.
 
     Attributes:
-        source (`torch.Tensor` of shape `(T,)`): Place of each token in the flattened batch.
+        source (`torch.Tensor` of shape `(T,)`): Index of each token in the flattened batch.
         position_ids (`torch.Tensor` of shape `(1, T)`): Position of each token in its row.
         predicts (`torch.Tensor` of shape `(M,)`): Token of the sequence that predicts each completion token of the
             batch, row after row.
@@ -260,16 +260,16 @@ class PackedRows:
         def padded(first: int, length: int, to: int) -> torch.Tensor:
             return torch.cat([torch.arange(first, first + length), torch.full((to - length,), -1)])
 
-        places = []  # of the blocks' tokens in the sequence, -1 for padding
+        indices = []  # of the blocks' tokens in the sequence, -1 for padding
         for block in self.blocks:
             prompt, tail = block.prompt_shape[1], block.tail_shape[1]
-            places += [padded(first_of["prompt", g[0]], g[0].prompt_length, prompt) for g in block.groups]
-            places += [padded(first_of["tail", row], row.tail_length, tail) for g in block.groups for row in g]
-        places = torch.cat(places)
-        taken = (places >= 0).nonzero().squeeze(-1)
-        self._to_blocks = places.clamp(min=0).to(device)
-        self._to_sequence = torch.empty(size, dtype=torch.long).index_copy_(0, places[taken], taken).to(device)
-        self._padding = (places < 0).nonzero().squeeze(-1).to(device)
+            indices += [padded(first_of["prompt", g[0]], g[0].prompt_length, prompt) for g in block.groups]
+            indices += [padded(first_of["tail", row], row.tail_length, tail) for g in block.groups for row in g]
+        indices = torch.cat(indices)
+        taken = (indices >= 0).nonzero().squeeze(-1)
+        self._to_blocks = indices.clamp(min=0).to(device)
+        self._to_sequence = torch.empty(size, dtype=torch.long).index_copy_(0, indices[taken], taken).to(device)
+        self._padding = (indices < 0).nonzero().squeeze(-1).to(device)
 
     def split(self, states: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """

@@ -86,7 +86,7 @@ def score_completions(
 ) -> CompletionScores:
     """
     Score the completions of a batch with one forward. The head runs on completion tokens alone, so `(N, L, V)` logits
-    never exist, and a prompt that several rows share is read once. Whether the model can share prompts is checked on its
+    never exist, and a prompt that several rows share is encoded once. Whether the model can share prompts is checked on its
     first batch, by a comparison on a small one of its own: on several processes all have to come to it together.
 
     Args:
@@ -96,7 +96,7 @@ def score_completions(
             `input_ids`, `attention_mask` and `completion_mask`, each `(N, L)`, padded on either side, and optionally
             `position_ids`. Rows of one prompt stand side by side.
         prompt_sharing (`str`, *optional*, defaults to `"auto"`):
-            Whether a prompt is read once for all its rows, and padding never: `"auto"` where that is less work, counted
+            Whether each prompt is encoded once for all its rows, without padding: `"auto"` where that is less work, counted
             in tokens and in query-key pairs of attention, `"on"` in every batch, or `"off"`. The scores are the same to
             rounding. Where the model cannot, a warning says why, once, and every row is read, with `"on"` as well.
         return_logits (`bool`, *optional*, defaults to `False`):

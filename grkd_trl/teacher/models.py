@@ -106,7 +106,7 @@ def prepare_teacher(model: PreTrainedModel, accelerator: Accelerator, *, shardin
         accelerator ([`~accelerate.Accelerator`]):
             The student's accelerator.
         sharding (`str`, *optional*, defaults to `"auto"`):
-            `"replicated"`: whole on the device of every process. `"sharded"`: its parameters shared out among the
+            `"replicated"`: whole on the device of every process. `"sharded"`: its parameters sharded over the
             processes and gathered layer by layer when needed. `"auto"`: sharded under ZeRO-3 and FSDP, as the student
             is, else replicated.
 
@@ -173,8 +173,8 @@ def loading_whole(args: TrainingArguments) -> Iterator[None]:
 
 
 def _shard_layers(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
-    # A layer is gathered when its forward comes and dropped after it; TRL's `prepare_fsdp` makes one unit of the whole
-    # model, which would stand there whole in every forward.
+    # A layer is gathered for its forward and freed after it; TRL's `prepare_fsdp` shards the model as one unit,
+    # which would be gathered whole in every forward.
     model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # the student's autocast
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]

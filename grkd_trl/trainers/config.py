@@ -97,7 +97,7 @@ def check_completion_fields(args: SFTConfig) -> None:
 
 def check_best_metric(args: TrainingArguments) -> None:
     """
-    Warn where the best checkpoint would be chosen by a loss whose balance moves: it is another loss at each of them.
+    Warn where the best checkpoint would be chosen by a loss whose balance moves, so that each is measured by a different loss.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
@@ -106,8 +106,8 @@ def check_best_metric(args: TrainingArguments) -> None:
     moves = args.alpha_schedule != "constant" and args.alpha_start != args.alpha_end
     if args.load_best_model_at_end and args.metric_for_best_model in ("loss", "eval_loss") and moves:
         logger.warning(
-            "The best checkpoint is chosen by `eval_loss`, which mixes its parts by the alpha of the moment, so each is "
-            'measured by another loss. Set `metric_for_best_model` to what is not, such as "eval_loss/soft".'
+            "The best checkpoint is chosen by `eval_loss`, which is mixed by the current alpha, so each checkpoint is measured "
+            'by a different loss. Set `metric_for_best_model` to a metric that does not move, such as "eval_loss/soft".'
         )
 
 

@@ -85,8 +85,8 @@ class DPOTrainer(TRLTrainer):
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Student, as in [`~trl.DPOTrainer`].
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Teacher, which may have another tokenizer. It scores the groups before training where they bring no
-            `teacher_scores`, and is not loaded otherwise.
+            Teacher, which may have another tokenizer. It scores the groups before training where they have no
+            `teacher_scores`, and is then freed; it is not loaded otherwise.
         args ([`DPOConfig`], *optional*):
             Configuration. A default one, writing to `<model>-DPO`, if not given.
         train_dataset, eval_dataset (*optional*):
@@ -100,7 +100,7 @@ class DPOTrainer(TRLTrainer):
     > full, counts the pairs that accelerate repeats, unlike the other trainers here. `dataloader_drop_last=True` avoids it.
 
     Raises:
-        `ValueError`: Before any model is loaded, if groups bring no scores and no teacher is given.
+        `ValueError`: Before any model is loaded, if groups have no scores and no teacher is given.
     """
 
     equation = (

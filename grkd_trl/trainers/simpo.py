@@ -76,7 +76,7 @@ class SimPOTrainer(GroupTrainer):
             As in [`~trainers.GroupTrainer`].
 
     Raises:
-        `ValueError`: Before any model is loaded, if groups bring no scores and no teacher is given.
+        `ValueError`: Before any model is loaded, if groups have no scores and no teacher is given.
     """
 
     equation = (
