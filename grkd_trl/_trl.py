@@ -25,7 +25,7 @@ OLDEST_TRL, NEWEST_TRL = Version("1.14.2"), Version("1.16.0")
 
 def check_trl_version(installed: str) -> None:
     """
-    Refuse a TRL that is too old, and warn of one that was never tested.
+    Refuse a TRL that is too old, before anything of it is imported.
 
     Args:
         installed (`str`):
@@ -34,13 +34,22 @@ def check_trl_version(installed: str) -> None:
     Raises:
         `ImportError`: If it is older than `OLDEST_TRL`.
     """
-    found = Version(installed)
-    if found < OLDEST_TRL:
+    if Version(installed) < OLDEST_TRL:
         raise ImportError(
             f"grkd_trl needs trl {OLDEST_TRL} or newer, but trl {installed} is installed, which lacks names that the "
             f'trainers here use. Install it with `pip install -U "trl>={OLDEST_TRL}"`.'
         )
-    if found.release[:2] > NEWEST_TRL.release[:2]:
+
+
+def warn_of_untested_trl(installed: str) -> None:
+    """
+    Warn of a TRL that is newer than those that were tested.
+
+    Args:
+        installed (`str`):
+            Version of the installed TRL, in which all names were found.
+    """
+    if Version(installed).release[:2] > NEWEST_TRL.release[:2]:
         logger.warning(
             f"trl {installed} is installed, and grkd_trl was tested with trl {OLDEST_TRL} to {NEWEST_TRL}. Every name of "
             "TRL that it uses is there. If numbers or errors surprise you, install a tested version."
@@ -48,6 +57,7 @@ def check_trl_version(installed: str) -> None:
 
 
 INSTALLED_TRL = version("trl")
+check_trl_version(INSTALLED_TRL)
 
 # ruff: noqa: E402, F401, I001
 # What accelerate makes of a stream and of a random order, by which repeated rows are known and an order is balanced.
@@ -97,7 +107,7 @@ except ImportError as error:
         f'{NEWEST_TRL}: `pip install "trl=={NEWEST_TRL}"`.'
     ) from error
 
-check_trl_version(INSTALLED_TRL)  # after the names are known to be there
+warn_of_untested_trl(INSTALLED_TRL)
 
 
 def unwrap_model_for_generation(

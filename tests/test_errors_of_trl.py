@@ -1,8 +1,4 @@
-"""Errors that are TRL's own, and versions of TRL that are refused."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""Errors that are TRL's own."""
 
 import pytest
 from datasets import Dataset
@@ -11,8 +7,6 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 from transformers import BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer
-
-from grkd_trl._trl import SUPPORTED_TRL, check_trl_version
 
 
 def error_of(make, **kwargs):
@@ -72,35 +66,3 @@ class TestErrorsOfTRL:
     def test_processing_class_of_another_type(self, both):
         theirs, ours = both(processing_class="tokenizer")
         assert ours == theirs
-
-
-class TestVersion:
-    @pytest.mark.parametrize("installed", ["1.15.0", "2.0.0", "0.24.0", "1.17.0", "1.17.1"])
-    def test_outside_the_range(self, installed):
-        with pytest.raises(ImportError) as caught:
-            check_trl_version(installed)
-        message = str(caught.value)
-        assert f"trl {installed}" in message and f"trl{SUPPORTED_TRL}" in message
-        assert "private" in message or "may change" in message
-        assert f'pip install "trl{SUPPORTED_TRL}"' in message
-
-    @pytest.mark.parametrize("installed", ["1.16.0", "1.16.3", "1.16.1.dev0"])
-    def test_inside_the_range(self, installed):
-        check_trl_version(installed)
-
-    def test_import(self):
-        """The package asks before it imports anything of TRL, which might fail in a way that says nothing."""
-        code = (
-            "import importlib.metadata as metadata, sys\n"
-            "version = metadata.version\n"
-            "metadata.version = lambda name: '1.15.0' if name == 'trl' else version(name)\n"
-            "try:\n"
-            "    import grkd_trl\n"
-            "finally:\n"
-            "    print('trl' in sys.modules)\n"
-        )
-        root = Path(__file__).resolve().parents[1]
-        result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
-        assert result.returncode == 1
-        assert "ImportError: grkd_trl supports trl" in result.stderr and "trl 1.15.0 is installed" in result.stderr
-        assert result.stdout.strip() == "False"

@@ -124,13 +124,29 @@ class TestVersions:
     @pytest.mark.parametrize("installed", ["1.14.2", "1.15.0", "1.16.0", "1.16.3"])
     def test_tested(self, installed, caplog):
         _trl.check_trl_version(installed)
+        _trl.warn_of_untested_trl(installed)
         assert not caplog.records
 
     def test_newer_is_one_warning(self, monkeypatch):
         said = []
         monkeypatch.setattr(_trl.logger, "warning", said.append)
         _trl.check_trl_version("1.17.0")
+        _trl.warn_of_untested_trl("1.17.0")
         assert len(said) == 1 and "tested with trl 1.14.2 to 1.16.0" in said[0]
+
+    def test_too_old_is_said_before_anything_of_it_is_imported(self):
+        code = (
+            "import importlib.metadata as metadata, sys\n"
+            "version = metadata.version\n"
+            "metadata.version = lambda name: '1.13.0' if name == 'trl' else version(name)\n"
+            "try:\n"
+            "    import grkd_trl\n"
+            "finally:\n"
+            "    print('trl' in sys.modules)\n"
+        )
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert run.returncode == 1 and run.stdout.strip() == "False"
+        assert "ImportError: grkd_trl needs trl 1.14.2 or newer" in run.stderr
 
     def test_missing_name_is_named(self):
         """A TRL without one of the names, as a process of its own sees it."""
