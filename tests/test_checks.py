@@ -191,7 +191,7 @@ class TestWarnings:
 
     def test_teacher_that_is_not_used_by_grkd(self, tmp_path, warnings):
         make_trainer(tmp_path, make_rows(4), soft_label="none")
-        assert [said for said in warnings if said.startswith("`teacher_model` is not used")]
+        assert [said for said in warnings if said.startswith("`teacher_model` is used for nothing")]
         warnings.clear()
         make_trainer(tmp_path, make_rows(4))
         assert not warnings

@@ -224,7 +224,7 @@ class TestComputeMetrics:
             fields = {"metric_for_best_model": "eval_loss", "load_best_model_at_end": True} | fields
             with caplog.at_level("WARNING"):
                 config_class(str(tmp_path), eval_strategy="epoch", save_strategy="epoch", use_cpu=True, **fields)
-            return "mixes its parts by the alpha of the moment" in caplog.text
+            return "mixed by the current alpha" in caplog.text
 
         assert warned() and warned(metric_for_best_model=None)
         assert not warned(load_best_model_at_end=False)

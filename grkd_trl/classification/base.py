@@ -27,7 +27,7 @@ from ..trainers.checkpoints import OrderOfEpoch, prepare_resume
 from ..trainers.config import resolve_args
 from ..trainers.metrics import RunningMeans
 from .checks import check_rows, check_same_classes
-from .outputs import TEACHER_COLUMNS, ClassifierOutputs, classify
+from .outputs import TEACHER_COLUMNS, ClassifierOutputs, classify, num_examples
 
 
 class ClassifierTrainer(Trainer):
@@ -173,12 +173,12 @@ class ClassifierTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             batches[-1] = self._without_repeats(batches[-1])
-        count = sum(batch.get("num_rows", len(next(iter(batch.values())))) for batch in batches)
+        count = sum(batch.get("num_rows", num_examples(batch)) for batch in batches)
         return batches, self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
 
     def _without_repeats(self, batch):
         # The models read the repeats all the same; the loss is of the first `num_rows`.
-        num_rows = num_without_repeats(self.accelerator, batch)
+        num_rows = num_without_repeats(self.accelerator, num_examples(batch), batch.get("row"))
         labels = {"labels": batch["labels"][:num_rows]} if "labels" in batch else {}
         return dict(batch) | labels | {"num_rows": num_rows}
 
@@ -217,13 +217,13 @@ class ClassifierTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss, student's logits `(B, C)` and labels `(B,)`."""
         inputs = self._prepare_inputs(inputs)
-        reduce_remainder(self.accelerator, inputs)
+        reduce_remainder(self.accelerator, num_examples(inputs), inputs.get("row"))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, self._without_repeats(inputs), return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
         logits = outputs["logits"].detach()
-        num_repeats = len(next(iter(inputs.values()))) - len(logits)  # `Trainer` joins what is alike on every process
+        num_repeats = num_examples(inputs) - len(logits)  # `Trainer` joins what is alike on every process
         return loss, torch.nn.functional.pad(logits, (0, 0, 0, num_repeats)), inputs.get("labels")
 
     def evaluation_loop(

@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from ..losses import alpha_at, doubt_weights, group_relative_loss, group_soft_label_loss, sample_classes
+from ..losses import doubt_weights, group_relative_loss, group_soft_label_loss, sample_classes
+from ..trainers.config import current_alpha
 from ..trainers.metrics import add_class_metrics
 from .base import ClassifierTrainer
 from .grkd_config import GRKDForClassificationConfig
@@ -50,12 +51,7 @@ class GRKDForClassificationTrainer(ClassifierTrainer):
     @property
     def alpha(self) -> float:
         """Share of the relative loss at this point of the run."""
-        return alpha_at(
-            self.state.global_step / max(self.state.max_steps, 1),
-            start=self.args.alpha_start,
-            end=self.args.alpha_end,
-            schedule=self.args.alpha_schedule,
-        )
+        return current_alpha(self.args, self.state)
 
     def objective(self, means):
         distillation = (1 - self.alpha) * means["loss/soft"] + self.alpha * means["loss/relative"]

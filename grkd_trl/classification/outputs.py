@@ -69,6 +69,28 @@ def classify(
     return ClassifierOutputs(logits[rows], embeddings[-1][rows] if embeddings and embeddings[-1].ndim == 2 else None)
 
 
+def num_examples(inputs: dict[str, torch.Tensor]) -> int:
+    """
+    Number of examples of a batch, whatever its columns.
+
+    Args:
+        inputs (`dict[str, torch.Tensor]`):
+            Batch, every tensor with one entry an example.
+
+    Returns:
+        `int`: B.
+
+    Raises:
+        `ValueError`: If the tensors differ in it.
+    """
+    sizes = {len(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim > 0}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"The columns {sorted(inputs)} of a batch have {sorted(sizes)} entries: each has one an example."
+        )
+    return sizes.pop()
+
+
 @torch.no_grad()
 def add_teacher_outputs(
     dataset: Dataset,

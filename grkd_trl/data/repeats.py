@@ -38,37 +38,38 @@ def without_repeats(accelerator: Accelerator, batch: dict[str, torch.Tensor]) ->
     Returns:
         `dict[str, torch.Tensor]`: The batch without repeats, see [`first_groups`].
     """
-    num_groups = num_without_repeats(accelerator, batch)
+    num_groups = num_without_repeats(accelerator, len(batch["group_mask"]), batch.get("row"))
     return batch if num_groups == len(batch["group_mask"]) else first_groups(batch, num_groups)
 
 
-def num_without_repeats(accelerator: Accelerator, batch: dict[str, torch.Tensor]) -> int:
+def num_without_repeats(accelerator: Accelerator, size: int, rows: torch.Tensor | None = None) -> int:
     """
     Number of rows of a batch that are not repeats; these come first.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
             Accelerator whose dataloader gave the batch last.
-        batch (`dict[str, torch.Tensor]`):
-            Batch, its first tensor with one entry a row. A batch of a stream that every process reads has `row`, see
-            [`number_rows`].
+        size (`int`):
+            Rows of the batch (B).
+        rows (`torch.Tensor` of shape `(B,)`, *optional*):
+            Their numbers, where they come from a stream that every process reads, see [`number_rows`].
 
     Returns:
-        `int`: 0 to the number of rows.
+        `int`: 0 to B.
     """
-    size, process = len(next(iter(batch.values()))), accelerator.process_index
+    process = accelerator.process_index
     if not last_round(accelerator):
         return size
-    if _is_shared_stream(accelerator, batch):
+    if _is_shared_stream(accelerator, rows):
         # The last round is filled up with rows of the first, none of which stands at its own index.
-        indices = torch.arange(process * size, (process + 1) * size, device=batch["row"].device)
-        return int((batch["row"] % (size * accelerator.num_processes) == indices).sum())
+        indices = torch.arange(process * size, (process + 1) * size, device=rows.device)
+        return int((rows % (size * accelerator.num_processes) == indices).sum())
     # How many rows the last round had: unknown, and not above 0, where there are no repeats.
     remainder = get_remainder(accelerator)
     return min(max(remainder - process * size, 0), size) if remainder > 0 else size
 
 
-def reduce_remainder(accelerator: Accelerator, batch: dict[str, torch.Tensor]) -> None:
+def reduce_remainder(accelerator: Accelerator, size: int, rows: torch.Tensor | None = None) -> None:
     """
     Tell accelerate how many rows the last round of a stream has, on all processes together: `gather_for_metrics` cuts to
     it, and a stream has no length that it could be taken from. Every process has to call this.
@@ -76,14 +77,14 @@ def reduce_remainder(accelerator: Accelerator, batch: dict[str, torch.Tensor]) -
     Args:
         accelerator ([`~accelerate.Accelerator`]):
             Accelerator, whose dataloader is told.
-        batch (`dict[str, torch.Tensor]`):
-            The batch read last, as for [`num_without_repeats`].
+        size, rows:
+            As in [`num_without_repeats`].
     """
-    if last_round(accelerator) and _is_shared_stream(accelerator, batch):
-        num_rows = torch.tensor(num_without_repeats(accelerator, batch), device=batch["row"].device)
+    if last_round(accelerator) and _is_shared_stream(accelerator, rows):
+        num_rows = torch.tensor(num_without_repeats(accelerator, size, rows), device=rows.device)
         set_remainder(accelerator, accelerator.reduce(num_rows).item())
 
 
-def _is_shared_stream(accelerator: Accelerator, batch: dict[str, torch.Tensor]) -> bool:
+def _is_shared_stream(accelerator: Accelerator, rows: torch.Tensor | None) -> bool:
     # Every process reads the whole stream and keeps its rows; where each has files of its own, there are no repeats.
-    return isinstance(active_dataset(accelerator), IterableDatasetShard) and "row" in batch
+    return isinstance(active_dataset(accelerator), IterableDatasetShard) and rows is not None

@@ -93,7 +93,7 @@ class MixtureRollouts:
             first = (number * world + accelerator.process_index) * size
             num_prompts = kept = len(inputs["group_mask"])
             if number == len(prompts) - 1:
-                kept = num_without_repeats(accelerator, inputs)
+                kept = num_without_repeats(accelerator, num_prompts, inputs.get("row"))
             texts = ()
             if self.text_ids is not None:
                 read = step * args.gradient_accumulation_steps * world * size + first

@@ -135,7 +135,8 @@ class GroupTrainer(SFTTrainer):
         if teacher_model is not None:
             self.teacher_model, self.vocab_size = self._place_teacher(teacher_model)
         self.add_callback(OrderOfEpoch())
-        self.add_callback(GroupWarnings(self.random_score))
+        self.group_warnings = GroupWarnings()
+        self.add_callback(self.group_warnings)
 
     # The teacher
 
@@ -275,11 +276,6 @@ class GroupTrainer(SFTTrainer):
         raise NotImplementedError
 
     @property
-    def random_score(self) -> float | None:
-        """Mean log-probability that a model without knowledge gives to its own text, where the student writes."""
-        return None
-
-    @property
     def means(self) -> RunningMeans:
         """Where `compute_loss` adds what it logs: the means of training or those of evaluation."""
         return self.running_means["train" if self.model.training else "eval"]
@@ -302,7 +298,7 @@ class GroupTrainer(SFTTrainer):
         """
         inputs = self._prepare_inputs(inputs)
         whole_mask = inputs["group_mask"]
-        reduce_remainder(self.accelerator, inputs)
+        reduce_remainder(self.accelerator, len(whole_mask), inputs.get("row"))
         inputs = without_repeats(self.accelerator, inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)

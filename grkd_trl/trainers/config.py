@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.utils import logging
 from trl import SFTConfig
 
 from .._trl import get_config_model_id
+from ..losses import alpha_at
 from .checks import check_launch, resolve_bf16
 
 
@@ -109,6 +110,23 @@ def check_best_metric(args: TrainingArguments) -> None:
             "The best checkpoint is chosen by `eval_loss`, which is mixed by the current alpha, so each checkpoint is measured "
             'by a different loss. Set `metric_for_best_model` to a metric that does not move, such as "eval_loss/soft".'
         )
+
+
+def current_alpha(args: TrainingArguments, state: TrainerState) -> float:
+    """
+    Share of the relative loss at this point of a run, by the optimizer steps done.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Configuration with `alpha_start`, `alpha_end` and `alpha_schedule`.
+        state ([`~transformers.TrainerState`]):
+            State of the run.
+
+    Returns:
+        `float`: 0 to 1.
+    """
+    progress = state.global_step / max(state.max_steps, 1)
+    return alpha_at(progress, start=args.alpha_start, end=args.alpha_end, schedule=args.alpha_schedule)
 
 
 @dataclass

@@ -22,7 +22,6 @@ from .._trl import make_train_dataloader
 from ..data import bring_scores, bring_soft_labels, count_items
 from ..generation.online import OnlineGroups, prepare_prompts
 from ..losses import (
-    alpha_at,
     group_relative_loss,
     group_soft_label_loss,
     token_relative_loss,
@@ -32,6 +31,7 @@ from ..losses import (
 from ..scoring import score_completions, sequence_scores, to_groups
 from .base import GroupTrainer
 from .checks import check_finite
+from .config import current_alpha
 from .grkd_config import GRKDConfig
 
 
@@ -140,6 +140,8 @@ class GRKDTrainer(GroupTrainer):
         if self.args.online:
             self.online = OnlineGroups(self, self.data_collator, completion_fn, score_fn)
             self.data_collator = self.online.collate
+            if completion_fn is None and self.args.completion_source != "teacher" and self.args.score == "mean":
+                self.group_warnings.random_score = -math.log(self.model.config.get_text_config().vocab_size)
 
     def bring_teacher(self, args, model, teacher_model, processing_class, *datasets):
         if (self.completion_fn or self.score_fn) and not args.online:
@@ -147,26 +149,25 @@ class GRKDTrainer(GroupTrainer):
                 '`completion_fn` and `score_fn` are for online groups: set `completion_source` to "student", "teacher" or '
                 '"mixed", or write and score the groups beforehand with `grkd_trl.generation.generate_groups`.'
             )
-        scored = self.score_fn is not None or bring_scores(*datasets)
-        teacher_writes = args.completion_source in ("teacher", "mixed") and self.completion_fn is None
         cached = args.relative_level == "completions" and bring_soft_labels(*datasets)
-        needs_teacher = not scored or teacher_writes or (args.needs_teacher_logits and not cached)
-        if needs_teacher and teacher_model is None:
+        uses = {
+            "scores": self.score_fn is None and not bring_scores(*datasets),
+            "soft labels or ranked tokens": args.needs_teacher_logits and not cached,
+            "writing": args.completion_source in ("teacher", "mixed") and self.completion_fn is None,
+        }
+        used_for = [name for name, is_used in uses.items() if is_used]
+        if used_for and teacher_model is None:
             raise ValueError(
                 'No `teacher_model` was given. It is needed for `soft_label="token"` and `relative_level="tokens"`, '
                 "and to score groups without `teacher_scores`. Pass a teacher, or score the groups beforehand and set "
                 '`soft_label="group"` or `"none"`, or cache the soft labels (`grkd_trl.teacher.cache_soft_labels`).'
             )
         if teacher_model is not None:
-            uses = {"soft labels and ranked tokens": args.needs_teacher_logits and not cached, "scores": not scored}
-            used = " and ".join([name for name, is_used in (uses | {"writing": teacher_writes}).items() if is_used])
-            log = logger.info if used else logger.warning  # a teacher that is named is expected to do something
-            log(
-                f"`teacher_model` is used for {used}."
-                if used
-                else "`teacher_model` is not used: the data has all it gives."
+            say = logger.info if used_for else logger.warning  # a teacher that is named is expected to do something
+            say(
+                f"`teacher_model` is used for {' and '.join(used_for) or 'nothing: the data has all that it would give'}."
             )
-        return teacher_model if needs_teacher else None, *datasets
+        return teacher_model if used_for else None, *datasets
 
     def read(self, dataset, processing_class, args, name):
         if args.online and dataset.column_names and not {"completions", "chosen"}.intersection(dataset.column_names):
@@ -184,30 +185,13 @@ class GRKDTrainer(GroupTrainer):
         batches = list(self.online.batches(epoch_iterator, num_batches))
         return batches, self.accelerator.reduce(count_items(batches).to(device), reduction="sum")
 
-    def _prepare_inputs(self, inputs):
-        if isinstance(inputs, list):  # prompts of an evaluation
-            inputs = self.online.evaluate(inputs)
-        return super()._prepare_inputs(inputs)
-
-    @property
-    def random_score(self) -> float | None:
-        """Where the student writes its groups, what a uniform choice among its tokens scores, in nats per token."""
-        writes = self.args.completion_source in ("student", "mixed") and self.completion_fn is None
-        return (
-            -math.log(self.model.config.get_text_config().vocab_size) if writes and self.args.score == "mean" else None
-        )
+    def _prepare_inputs(self, inputs):  # a list is the prompts of an evaluation
+        return super()._prepare_inputs(self.online.evaluate(inputs) if isinstance(inputs, list) else inputs)
 
     @property
     def alpha(self) -> float:
         """Share of the relative loss at this point of the run."""
-        if self.args.soft_label == "none":
-            return 1.0
-        return alpha_at(
-            self.state.global_step / max(self.state.max_steps, 1),
-            start=self.args.alpha_start,
-            end=self.args.alpha_end,
-            schedule=self.args.alpha_schedule,
-        )
+        return 1.0 if self.args.soft_label == "none" else current_alpha(self.args, self.state)
 
     def objective(self, means):  # equation 4, and `sft_weight` times the loss of the best completions
         loss = self.alpha * means["loss/relative"] + (1 - self.alpha) * means.get("loss/soft", 0.0)
@@ -222,9 +206,8 @@ class GRKDTrainer(GroupTrainer):
         if self.teacher_model is not None:
             with self.teaching(model) as teacher_model:
                 teacher = score_completions(teacher_model, inputs, return_logits=args.needs_teacher_logits, **sharing)
-            if teacher_scores is None:
-                scores = sequence_scores(teacher.per_token_logps, completion_mask, score=args.score)
-                teacher_scores = to_groups(scores, group_mask)
+            scores = sequence_scores(teacher.per_token_logps, completion_mask, score=args.score)
+            teacher_scores = to_groups(scores, group_mask) if teacher_scores is None else teacher_scores
         ranking = {"temperature": args.ranking_temperature, "min_gap": args.min_gap}
         softening = {"temperature": args.soft_label_temperature}
 
@@ -268,10 +251,9 @@ class GRKDTrainer(GroupTrainer):
             self.means.add("loss/sft", sft)
         loss = self.add_router_loss(loss, student.aux_loss, num_items_in_batch)
 
-        means = self.means
-        means.add("loss/relative", relative)
-        means.add("loss/soft", soft)
-        means.add("alpha", torch.tensor(alpha, dtype=torch.float64))
+        self.means.add("loss/relative", relative)
+        self.means.add("loss/soft", soft)
+        self.means.add("alpha", torch.tensor(alpha, dtype=torch.float64))
         self.add_group_metrics(inputs, student_scores, teacher_scores)
         outputs = {"student_scores": student_scores, "teacher_scores": teacher_scores}
         return (loss, outputs) if return_outputs else loss
