@@ -93,6 +93,7 @@ class DistillationForClassificationTrainer(ClassifierTrainer):
 
     loss_is_scaled_for_ga = True
 
+    args: DistillationForClassificationConfig
     config_class = DistillationForClassificationConfig
 
     def __init__(

@@ -45,6 +45,7 @@ class GRKDForClassificationTrainer(ClassifierTrainer):
             student's.
     """
 
+    args: GRKDForClassificationConfig
     config_class = GRKDForClassificationConfig
 
     @property

@@ -4,6 +4,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.utils import logging
 
@@ -33,7 +34,7 @@ def _load(args, model, teacher_model, processing_class) -> tuple[PreTrainedModel
 
 def rank_datasets(
     args: TrainingArguments,
-    model: str | PreTrainedModel,
+    model: str | PreTrainedModel | PeftModel,
     teacher_model: str | PreTrainedModel | None,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     *datasets: Dataset | IterableDataset | dict[str, Dataset] | None,
@@ -98,7 +99,7 @@ def rank_datasets(
 
 def teacher_texts(
     args: TrainingArguments,
-    model: str | PreTrainedModel,
+    model: str | PreTrainedModel | PeftModel,
     teacher_model: str | PreTrainedModel | None,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     *datasets: Dataset | IterableDataset | dict[str, Dataset] | None,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -72,11 +72,15 @@ class GroupTrainer(SFTTrainer):
     config_class: ClassVar[type[GroupConfig]] = GroupConfig
     equation: ClassVar[str]
 
+    args: GroupConfig
+    data_collator: Any
+    model: PreTrainedModel | PeftModel
+
     # Fewest completions of a group. 1 for a method that does not compare.
     min_completions: ClassVar[int] = 2
 
     # `compute_loss` divides by the groups or tokens of the whole optimizer step, on all processes.
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -122,7 +126,7 @@ class GroupTrainer(SFTTrainer):
             pad_token_id=self._tokenizer.pad_token_id,
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
-            pad_to_multiple_of=args.pad_to_multiple_of,
+            pad_to_multiple_of=cast(int | None, args.pad_to_multiple_of),
         )
         if args.disable_dropout:
             disable_dropout(self.model)
@@ -158,7 +162,7 @@ class GroupTrainer(SFTTrainer):
         if is_base_of(student, teacher_model, args):
             return student, student.config.get_text_config().vocab_size
         with loading_whole(args) if args.teacher_sharding == "replicated" else nullcontext():
-            teacher = load_teacher(teacher_model, args.teacher_model_init_kwargs)
+            teacher = load_teacher(teacher_model, cast(dict | None, args.teacher_model_init_kwargs))
         vocab_size = shared_vocabulary(student, teacher, self._tokenizer)
         compile_layers(teacher, self.compile_plugin)
         return prepare_teacher(teacher, self.accelerator, sharding=args.teacher_sharding), vocab_size
@@ -169,7 +173,7 @@ class GroupTrainer(SFTTrainer):
         The teacher for a forward without gradients, given the student as `compute_loss` gets it: the teacher, or the
         student in evaluation mode with its adapters off, where its base is the teacher.
         """
-        if self.teacher_model is not self.model:
+        if self.teacher_model is not None and self.teacher_model is not self.model:
             with torch.no_grad():
                 yield self.teacher_model
             return
@@ -270,7 +274,7 @@ class GroupTrainer(SFTTrainer):
 
     # What is logged
 
-    def objective(self, means: dict[str, float]) -> float:
+    def objective(self, means: dict[str, float]) -> float:  # type: ignore[override]  # `Trainer` types its own as `None`
         """The loss at this point of the run, from the means that `compute_loss` logs."""
         raise NotImplementedError
 

@@ -90,6 +90,7 @@ class GRKDTrainer(GroupTrainer):
         r"L_{relative} = \mathrm{mean}_{(i, j): s^T_i - s^T_j > g} -\log \sigma((s^S_i - s^S_j) / \tau)"
     )
 
+    args: GRKDConfig
     config_class = GRKDConfig
     _tag_names = ["trl", "grkd"]
     _name = "GRKD"

@@ -80,6 +80,7 @@ class KDTrainer(GroupTrainer):
     # One completion is enough: nothing is compared.
     min_completions = 1
 
+    args: KDConfig
     config_class = KDConfig
     _tag_names = ["trl", "kd"]
     _name = "KD"

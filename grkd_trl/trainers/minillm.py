@@ -73,6 +73,7 @@ class MiniLLMTrainer(GroupTrainer):
         r"+ \mathrm{KL}(p_S(\cdot | y_{<t}) \| p_T(\cdot | y_{<t})), \qquad w_t = p_S(y_t) / \tilde p(y_t)"
     )
 
+    args: MiniLLMConfig
     config_class = MiniLLMConfig
     _tag_names = ["trl", "minillm"]
     _name = "MiniLLM"

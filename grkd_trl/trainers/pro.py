@@ -79,6 +79,7 @@ class PROTrainer(GroupTrainer):
         r"- \beta \log p_S(y_1 | x), \qquad T_i = r_k - r_i, \quad T_k = \max_{i > k} T_i"
     )
 
+    args: PROConfig
     config_class = PROConfig
     _tag_names = ["trl", "pro"]
     _name = "PRO"

@@ -92,6 +92,7 @@ class SeqKDTrainer(GroupTrainer):
     # One completion is enough: nothing is compared.
     min_completions = 1
 
+    args: SeqKDConfig
     config_class = SeqKDConfig
     _tag_names = ["trl", "seqkd"]
     _name = "SeqKD"

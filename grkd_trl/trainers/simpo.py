@@ -83,6 +83,7 @@ class SimPOTrainer(GroupTrainer):
         r"L = -\log \sigma(\beta (s_w - s_l) - \gamma), \qquad s = \frac{1}{|y|} \sum_t \log p_S(y_t | x, y_{<t})"
     )
 
+    args: SimPOConfig
     config_class = SimPOConfig
     _tag_names = ["trl", "simpo"]
     _name = "SimPO"
