@@ -137,7 +137,7 @@ def test_a_kind_that_is_not_running_is_an_error(teacher):
 @pytest.mark.parametrize("prompt", [PROMPTS[0], "The capital of France is"])
 def test_greedy_completions_are_those_of_the_local_teacher(teacher, local, prompt):
     asked = {"seed": 0, "max_new_tokens": 12, "temperature": 0.0}
-    assert teacher().generate([prompt], 1, **asked) == local.generate([prompt], 1, **asked)
+    assert teacher().generate([prompt], 1, **asked)[:2] == local.generate([prompt], 1, **asked)[:2]
 
 
 def test_draws_follow_the_seed(teacher):
@@ -151,7 +151,8 @@ def test_draws_follow_the_seed(teacher):
 
 
 def test_any_server_can_write_through_the_chat_endpoint(teacher):
-    (texts,), (clipped,) = teacher(server="openai").generate(PROMPTS[:1], 1, seed=0, max_new_tokens=6, temperature=0.0)
+    written = teacher(server="openai").generate(PROMPTS[:1], 1, seed=0, max_new_tokens=6, temperature=0.0)
+    (texts,), (clipped,) = written[:2]
     assert texts[0] and clipped == [True]
 
 

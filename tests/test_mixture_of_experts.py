@@ -139,7 +139,7 @@ class TestTraining:
         assert logged(trainer, "aux_loss") == pytest.approx([value.item() for value in balanced], abs=1e-6)
         if method != "GRKD":  # whose share of each loss is another by the time of the log
             for log in trainer.state.log_history[:2]:
-                assert log["loss"] == pytest.approx(trainer.objective(log) + COEFFICIENT * log["aux_loss"], abs=1e-4)
+                assert log["loss"] == pytest.approx(trainer.mean_loss(log) + COEFFICIENT * log["aux_loss"], abs=1e-4)
 
     @pytest.mark.parametrize("family", WITH_LOSS + WITHOUT_LOSS)
     @pytest.mark.parametrize("router_logits", [True, False])
@@ -183,7 +183,7 @@ class TestTraining:
         metrics = trainer.evaluate()
         assert metrics["eval_aux_loss"] == pytest.approx(balanced[0].item(), abs=1e-6)
         means = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-        expected = trainer.objective(means) + COEFFICIENT * balanced[0].item()
+        expected = trainer.mean_loss(means) + COEFFICIENT * balanced[0].item()
         assert metrics["eval_loss"] == pytest.approx(expected, abs=1e-6)
 
     def test_a_coefficient_without_a_loss_is_refused(self, tmp_path):

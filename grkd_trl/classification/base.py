@@ -33,7 +33,7 @@ from .outputs import TEACHER_COLUMNS, ClassifierOutputs, classify
 class ClassifierTrainer(Trainer):
     r"""
     Base class of the trainers of classifiers: text, image, or any model that returns logits `(B, C)`. A method defines
-    `config_class`, `objective` and `compute_loss`.
+    `config_class`, `mean_loss` and `compute_loss`.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -71,6 +71,7 @@ class ClassifierTrainer(Trainer):
 
     config_class: ClassVar[type[TrainingArguments]]
     args: Any  # of `config_class`
+    _signature_columns: Any
     model: PreTrainedModel | PeftModel
 
     # `compute_loss` divides by the examples of the whole optimizer step, on all processes.
@@ -152,9 +153,10 @@ class ClassifierTrainer(Trainer):
         # What the student takes, what the teacher takes, and what the teacher said
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns += [*TEACHER_COLUMNS, "row"]
+            columns = [*TEACHER_COLUMNS, "row"]
             if self.plain_teacher is not None:
-                self._signature_columns += inspect.signature(self.plain_teacher.forward).parameters
+                columns += inspect.signature(self.plain_teacher.forward).parameters
+            self._signature_columns = [*self._signature_columns, *columns]  # type: ignore[misc]
 
     def teach(self, inputs: dict[str, torch.Tensor]) -> ClassifierOutputs:
         """
@@ -214,7 +216,7 @@ class ClassifierTrainer(Trainer):
             self._draws = key, torch.Generator(device).manual_seed(seed)
         return self._draws[1]
 
-    def objective(self, means: dict[str, float]) -> float:  # type: ignore[override]  # `Trainer` types its own as `None`
+    def mean_loss(self, means: dict[str, float]) -> float:
         """The loss at this point of the run, from the means that `compute_loss` logs."""
         raise NotImplementedError
 
@@ -240,9 +242,9 @@ class ClassifierTrainer(Trainer):
     ):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self.running_means["eval"].read(self.accelerator)
-        means["loss"] = self.objective(means)  # that of the examples, not of batches
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output
+        means["loss"] = self.mean_loss(means)  # that of the examples, not of batches
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics=(output.metrics or {}) | metrics)
 
     def log(self, logs, start_time=None):
         if self.model.training:

@@ -58,7 +58,7 @@ class GRKDForClassificationTrainer(ClassifierTrainer):
             schedule=self.args.alpha_schedule,
         )
 
-    def objective(self, means):
+    def mean_loss(self, means):
         distillation = (1 - self.alpha) * means["loss/soft"] + self.alpha * means["loss/relative"]
         share = self.args.hard_label_weight
         return share * means.get("loss/hard", 0.0) + (1 - share) * distillation

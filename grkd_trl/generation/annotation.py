@@ -1,5 +1,7 @@
 """The teacher as annotator: before training it scores the groups or writes them, and is then freed."""
 
+from typing import Any
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -98,7 +100,7 @@ def rank_datasets(
 
 
 def teacher_texts(
-    args: TrainingArguments,
+    args: Any,
     model: str | PreTrainedModel | PeftModel,
     teacher_model: str | PreTrainedModel | None,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,

@@ -167,7 +167,8 @@ def loading_whole(args: TrainingArguments) -> Iterator[None]:
     try:
         yield
     finally:
-        args.deepspeed_plugin.set_deepspeed_weakref()
+        if args.deepspeed_plugin is not None:
+            args.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def _shard_layers(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:

@@ -36,7 +36,7 @@ from .metrics import RunningMeans, add_length_metrics, add_rank_metrics, peak_me
 
 class GroupTrainer(SFTTrainer):
     r"""
-    Base class of the methods that train on groups. A method defines `config_class`, `equation`, `objective` and
+    Base class of the methods that train on groups. A method defines `config_class`, `equation`, `mean_loss` and
     `compute_loss`, and where it needs them [`~GroupTrainer.bring_teacher`] and [`~GroupTrainer.arrange`].
 
     Args:
@@ -73,6 +73,8 @@ class GroupTrainer(SFTTrainer):
     equation: ClassVar[str]
 
     args: GroupConfig
+    _signature_columns: Any
+    train_dataset: Any
     data_collator: Any
     model: PreTrainedModel | PeftModel
 
@@ -247,7 +249,7 @@ class GroupTrainer(SFTTrainer):
         return num_items_in_batch.clamp(min=1) / self.accelerator.num_processes
 
     @property
-    def router_kwargs(self) -> dict[str, bool]:
+    def router_kwargs(self) -> dict[str, Any]:
         """What the student's forward is asked for where it is a mixture of experts with a load-balancing loss."""
         return {"output_router_logits": True} if self.aux_loss_enabled else {}
 
@@ -274,14 +276,12 @@ class GroupTrainer(SFTTrainer):
 
     # What is logged
 
-    def objective(self, means: dict[str, float]) -> float:  # type: ignore[override]  # `Trainer` types its own as `None`
+    def mean_loss(self, means: dict[str, float]) -> float:
         """The loss at this point of the run, from the means that `compute_loss` logs."""
         raise NotImplementedError
 
-    @property
-    def random_score(self) -> float | None:
-        """Mean log-probability that a model without knowledge gives to its own text, where the student writes."""
-        return None
+    # Mean log-probability that a model without knowledge gives to its own text, where the student writes.
+    random_score: float | None = None
 
     @property
     def means(self) -> RunningMeans:
@@ -327,11 +327,11 @@ class GroupTrainer(SFTTrainer):
     ):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self.running_means["eval"].read(self.accelerator)
-        means["loss"] = self.objective(means)  # that of the groups, not of batches
+        means["loss"] = self.mean_loss(means)  # that of the groups, not of batches
         if "aux_loss" in means:
             means["loss"] += self.router_aux_loss_coef * means["aux_loss"]
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics=(output.metrics or {}) | metrics)
 
     def log(self, logs, start_time=None):
         if self.model.training and (means := self.running_means["train"].read(self.accelerator)):
@@ -344,7 +344,7 @@ class GroupTrainer(SFTTrainer):
         resume_from_checkpoint = prepare_resume(self, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
-            add_objective(Path(self.args.output_dir) / "README.md", self.equation, self.args, type(self.args))
+            add_objective(Path(self.args.output_dir or "") / "README.md", self.equation, self.args, type(self.args))

@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -186,12 +187,12 @@ class GRKDTrainer(GroupTrainer):
         return batches, self.accelerator.reduce(count_items(batches).to(device), reduction="sum")
 
     def _prepare_inputs(self, inputs):
-        if isinstance(inputs, list):  # prompts of an evaluation
+        if self.online is not None and isinstance(inputs, list):  # prompts of an evaluation
             inputs = self.online.evaluate(inputs)
         return super()._prepare_inputs(inputs)
 
     @property
-    def random_score(self) -> float | None:
+    def random_score(self) -> float | None:  # type: ignore[override]
         """Where the student writes its groups, what a uniform choice among its tokens scores, in nats per token."""
         writes = self.args.completion_source in ("student", "mixed") and self.completion_fn is None
         return (
@@ -210,7 +211,7 @@ class GRKDTrainer(GroupTrainer):
             schedule=self.args.alpha_schedule,
         )
 
-    def objective(self, means):  # equation 4, and `sft_weight` times the loss of the best completions
+    def mean_loss(self, means):  # equation 4, and `sft_weight` times the loss of the best completions
         loss = self.alpha * means["loss/relative"] + (1 - self.alpha) * means.get("loss/soft", 0.0)
         return loss + self.args.sft_weight * means.get("loss/sft", 0.0)
 
@@ -218,7 +219,7 @@ class GRKDTrainer(GroupTrainer):
         args, alpha = self.args, self.alpha
         group_mask, completion_mask = inputs["group_mask"], inputs["completion_mask"]
         teacher, teacher_scores = None, inputs.get("teacher_scores")
-        sharing = {"prompt_sharing": args.prompt_sharing}
+        sharing: dict[str, Any] = {"prompt_sharing": args.prompt_sharing}
 
         if self.teacher_model is not None:
             with self.teaching(model) as teacher_model:
@@ -226,8 +227,8 @@ class GRKDTrainer(GroupTrainer):
             if teacher_scores is None:
                 scores = sequence_scores(teacher.per_token_logps, completion_mask, score=args.score)
                 teacher_scores = to_groups(scores, group_mask)
-        ranking = {"temperature": args.ranking_temperature, "min_gap": args.min_gap}
-        softening = {"temperature": args.soft_label_temperature}
+        ranking: dict[str, Any] = {"temperature": args.ranking_temperature, "min_gap": args.min_gap}
+        softening: dict[str, Any] = {"temperature": args.soft_label_temperature}
 
         # Equations 1 to 3 at the level of tokens: one value a completion token, of which these are `rows`
         def token_losses(logits, rows):
@@ -235,10 +236,11 @@ class GRKDTrainer(GroupTrainer):
                 cached = inputs["teacher_top_ids"][rows].long(), inputs["teacher_top_logps"][rows]
                 return {"soft": topk_soft_label_loss(logits, *cached, **softening)}
             student_logits, losses = logits[:, : self.vocab_size], {}
+            assert teacher is not None
             teacher_logits = teacher.logits[rows, : self.vocab_size].to(logits.device)
             if args.relative_level == "tokens":
-                top = {"top_k": args.relative_top_k}
-                losses["relative"] = token_relative_loss(student_logits, teacher_logits, **top, **ranking)
+                top_k = args.relative_top_k
+                losses["relative"] = token_relative_loss(student_logits, teacher_logits, top_k=top_k, **ranking)
             if args.soft_label == "token":
                 losses["soft"] = token_soft_label_loss(student_logits, teacher_logits, **softening)
             return losses

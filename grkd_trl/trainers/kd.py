@@ -2,6 +2,7 @@
 
 import textwrap
 from dataclasses import dataclass
+from typing import Any
 
 from ..losses import forward_kl
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
@@ -96,14 +97,14 @@ class KDTrainer(GroupTrainer):
             }"""),
     }
 
-    def objective(self, means):
+    def mean_loss(self, means):
         return (
             self.args.hard_label_weight * means["loss/hard"] + (1 - self.args.hard_label_weight) * means["loss/soft"]
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, group_mask, completion_mask = self.args, inputs["group_mask"], inputs["completion_mask"]
-        sharing = {"prompt_sharing": args.prompt_sharing}
+        sharing: dict[str, Any] = {"prompt_sharing": args.prompt_sharing}
         with self.teaching(model) as teacher_model:
             teacher = score_completions(teacher_model, inputs, return_logits=True, **sharing)
 

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -140,7 +141,7 @@ class MiniLLMTrainer(GroupTrainer):
             inputs = self.rollouts.evaluate(super()._prepare_inputs(inputs))
         return super()._prepare_inputs(inputs)
 
-    def objective(self, means):
+    def mean_loss(self, means):
         return (
             means["loss/long_term"]
             + self.args.single_step * means["loss/single_step"]
@@ -148,7 +149,8 @@ class MiniLLMTrainer(GroupTrainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        args, sharing = self.args, {"prompt_sharing": self.args.prompt_sharing}
+        args = self.args
+        sharing: dict[str, Any] = {"prompt_sharing": args.prompt_sharing}
         num_prompts = len(inputs["group_mask"])
         num_rows = max(num_prompts, 1)  # one without a token where no prompt is left; rows of text follow
         rollout = {name: inputs[name][:num_rows] for name in ("input_ids", "attention_mask", "completion_mask")}

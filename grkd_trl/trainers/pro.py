@@ -102,7 +102,7 @@ class PROTrainer(GroupTrainer):
         require_scores(dataset, name=name)
         return dataset
 
-    def objective(self, means):
+    def mean_loss(self, means):
         return means["loss/ranking"] + means["loss/sft"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

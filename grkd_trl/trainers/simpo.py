@@ -105,7 +105,7 @@ class SimPOTrainer(GroupTrainer):
     def arrange(self, dataset, args, name):
         return pair_groups(dataset, pairs=args.pairs, num_proc=args.dataset_num_proc, name=name)
 
-    def objective(self, means):
+    def mean_loss(self, means):
         return means["loss/pairs"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
