@@ -3,6 +3,8 @@
 import pytest
 from datasets import Dataset
 from runs import (
+    PAIRS,
+    RANKED,
     TOKENIZER,
     VOCAB,
     logged,
@@ -12,7 +14,7 @@ from runs import (
     make_trainer,
     train,
 )
-from test_rivals import PAIRS, RANKED, each_trainer, rows_for
+from test_rivals import each_trainer, rows_for
 from tiny import tiny_tokenizer
 
 import grkd_trl
