@@ -54,6 +54,7 @@ RUNS = {
     "KD": ("KD", {}, True),
     "SimPO": ("SimPO", {}, False),
     "PRO": ("PRO", {}, False),
+    "RankNet": ("RankNet", {}, False),
     "SeqKD": ("SeqKD", {}, False),
     "MiniLLM": ("MiniLLM", {"max_completion_length": NEW_TOKENS}, True),
 }

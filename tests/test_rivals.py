@@ -85,6 +85,7 @@ class TestWholeStep:
             ("SimPO", {"beta": 10.0, "gamma_beta_ratio": 0.3}),
             ("PRO", {"reward_temperature": False}),
             ("PRO", {"sft_weight": 0.0}),
+            ("RankNet", {"temperature": 0.5}),
             ("KD", {"temperature": 3.0}),
             ("KD", {"hard_label_weight": 0.3, "temperature": 0.7}),
         ],

@@ -115,6 +115,7 @@ class TestErrors:
             ("PRO", "sft_weight", -0.1, "`sft_weight` must be 0 or above"),
             ("KD", "temperature", 0.0, "`temperature` must be above 0"),
             ("KD", "hard_label_weight", 1.5, "must lie in 0..1, got 1.5"),
+            ("RankNet", "temperature", 0.0, "`temperature` must be above 0, got 0.0"),
             ("SeqKD", "decoding", "magic", "`decoding` must be one of"),
             ("SeqKD", "num_beams", 0, "`num_beams` must be 1 or above"),
             ("SeqKD", "top_p", 0.0, "`temperature` must be above 0 and `top_p` in"),
