@@ -201,7 +201,7 @@ def switch_off_compilation(accelerator: Accelerator) -> None:
     accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
 
 
-def make_train_dataloader(trainer: Trainer, batch_size: int, sampler_fn: Callable) -> DataLoader:
+def make_train_dataloader(trainer: Any, batch_size: int, sampler_fn: Callable) -> DataLoader:
     """
     The training dataloader of a trainer with another batch size and order.
 

@@ -87,6 +87,19 @@ def pro(student, teacher, groups, options, *, sft_weight=0.05, reward_temperatur
     return total / len(groups)
 
 
+def ranknet(student, teacher, groups, options, *, temperature=1.0):
+    total = 0.0
+    for group in groups:
+        scores, (means, _) = _scores(teacher, group, options), _means_and_sums(student, group, options)
+        pairs = [(i, j) for i in range(len(scores)) for j in range(i)]
+        for i, j in pairs:
+            preference = 1 / (1 + math.exp((scores[j] - scores[i]) / temperature))
+            margin = (means[i] - means[j]) / temperature
+            losses = _minus_log_sigmoid(margin), _minus_log_sigmoid(-margin)
+            total = total + (preference * losses[0] + (1 - preference) * losses[1]) / len(pairs)
+    return total / len(groups)
+
+
 def kd(student, teacher, groups, options, *, temperature=1.0, hard_label_weight=0.0):
     losses = []
     for group in groups:
@@ -121,4 +134,4 @@ def loss_and_gradients(method, student, *args, **kwargs):
     return loss.item(), gradients
 
 
-__all__ = ["Options", "dpo", "kd", "loss_and_gradients", "pro", "scores_of", "seqkd", "simpo"]
+__all__ = ["Options", "dpo", "kd", "loss_and_gradients", "pro", "ranknet", "scores_of", "seqkd", "simpo"]

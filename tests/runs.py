@@ -13,6 +13,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 import grkd_trl
 
 
+# Methods by what they learn from: a new one is named here, and every suite tests it.
+PAIRS = ["DPO", "SimPO"]  # a better and a worse completion
+RANKED = [*PAIRS, "PRO", "RankNet"]  # the scores of a group
+OTHERS = ["KD", "SeqKD"]  # the teacher's distributions, or its text
+METHODS = ["GRKD", *RANKED, *OTHERS, "MiniLLM"]
+
 TOKENIZER = tiny_tokenizer()
 VOCAB = len(TOKENIZER)
 FIELDS = {

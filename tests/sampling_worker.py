@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from runs import end_process, logged, make_rows, make_trainer
+from runs import METHODS, end_process, logged, make_rows, make_trainer
 
 
 # 10 groups in steps of 4: the last step of an epoch has 2, which two processes fill up with repeats.
 ROWS = [row | {"written_by": ["teacher"] + ["student"] * (len(row["completions"]) - 1)} for row in make_rows(10)]
-METHODS = ["GRKD", "KD", "SimPO", "PRO", "SeqKD", "DPO", "MiniLLM"]
 ORDERS = ["random", "sequential", "group_by_length"]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from runs import make_rows, make_student, make_teacher, make_trainer, train
+from runs import METHODS, make_rows, make_student, make_teacher, make_trainer, train
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model, tiny_tokenizer
 from trl.trainer.utils import remove_none_values
 
@@ -16,7 +16,6 @@ from grkd_trl.scoring import refuse_not_finite
 from grkd_trl.teacher import CallableScorer, LocalTeacher, cache_soft_labels, generate_completions, score_groups
 
 
-METHODS = ("GRKD", "DPO", "SimPO", "PRO", "KD", "SeqKD", "MiniLLM")
 USER = [{"role": "user", "content": "a"}]
 MESSAGE = {"role": "assistant", "content": "b"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from runs import FIELDS, make_rows, make_student, make_teacher, make_trainer
+from runs import FIELDS, METHODS, RANKED, make_rows, make_student, make_teacher, make_trainer
 from transformers.utils import is_torch_bf16_gpu_available
 
 from grkd_trl import DPOConfig, GRKDConfig, SimPOConfig
@@ -57,7 +57,7 @@ class TestFinite:
             assert torch.equal(value, before[name]), name
         assert not [entry for entry in trainer.state.log_history if "loss" in entry]
 
-    @pytest.mark.parametrize("method", ["GRKD", "KD", "SimPO", "PRO", "SeqKD"])
+    @pytest.mark.parametrize("method", [method for method in METHODS if method not in ("DPO", "MiniLLM")])
     def test_student(self, tmp_path, method):
         rows = [row | {"written_by": ["teacher"] * len(row["completions"])} for row in make_rows(8)]
         trainer = make_trainer(tmp_path, rows, method=method, model=broken(make_student()))
@@ -184,7 +184,7 @@ class TestWarnings:
         make_trainer(tmp_path / "sure", rows, model=make_student(initializer_range=1.0), **fields).train()
         assert not [said for said in warnings if "random" in said]
 
-    @pytest.mark.parametrize("method", ["SimPO", "PRO", "DPO"])
+    @pytest.mark.parametrize("method", RANKED)
     def test_teacher_that_is_not_used(self, tmp_path, method, warnings):
         make_trainer(tmp_path, make_rows(4), method=method)
         assert [said for said in warnings if said.startswith("`teacher_model` is not used")]

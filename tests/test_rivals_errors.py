@@ -3,6 +3,8 @@
 import pytest
 from datasets import Dataset
 from runs import (
+    PAIRS,
+    RANKED,
     TOKENIZER,
     VOCAB,
     logged,
@@ -12,7 +14,7 @@ from runs import (
     make_trainer,
     train,
 )
-from test_rivals import PAIRS, RANKED, each_trainer, rows_for
+from test_rivals import each_trainer, rows_for
 from tiny import tiny_tokenizer
 
 import grkd_trl
@@ -113,6 +115,7 @@ class TestErrors:
             ("PRO", "sft_weight", -0.1, "`sft_weight` must be 0 or above"),
             ("KD", "temperature", 0.0, "`temperature` must be above 0"),
             ("KD", "hard_label_weight", 1.5, "must lie in 0..1, got 1.5"),
+            ("RankNet", "temperature", 0.0, "`temperature` must be above 0, got 0.0"),
             ("SeqKD", "decoding", "magic", "`decoding` must be one of"),
             ("SeqKD", "num_beams", 0, "`num_beams` must be 1 or above"),
             ("SeqKD", "top_p", 0.0, "`temperature` must be above 0 and `top_p` in"),

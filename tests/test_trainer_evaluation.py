@@ -139,6 +139,15 @@ class TestMetrics:
         trainer.train()
         assert [entry["eval_alpha"] for entry in trainer.state.log_history if "eval_alpha" in entry] == [0.5, 0.8]
 
+    @pytest.mark.parametrize("method", ["GRKD", "SimPO"])
+    def test_after_a_report_to_a_search_of_hyperparameters(self, tmp_path, method):
+        """`Trainer` keeps the reported value as `objective`, a name that a method must not take."""
+        trainer = make_trainer(tmp_path, method=method, eval_dataset=Dataset.from_list(make_rows()))
+        before = trainer.evaluate()
+        trainer.hp_search_backend, trainer.compute_objective = "other", lambda metrics: metrics["eval_loss"]
+        trainer._report_to_hp_search({}, 0, before)
+        assert trainer.evaluate()["eval_loss"] == trainer.objective == before["eval_loss"]
+
 
 class TestKinds:
     @pytest.mark.parametrize("kind", [dict, DatasetDict])

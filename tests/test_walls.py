@@ -28,9 +28,12 @@ ROOMS = [
 ]
 SHIMS = ["classifiers.py", "groups.py"]  # former homes, which re-export
 METHODS = [
-    path for path in PACKAGE if path.parent.name == "trainers" and (path.parent / f"{path.stem}_config.py").exists()
+    path
+    for path in PACKAGE
+    if path.parent.name == "trainers"
+    and path.stem != "base"
+    and re.search(r"^class \w+Trainer\(", path.read_text(), re.M)
 ]
-METHODS += [ROOT / f"grkd_trl/trainers/{name}.py" for name in ("dpo", "kd", "pro", "seqkd", "simpo")]
 LOSSES = sorted((ROOT / "grkd_trl/losses").glob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 
@@ -89,6 +92,9 @@ class TestImports:
         inside = {(module, name) for module, name in inside if module != "trl" or not name}
         assert not inside, "import it in grkd_trl/_trl.py, with the reason"
         assert not [name for module, name in imports(path) if module == "trl" and name.startswith("_")]
+
+    def test_methods_are_found(self):
+        assert {"dpo", "grkd", "kd", "minillm", "pro", "seqkd", "simpo"} <= {path.stem for path in METHODS}
 
     @each(METHODS)
     def test_methods_never_import_each_other(self, path):

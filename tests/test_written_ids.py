@@ -1,13 +1,13 @@
 """What a model wrote stays the tokens it wrote, on every way from the writer to the loss."""
 
 import functools
-import os
 from pathlib import Path
 
 import pytest
 import torch
 import trl
 from datasets import Dataset, load_dataset
+from pretrained import SMOLLM2, missing
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
@@ -29,7 +29,6 @@ from grkd_trl.teacher import Completions, LocalTeacher, cache_soft_labels, score
 
 TEMPLATES = {path.stem: path for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))}
 TEMPLATES = {name: path.read_text(encoding="utf-8") for name, path in TEMPLATES.items() if "_training" not in name}
-SMOLLM2 = Path(os.environ.get("GRKD_TEST_MODELS", "models")) / "smollm2-135m-instruct"
 TAGS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<|im_start|>", "<|im_end|>"]
 
 # Text, and how many of its last tokens were not written any more; `None` where the completion ended.
@@ -79,8 +78,8 @@ def word_tokenizer():
 
 
 def smollm2():
-    if not SMOLLM2.is_dir():
-        pytest.skip(f"needs the tokenizer of SmolLM2-135M-Instruct in {SMOLLM2}: name its folder in GRKD_TEST_MODELS")
+    if reason := missing(SMOLLM2):
+        pytest.skip(reason)
     return AutoTokenizer.from_pretrained(SMOLLM2)
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from .outputs import TEACHER_COLUMNS, ClassifierOutputs, classify, num_examples
 class ClassifierTrainer(Trainer):
     r"""
     Base class of the trainers of classifiers: text, image, or any model that returns logits `(B, C)`. A method defines
-    `config_class`, `objective` and `compute_loss`.
+    `config_class`, `mean_loss` and `compute_loss`.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -70,6 +70,9 @@ class ClassifierTrainer(Trainer):
     """
 
     config_class: ClassVar[type[TrainingArguments]]
+    args: Any  # of `config_class`
+    _signature_columns: Any
+    model: PreTrainedModel | PeftModel
 
     # `compute_loss` divides by the examples of the whole optimizer step, on all processes.
     loss_is_scaled_for_ga = True
@@ -100,9 +103,14 @@ class ClassifierTrainer(Trainer):
             optimizers=optimizers,
         )
         self.running_means = {"train": RunningMeans(), "eval": RunningMeans()}
-        self._draws = None  # the generator of a step, see `step_generator`
+        self._draws: tuple[tuple[int, ...], torch.Generator] | None = (
+            None  # the generator of a step, see `step_generator`
+        )
         needs_teacher = self._check_datasets(teacher_model)
-        self.teacher_model, self.plain_teacher = self._place_teacher(teacher_model) if needs_teacher else (None, None)
+        self.teacher_model: torch.nn.Module | None = None
+        self.plain_teacher: PreTrainedModel | None = None
+        if needs_teacher:
+            self.teacher_model, self.plain_teacher = self._place_teacher(teacher_model)
         self._number_streams()
         self.add_callback(OrderOfEpoch())
 
@@ -120,7 +128,7 @@ class ClassifierTrainer(Trainer):
         needs_labels = self.args.hard_label_weight > 0
         for name, dataset in datasets.items():
             if isinstance(dataset, Dataset):
-                check_rows(dataset, self.model.config.num_labels, name=name, needs_labels=needs_labels)
+                check_rows(dataset, cast(int, self.model.config.num_labels), name=name, needs_labels=needs_labels)
         return needs_teacher
 
     def _place_teacher(self, teacher_model) -> tuple[torch.nn.Module, PreTrainedModel]:
@@ -145,9 +153,10 @@ class ClassifierTrainer(Trainer):
         # What the student takes, what the teacher takes, and what the teacher said
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns += [*TEACHER_COLUMNS, "row"]
+            columns = [*TEACHER_COLUMNS, "row"]
             if self.plain_teacher is not None:
-                self._signature_columns += inspect.signature(self.plain_teacher.forward).parameters
+                columns += inspect.signature(self.plain_teacher.forward).parameters
+            self._signature_columns = [*self._signature_columns, *columns]  # type: ignore[misc]
 
     def teach(self, inputs: dict[str, torch.Tensor]) -> ClassifierOutputs:
         """
@@ -157,7 +166,9 @@ class ClassifierTrainer(Trainer):
         """
         if "teacher_logits" in inputs:
             rows = slice(inputs.get("num_rows"))
-            return ClassifierOutputs(*(inputs[name][rows] if name in inputs else None for name in TEACHER_COLUMNS))
+            embeddings = inputs.get("teacher_embeddings")
+            return ClassifierOutputs(inputs["teacher_logits"][rows], None if embeddings is None else embeddings[rows])
+        assert self.teacher_model is not None  # or every dataset has the column
         with torch.no_grad():
             outputs = classify(self.teacher_model, inputs, self.plain_teacher)
         if not outputs.logits.isfinite().all():
@@ -205,7 +216,7 @@ class ClassifierTrainer(Trainer):
             self._draws = key, torch.Generator(device).manual_seed(seed)
         return self._draws[1]
 
-    def objective(self, means: dict[str, float]) -> float:
+    def mean_loss(self, means: dict[str, float]) -> float:
         """The loss at this point of the run, from the means that `compute_loss` logs."""
         raise NotImplementedError
 
@@ -231,9 +242,9 @@ class ClassifierTrainer(Trainer):
     ):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self.running_means["eval"].read(self.accelerator)
-        means["loss"] = self.objective(means)  # that of the examples, not of batches
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output
+        means["loss"] = self.mean_loss(means)  # that of the examples, not of batches
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics=(output.metrics or {}) | metrics)
 
     def log(self, logs, start_time=None):
         if self.model.training:
@@ -245,10 +256,12 @@ class ClassifierTrainer(Trainer):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
 
-def _load_student(model: str | PreTrainedModel, peft_config: PeftConfig | None) -> PreTrainedModel | PeftModel:
+def _load_student(
+    model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None
+) -> PreTrainedModel | PeftModel:
     model = create_model_from_path(model) if isinstance(model, str) else model
     config = model.config
-    if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
+    if (config.num_labels or 0) < 2 or config.problem_type not in (None, "single_label_classification"):
         raise ValueError(
             f"The student has `num_labels` {config.num_labels} and `problem_type` {config.problem_type!r}. Ranking "
             "classes needs two or more, of which an example has one: load it with `num_labels` and without "

@@ -4,15 +4,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 
-def check_same_classes(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+def check_same_classes(student: PreTrainedModel | PeftModel, teacher: PreTrainedModel) -> None:
     """
     Check that class i of the student is class i of the teacher.
 
     Args:
-        student ([`~transformers.PreTrainedModel`]):
+        student ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Student.
         teacher ([`~transformers.PreTrainedModel`]):
             Teacher.
@@ -25,7 +26,7 @@ def check_same_classes(student: PreTrainedModel, teacher: PreTrainedModel) -> No
             f"The student has {student.config.num_labels} classes and the teacher {teacher.config.num_labels}: load "
             f"the student with `num_labels={teacher.config.num_labels}`."
         )
-    names = [model.config.id2label for model in (student, teacher)]
+    names: list[dict] = [dict(model.config.id2label or {}) for model in (student, teacher)]
     default = {index: f"LABEL_{index}" for index in names[0]}
     differing = [index for index in names[0] if names[0][index] != names[1].get(index)]
     if differing and default not in names:

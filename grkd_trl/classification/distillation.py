@@ -93,6 +93,7 @@ class DistillationForClassificationTrainer(ClassifierTrainer):
 
     loss_is_scaled_for_ga = True
 
+    args: DistillationForClassificationConfig
     config_class = DistillationForClassificationConfig
 
     def __init__(
@@ -130,7 +131,7 @@ class DistillationForClassificationTrainer(ClassifierTrainer):
             peft_config=peft_config,
         )
 
-    def objective(self, means):
+    def mean_loss(self, means):
         hard = self.args.hard_label_weight * means.get("loss/hard", 0.0)
         return hard + self.args.distillation_weight * means["loss/distillation"]
 

@@ -46,6 +46,7 @@ class GRKDForClassificationTrainer(ClassifierTrainer):
             student's.
     """
 
+    args: GRKDForClassificationConfig
     config_class = GRKDForClassificationConfig
 
     @property
@@ -53,7 +54,7 @@ class GRKDForClassificationTrainer(ClassifierTrainer):
         """Share of the relative loss at this point of the run."""
         return current_alpha(self.args, self.state)
 
-    def objective(self, means):
+    def mean_loss(self, means):
         distillation = (1 - self.alpha) * means["loss/soft"] + self.alpha * means["loss/relative"]
         share = self.args.hard_label_weight
         return share * means.get("loss/hard", 0.0) + (1 - share) * distillation

@@ -1,7 +1,7 @@
 """What classifiers say of a batch."""
 
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,15 +47,15 @@ def classify(
     Returns:
         [`ClassifierOutputs`]: Its outputs.
     """
-    plain = model if plain is None else plain
-    base = plain.get_base_model() if isinstance(plain, PeftModel) else plain
+    outer: Any = model if plain is None else plain
+    base: Any = outer.get_base_model() if isinstance(outer, PeftModel) else outer
     taken, rows = inspect.signature(base.forward).parameters, slice(inputs.get("num_rows"))
     inputs = {name: value for name, value in inputs.items() if name in taken and name != "labels"}
-    embeddings = []
+    embeddings: list[torch.Tensor] = []
     # An adapter's low-rank matrices may be as wide as the head that they adapt.
     heads = [
         module
-        for name, module in plain.named_modules()
+        for name, module in outer.named_modules()
         if isinstance(module, torch.nn.Linear)
         and module.out_features == base.config.num_labels
         and "lora_" not in name
@@ -83,7 +83,7 @@ def num_examples(inputs: dict[str, torch.Tensor]) -> int:
     Raises:
         `ValueError`: If the tensors differ in it.
     """
-    sizes = {len(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim > 0}
+    sizes = {len(value) for value in inputs.values() if value.ndim > 0}
     if len(sizes) != 1:
         raise ValueError(
             f"The columns {sorted(inputs)} of a batch have {sorted(sizes)} entries: each has one an example."
@@ -120,14 +120,23 @@ def add_teacher_outputs(
 
     Returns:
         [`~datasets.Dataset`]: The dataset with a column `teacher_logits`, and `teacher_embeddings` if asked for.
+
+    Raises:
+        `ValueError`: If embeddings are asked for and the teacher has none.
     """
     teacher.eval()
-    parts = []
+    parts: list[list[np.ndarray]] = []
     for start in tqdm(range(0, len(dataset), batch_size), desc="Asking the teacher", disable=not progress):
         rows = [dataset[row] for row in range(start, min(start + batch_size, len(dataset)))]
         batch = {name: value.to(teacher.device) for name, value in data_collator(rows).items()}
         outputs = classify(teacher, batch)
-        parts.append([value.float().cpu().numpy() for value in outputs[: 1 + embeddings]])
+        if embeddings and outputs.embeddings is None:
+            raise ValueError(
+                f"`embeddings=True` was asked for, and `{type(teacher).__name__}` has none: no last linear layer of it reads "
+                "one vector an example. Leave `embeddings` at `False`; the losses but RKD need none."
+            )
+        asked = [value for value in outputs[: 1 + embeddings] if value is not None]
+        parts.append([value.float().cpu().numpy() for value in asked])
     for name, values in zip(TEACHER_COLUMNS, zip(*parts, strict=True), strict=False):
         dataset = dataset.add_column(name, list(np.concatenate(values)))
     return dataset

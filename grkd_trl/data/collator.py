@@ -78,7 +78,8 @@ class DataCollatorForGroups(DataCollatorMixin):
         keep = slice(self.max_length)  # `slice(None)` keeps all
         if self.truncation_mode == "keep_end" and self.max_length is not None:
             keep = slice(-self.max_length, None)
-        input_ids, completion_mask, clipped, soft_labels = [], [], [], {"teacher_top_ids": [], "teacher_top_logps": []}
+        input_ids, completion_mask, clipped = [], [], []
+        soft_labels: dict[str, list] = {"teacher_top_ids": [], "teacher_top_logps": []}
         for example in examples:
             prompt_ids = example["prompt_ids"]
             cut_before = example.get("clipped") or [False] * len(example["completion_ids"])

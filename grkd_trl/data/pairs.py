@@ -79,7 +79,9 @@ def pair_groups(
     """
 
     def split(batch: dict[str, list]) -> dict[str, list]:
-        chosen = {column: [] for column in ("prompt_ids", "completion_ids", "clipped", "teacher_scores")}
+        chosen: dict[str, list] = {
+            column: [] for column in ("prompt_ids", "completion_ids", "clipped", "teacher_scores")
+        }
         for values in zip(*(batch[column] for column in chosen), strict=True):
             row = dict(zip(chosen, values, strict=True))
             for pair in pairs_of(row, pairs=pairs):

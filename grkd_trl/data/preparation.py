@@ -190,7 +190,7 @@ def prepare_groups(
             dataset = dataset.map(tokenize_group, with_indices=True, fn_kwargs=fn_kwargs, **kwargs).with_format(None)
             if "tokenizer_hash" in columns:
                 dataset = dataset.remove_columns("tokenizer_hash")  # the ids are this tokenizer's now
-        num_rows = len(dataset) if in_memory else None
+        num_rows = len(dataset) if in_memory else 0
         if max_length is not None and truncation_mode == "keep_start":
             kwargs = (
                 {"num_proc": num_proc, "desc": f"Dropping {name} prompts that fill max_length"} if in_memory else {}

@@ -60,7 +60,7 @@ def num_without_repeats(accelerator: Accelerator, size: int, rows: torch.Tensor 
     process = accelerator.process_index
     if not last_round(accelerator):
         return size
-    if _is_shared_stream(accelerator, rows):
+    if rows is not None and _is_shared_stream(accelerator):
         # The last round is filled up with rows of the first, none of which stands at its own index.
         indices = torch.arange(process * size, (process + 1) * size, device=rows.device)
         return int((rows % (size * accelerator.num_processes) == indices).sum())
@@ -80,11 +80,11 @@ def reduce_remainder(accelerator: Accelerator, size: int, rows: torch.Tensor | N
         size, rows:
             As in [`num_without_repeats`].
     """
-    if last_round(accelerator) and _is_shared_stream(accelerator, rows):
+    if rows is not None and last_round(accelerator) and _is_shared_stream(accelerator):
         num_rows = torch.tensor(num_without_repeats(accelerator, size, rows), device=rows.device)
         set_remainder(accelerator, accelerator.reduce(num_rows).item())
 
 
-def _is_shared_stream(accelerator: Accelerator, rows: torch.Tensor | None) -> bool:
+def _is_shared_stream(accelerator: Accelerator) -> bool:
     # Every process reads the whole stream and keeps its rows; where each has files of its own, there are no repeats.
-    return isinstance(active_dataset(accelerator), IterableDatasetShard) and rows is not None
+    return isinstance(active_dataset(accelerator), IterableDatasetShard)

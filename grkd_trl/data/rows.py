@@ -121,7 +121,7 @@ def is_score(value: Any) -> bool:
     Returns:
         `bool`: `False` for `None`, text, NaN, infinities, and numbers beyond the range of float32.
     """
-    return isinstance(value, numbers.Real) and abs(value) <= torch.finfo(torch.float32).max
+    return isinstance(value, numbers.Real) and bool(abs(value) <= torch.finfo(torch.float32).max)  # type: ignore[operator]
 
 
 def _shown(value: Any) -> str:

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.utils.data import Sampler
-from transformers import TrainingArguments
+from torch.utils.data import RandomSampler, Sampler
 
 from .._trl import LengthGroupedSampler, SeedableRandomSampler
 
@@ -37,7 +37,7 @@ class BalancedSampler(Sampler[int]):
 
     def __init__(
         self,
-        sampler: Sampler[int],
+        sampler: Any,
         num_rows: Sequence[int],
         lengths: Sequence[int],
         *,
@@ -71,7 +71,7 @@ class BalancedSampler(Sampler[int]):
         yield from step  # the last step of an epoch, not full
 
     def _share_out(self, step: list[int]) -> Iterator[int]:
-        batches = [[] for _ in range(self.num_batches)]
+        batches: list[list[int]] = [[] for _ in range(self.num_batches)]
         for row in sorted(step, key=lambda row: -self._cost([row])):
             open_batches = (batch for batch in batches if len(batch) < self.batch_size)
             min(open_batches, key=lambda batch: self._cost([*batch, row])).append(row)
@@ -82,12 +82,12 @@ class BalancedSampler(Sampler[int]):
         return sum(self.num_rows[row] for row in rows) * max(self.lengths[row] for row in rows)
 
 
-def balance(sampler: Sampler[int], groups: Dataset, args: TrainingArguments, batch_size: int) -> Sampler[int]:
+def balance(sampler: RandomSampler, groups: Dataset, args: Any, batch_size: int) -> Sampler[int]:
     """
     A random order as [`BalancedSampler`] arranges it, on several processes.
 
     Args:
-        sampler ([`~torch.utils.data.Sampler`]):
+        sampler ([`~torch.utils.data.RandomSampler`]):
             Random order.
         groups ([`~datasets.Dataset`]):
             Tokenized groups, with their `num_completions` and `length`.
@@ -144,7 +144,7 @@ class GroupedByLength(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(LengthGroupedSampler(self.step_size, lengths=self.lengths, generator=generator))
+        return iter(LengthGroupedSampler(self.step_size, lengths=list(self.lengths), generator=generator))
 
 
 def indices_of_process(process: int, num_processes: int, batch_size: int, num_batches: int) -> list[int]:

@@ -39,7 +39,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> _Vocabulary:
 
 
 def _tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
-    return getattr(processing_class, "tokenizer", processing_class)
+    return getattr(processing_class, "tokenizer", processing_class)  # type: ignore[arg-type]
 
 
 def tokenizer_hash(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> str:
@@ -89,7 +89,8 @@ def _require_eos(tokenizer: PreTrainedTokenizerBase) -> str:
 def _template_kwargs(tools: list | str | None, chat_template_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     tools = json.loads(tools) if isinstance(tools, str) else tools
     # Arrow gives every row the fields of every other, `None` where it has none.
-    return {"tools": remove_none_values(tools) if tools else None} | remove_none_values(chat_template_kwargs or {})
+    own = {"tools": remove_none_values(tools) if tools else None}
+    return own | dict(remove_none_values(chat_template_kwargs or {}))
 
 
 def encode_prompt(
@@ -127,7 +128,7 @@ def encode_prompt(
 def tokenize_completions(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     prompt: str | list[dict[str, Any]],
-    completions: Sequence[str] | Sequence[list[dict[str, Any]]],
+    completions: Sequence[str | list[dict[str, Any]]],
     *,
     clipped: Sequence[bool] | None = None,
     tools: list | str | None = None,
@@ -176,8 +177,8 @@ def tokenize_completions(
     encode = _encode_text if isinstance(prompt, str) else _encode_messages
     kwargs = {} if isinstance(prompt, str) else _template_kwargs(tools, chat_template_kwargs)
     is_own = tokenizer_hash is not None and tokenizer_hash == _vocabulary(_tokenizer(processing_class)).hash
-    if is_own and any(ids is not None for ids in completion_ids or []):
-        prompt_ids = list(prompt_ids)
+    if is_own and completion_ids is not None and any(ids is not None for ids in completion_ids):
+        prompt_ids = list(prompt_ids or [])
         written = [
             _follow(processing_class, prompt, prompt_ids, completion, was_cut, kwargs) if ids is None else list(ids)
             for completion, ids, was_cut in zip(completions, completion_ids, clipped, strict=True)
@@ -295,4 +296,4 @@ def decode_completion(
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

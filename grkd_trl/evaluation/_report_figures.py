@@ -94,11 +94,10 @@ def _curves(summary: TaskSummary, done: list[dict], colors: dict[str, str]) -> F
         steps = sorted(points)
         seconds = [np.mean([second for second, _ in points[step]]) for step in steps]
         scores = [[score for _, score in points[step]] for step in steps]
-        for axes, positions in zip(panels, (steps, seconds), strict=True):
-            axes.plot(positions, [np.mean(found) for found in scores], color=colors[name], label=_label(name))
-            axes.fill_between(
-                positions, *([edge(found) for found in scores] for edge in (min, max)), color=colors[name], alpha=0.1
-            )
+        lowest, highest, means = (np.array([edge(found) for found in scores]) for edge in (min, max, np.mean))
+        for axes, positions in zip(panels, (np.array(steps), np.array(seconds)), strict=True):
+            axes.plot(positions, means, color=colors[name], label=_label(name))
+            axes.fill_between(positions, lowest, highest, color=colors[name], alpha=0.1)
     for axes, unit in zip(panels, ("steps", "seconds"), strict=True):
         axes.set_xlabel(unit)
         axes.set_ylabel(_label(summary.metric))

@@ -94,12 +94,12 @@ def read_alpaca_eval2_annotations(source: str | Path) -> AlpacaEval2Judgments:
         if not isinstance(preference, int | float) or (preference != 0 and (preference < 1 or preference > 2)):
             raise ValueError(f"Row {index} of the annotations: `preference` must be from 1 to 2, got {preference!r}.")
         preferences.append(1.5 if preference == 0 else float(preference))
-    lengths = [
-        [len(field_of(row, name, index, "annotations")) for index, row in enumerate(rows)]
+    theirs, own = (
+        np.array([len(field_of(row, name, index, "annotations")) for index, row in enumerate(rows)])
         for name in ("output_2", "output_1")  # the second is the model's
-    ]
+    )
     indices = [int(row.get("index", position)) for position, row in enumerate(rows)]
-    return AlpacaEval2Judgments(np.array(preferences), *map(np.array, lengths), np.array(indices))
+    return AlpacaEval2Judgments(np.array(preferences), theirs, own, np.array(indices))
 
 
 def alpaca_eval2_win_rate(preferences: np.ndarray) -> float:

@@ -204,7 +204,13 @@ def _run(start: Sequence[str] | Callable[[str, str], None], request: dict[str, A
             return check_result(row | {"status": "done"} | json.loads(answered.read_text(encoding="utf-8")))
         except (RuntimeError, OSError, ValueError) as error:
             said = log.read_text(encoding="utf-8", errors="replace").strip()[-_ERROR_CHARACTERS:]
-            failed = {"metrics": {}, "per_item": None, "seconds": 0, "tokens": None, "peak_memory_bytes": None}
+            failed: dict[str, Any] = {
+                "metrics": {},
+                "per_item": None,
+                "seconds": 0,
+                "tokens": None,
+                "peak_memory_bytes": None,
+            }
             return row | failed | {"versions": {}, "status": "failed", "error": f"{error}\n{said}".strip()}
 
 
@@ -217,7 +223,7 @@ def _process(start: Sequence[str] | Callable[[str, str], None], asked: str, answ
     )
     process.start()
     process.join()
-    return process.exitcode
+    return process.exitcode or 0  # a number, once it has ended
 
 
 def _warm_up(start: Callable[[str, str], None]) -> None:

@@ -142,7 +142,7 @@ def judge_pairs(
     warn_of_unread(replies, [verdict is not None for verdict in verdicts], "a verdict")
     first, second = {"A": 1.0, "B": 0.0, "TIE": 0.5}, {"A": 0.0, "B": 1.0, "TIE": 0.5}
     return [
-        None if None in (forward, backward) else (first[forward] + second[backward]) / 2
+        None if forward is None or backward is None else (first[forward] + second[backward]) / 2
         for forward, backward in zip(verdicts[::2], verdicts[1::2], strict=True)
     ]
 

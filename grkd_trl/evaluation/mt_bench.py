@@ -206,7 +206,7 @@ def mt_bench_judge_messages(
     for number, (asked, answer) in enumerate(zip(question["turns"], answers, strict=True), 1):
         fields |= {f"question_{number}": asked, f"answer_{number}": answer}
     if needs:
-        fields |= {f"ref_answer_{number}": reference for number, reference in enumerate(references, 1)}
+        fields |= {f"ref_answer_{number}": reference for number, reference in enumerate(references or [], 1)}
     system, template = judge_prompts[name]["system_prompt"], judge_prompts[name]["prompt_template"]
     return [{"role": "system", "content": system}, {"role": "user", "content": template.format(**fields)}]
 

@@ -169,7 +169,7 @@ def check_result(row: Any, where: str = "`row`") -> dict[str, Any]:
     if unknown := row.keys() - _FIELDS.keys() - _OPTIONAL.keys():
         raise ValueError(f"{where} has {sorted(unknown)}: beside {list(_FIELDS)} it may have {list(_OPTIONAL)}.")
     for name, value in row.items():
-        kind = (_FIELDS | _OPTIONAL)[name]
+        kind: Any = (_FIELDS | _OPTIONAL)[name]
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{where}: `{name}` must be {_named(kind)}, got {value!r}.")
     if row["status"] not in _STATUSES:

@@ -1,6 +1,6 @@
 """Intervals, paired differences and corrected p-values for a few seeds on many test items."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -23,10 +23,10 @@ class Estimate(NamedTuple):
             Two-sided p-value of the mean being 0; `nan` as above, and for shares of outcomes, where it has no meaning.
     """
 
-    mean: float
-    low: float
-    high: float
-    p_value: float
+    mean: Any
+    low: Any
+    high: Any
+    p_value: Any
 
 
 def bootstrap_estimate(

@@ -100,7 +100,7 @@ def summarize(rows: list[dict[str, Any]], task: str, *, reference: str = "grkd")
     values = values_by_method(rows, task)
     differences = {method: _paired(values, method, reference) for method in values if method != reference}
     p_values = [math.nan if found is None else float(found.p_value) for found in differences.values()]
-    corrected = dict(zip(differences, holm_p_values(p_values), strict=True)) if p_values else {}
+    corrected = dict(zip(differences, holm_p_values(np.array(p_values)), strict=True)) if p_values else {}
     methods = []
     for method, (seeds, cells) in values.items():
         runs = [row for row in done if row["method"] == method]
@@ -141,7 +141,8 @@ def _common(values: dict, first: str, second: str) -> tuple[np.ndarray, np.ndarr
     shared = sorted(set(values[first][0]) & set(values[second][0]))
     if not shared:
         return None
-    return tuple(np.stack([values[m][1][values[m][0].index(seed)] for seed in shared]) for m in (first, second))
+    own, theirs = (np.stack([values[m][1][values[m][0].index(seed)] for seed in shared]) for m in (first, second))
+    return own, theirs
 
 
 def _paired(values: dict, method: str, reference: str) -> Estimate | None:

@@ -1,9 +1,12 @@
 """The teacher as annotator: before training it scores the groups or writes them, and is then freed."""
 
+from typing import Any
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.utils import logging
 
@@ -33,7 +36,7 @@ def _load(args, model, teacher_model, processing_class) -> tuple[PreTrainedModel
 
 def rank_datasets(
     args: TrainingArguments,
-    model: str | PreTrainedModel,
+    model: str | PreTrainedModel | PeftModel,
     teacher_model: str | PreTrainedModel | None,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     *datasets: Dataset | IterableDataset | dict[str, Dataset] | None,
@@ -97,8 +100,8 @@ def rank_datasets(
 
 
 def teacher_texts(
-    args: TrainingArguments,
-    model: str | PreTrainedModel,
+    args: Any,
+    model: str | PreTrainedModel | PeftModel,
     teacher_model: str | PreTrainedModel | None,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     *datasets: Dataset | IterableDataset | dict[str, Dataset] | None,

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def write_card(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _histogram(path: Path, values: list[float], label: str) -> None:
+def _histogram(path: Path, values: Sequence[float], label: str) -> None:
     from matplotlib.figure import Figure  # optional, and slow to import
 
     figure = Figure(figsize=(6, 3), layout="constrained")

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from ..data import is_score
-from ..teacher import Completions, Teacher
+from ..teacher import Completions, Scorer
 
 
 # Fields of a group with one value for each completion.
@@ -91,7 +91,7 @@ def keep(group: dict[str, Any], indices: Sequence[int]) -> dict[str, Any]:
 
 def write_groups(
     rows: Sequence[dict[str, Any]],
-    writers: dict[str, tuple[Callable[[], AbstractContextManager[Teacher]], int]],
+    writers: dict[str, tuple[Callable[[], AbstractContextManager], int]],
     *,
     seed: int,
     index: int,
@@ -160,29 +160,29 @@ def as_groups(rows: Sequence[dict[str, Any]], written: dict[str, Completions]) -
     first = written[with_ids[0]] if with_ids else None
     groups = []
     for position, row in enumerate(rows):
-        group = {"completions": [], "clipped": [], "written_by": [], "completion_ids": []}
+        group: dict[str, list] = {"completions": [], "clipped": [], "written_by": [], "completion_ids": []}
         for name, theirs in written.items():
             texts = theirs.texts[position]
-            is_readable = first is not None and theirs.tokenizer_hash == first.tokenizer_hash
+            ids_of = theirs.completion_ids if first and theirs.tokenizer_hash == first.tokenizer_hash else None
             group["completions"] += texts
             group["clipped"] += theirs.clipped[position]
             group["written_by"] += [name] * len(texts)
-            group["completion_ids"] += theirs.completion_ids[position] if is_readable else [None] * len(texts)
-        ids = {"prompt_ids": None, "completion_ids": None, "tokenizer_hash": None}
-        if first is not None:
+            group["completion_ids"] += [None] * len(texts) if ids_of is None else ids_of[position]
+        ids: dict[str, Any] = {"prompt_ids": None, "completion_ids": None, "tokenizer_hash": None}
+        if first is not None and first.prompt_ids is not None:
             ids = {"prompt_ids": first.prompt_ids[position], "tokenizer_hash": first.tokenizer_hash}
         groups.append(row | group | ids)
     return groups
 
 
-def add_scores(groups: Sequence[dict[str, Any]], scorer: Teacher) -> list[dict[str, Any]]:
+def add_scores(groups: Sequence[dict[str, Any]], scorer: Scorer) -> list[dict[str, Any]]:
     """
     Score groups. A completion that cannot be scored is dropped.
 
     Args:
         groups (`Sequence[dict]`):
             Groups with `prompt`, `completions` and `clipped`. Further columns reach the scorer.
-        scorer ([`~teacher.Teacher`]):
+        scorer ([`~teacher.Scorer`]):
             Scorer.
 
     Returns:
@@ -195,6 +195,8 @@ def add_scores(groups: Sequence[dict[str, Any]], scorer: Teacher) -> list[dict[s
     )
     names = ("teacher_scores", "num_tokens", "surprises")
     finished = []
+    group: dict[str, Any]
+    values: list[list[Any]]
     for group, *values in zip(groups, *scored, strict=True):
         finite = [position for position, score in enumerate(values[0]) if is_score(score)]
         finished.append(keep(group | dict(zip(names, values, strict=True)), finite))

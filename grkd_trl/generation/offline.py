@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..data import as_read, check_prompt, read_group, require_rows
 from ..data.rows import WRITTEN, check_completions, check_one_each
-from ..teacher import Teacher
+from ..teacher import Scorer, Teacher
 from .card import summary, write_card
 from .core import add_scores, keep, write_groups
 from .select import drop_repeats, select_diverse
@@ -126,7 +126,7 @@ def generate_groups(
     *,
     student: Teacher | None = None,
     teacher: Teacher | None = None,
-    scorer: Teacher | None = None,
+    scorer: Scorer | None = None,
 ) -> Dataset:
     """
     Make a folder of groups from prompts: write completions, drop empty and repeated ones, keep those furthest apart,
@@ -148,7 +148,7 @@ def generate_groups(
             Writes, as `completion_source` says.
         teacher ([`~teacher.Teacher`], *optional*):
             Writes, as `completion_source` says, and scores.
-        scorer ([`~teacher.Teacher`], *optional*):
+        scorer ([`~teacher.Scorer`], *optional*):
             Scores in place of the teacher. Without either the groups have no `teacher_scores`.
 
     Returns:
@@ -196,7 +196,9 @@ def generate_groups(
             shards.write(shard, groups, features, counts)
     state.wait_for_everyone()
 
-    total = sum((shards.read_counts(shard, verify=False) for shard in range(shards.num_shards)), Counter())
+    total = sum(
+        (shards.read_counts(shard, verify=False) or Counter() for shard in range(shards.num_shards)), Counter[str]()
+    )
     if total["groups"] == 0:
         raise ValueError(f"No group is left of {len(dataset)} prompts.\n{summary(total)}")
     groups = shards.load()
@@ -215,7 +217,7 @@ def _content_hash(dataset: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def _features(dataset: Dataset, config: GroupsConfig, scorer: Teacher | None) -> Features:
+def _features(dataset: Dataset, config: GroupsConfig, scorer: Scorer | None) -> Features:
     own = {"clipped": Sequence(Value("bool")), "written_by": Sequence(Value("string"))}
     ids = {
         "prompt_ids": Sequence(Value("int32")),

@@ -1,7 +1,7 @@
 """Groups made while training: the current student and the teacher write, the teacher scores."""
 
 import importlib
-import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset
 from transformers.utils import logging
 from transformers.utils.import_utils import is_rich_available
-from trl import SFTTrainer
 
 from .. import _trl, data
 from .._trl import print_prompt_completions_sample, unwrap_model_for_generation
@@ -50,7 +49,7 @@ class OnlineGroups:
 
     def __init__(
         self,
-        trainer: SFTTrainer,
+        trainer: Any,
         collator: DataCollatorForGroups,
         completion_fn: Callable | None = None,
         score_fn: Callable | None = None,
@@ -245,6 +244,7 @@ class OnlineGroups:
     def _ask_completion_fn(self, rows: list[dict[str, Any]]) -> Completions:
         num_completions, prompts = self.trainer.args.num_completions, [row["prompt"] for row in rows]
         columns = columns_of(rows, without=["prompt"])
+        assert self.completion_fn is not None
         written = self.completion_fn(prompts=prompts, num_completions=num_completions, **columns)
         if not isinstance(written, Completions):
             written = Completions(written, [[False] * len(group) for group in written])
@@ -278,7 +278,7 @@ class OnlineGroups:
             ) as teacher:
                 # A forward for each micro-batch, as in the training step: processes that share it need as many.
                 yield LocalTeacher(
-                    teacher, trainer.processing_class, score=trainer.args.score, tokens_per_batch=math.inf
+                    teacher, trainer.processing_class, score=trainer.args.score, tokens_per_batch=sys.maxsize
                 )
 
     def _log_completions(self, groups: list[dict[str, Any]]) -> None:
@@ -290,9 +290,8 @@ class OnlineGroups:
             columns["teacher"] = [score for group in groups for score in group["teacher_scores"]]
         shown = sum(len(group["completions"]) for group in groups[:4])
         printed = {name: values[:shown] for name, values in columns.items()}
-        print_prompt_completions_sample(
-            table["prompt"][:shown], table["completion"][:shown], printed, None, step, None
-        )
+        shown_texts = table["prompt"][:shown], table["completion"][:shown]
+        print_prompt_completions_sample(*shown_texts, printed, None, step)  # all of them
         # To the trackers that have tables, as `GRPOTrainer` does
         trackers = [name for name in ("wandb", "trackio") if name in report_to]
         for tracker in map(importlib.import_module, trackers):

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from trl import SFTTrainer
 
 from .._trl import global_then_local_main_first, pad
 from ..data import DataCollatorForGroups, first_groups
@@ -31,7 +30,7 @@ class MixtureRollouts:
         text_ids (`list[list[int]]`, *optional*): The tokenized text, in the order in which it is read.
     """
 
-    def __init__(self, trainer: SFTTrainer, collator: DataCollatorForGroups, text_dataset: Dataset | None = None):
+    def __init__(self, trainer: Any, collator: DataCollatorForGroups, text_dataset: Dataset | None = None):
         self.trainer, self.collator = trainer, collator
         self.text_ids = None if text_dataset is None else self._tokenize_text(text_dataset)
 
@@ -94,7 +93,7 @@ class MixtureRollouts:
             num_prompts = kept = len(inputs["group_mask"])
             if number == len(prompts) - 1:
                 kept = num_without_repeats(accelerator, num_prompts, inputs.get("row"))
-            texts = ()
+            texts: list[list[int]] = []
             if self.text_ids is not None:
                 read = step * args.gradient_accumulation_steps * world * size + first
                 texts = [self.text_ids[(read + row) % len(self.text_ids)] for row in range(kept)]

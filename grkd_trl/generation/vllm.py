@@ -43,7 +43,9 @@ class VLLMWriter:
         ]
         repeated = [ids for ids in prompt_ids for _ in range(num_completions)]
         _, written, _, _ = self.vllm.generate(repeated, None, num_completions)
-        texts, clipped, completion_ids = ([[] for _ in prompts] for _ in range(3))
+        texts: list[list[str]] = [[] for _ in prompts]
+        clipped: list[list[bool]] = [[] for _ in prompts]
+        completion_ids: list[list[list[int]]] = [[] for _ in prompts]
         for position, ids in enumerate(written):
             row = position // num_completions
             cut = len(ids) >= max_new_tokens and ids[-1] not in self.ends

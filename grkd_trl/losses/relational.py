@@ -259,7 +259,7 @@ def _pearson(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:
     return F.cosine_similarity(a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True), dim=dim)
 
 
-def _embeddings(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _embeddings(student: torch.Tensor | None, teacher: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     if student is None or teacher is None:
         raise ValueError(
             f"There are no embeddings of the {'student' if student is None else 'teacher'}. A model has them where its "

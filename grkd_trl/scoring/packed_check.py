@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from transformers import PreTrainedModel
 
 from .forward import eval_mode, run_packed, run_plain
 from .packed_rows import PackedRows, read_rows
@@ -83,7 +84,9 @@ def _is_sharded(model: torch.nn.Module) -> bool:
 
 def _compare(model: torch.nn.Module, device: torch.device) -> str | None:
     batch = _make_batch(core_model(model), device)
-    packed_rows = PackedRows(read_rows(**batch), device)
+    rows = read_rows(**batch)
+    assert rows is not None  # the batch has no gaps
+    packed_rows = PackedRows(rows, device)
     (num_rows, length), num_alone = batch["input_ids"].shape, _SHAPES[-1][0] + _SHAPES[-1][1][-1] - _CUT
     # The last row without its last tokens and its padding, which a causal model does not read
     alone = {name: tensor[-1:, :num_alone] for name, tensor in batch.items()}
@@ -128,7 +131,7 @@ def _compare(model: torch.nn.Module, device: torch.device) -> str | None:
     return None
 
 
-def _is_coarse(core: torch.nn.Module, dtype: torch.dtype) -> bool:
+def _is_coarse(core: PreTrainedModel, dtype: torch.dtype) -> bool:
     """Whether numbers are rounded to fewer bits than those of float32, somewhere."""
     tensor_float = torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"
     narrow = min(torch.finfo(dtype).bits, torch.finfo(core.dtype).bits) < 32
@@ -139,7 +142,7 @@ def _run(
     model: torch.nn.Module, batch: dict[str, torch.Tensor], packed_rows: PackedRows | None = None
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Queries and outputs of each layer's attention in turn, `(T, F)`, and the logits, `(M, V)`."""
-    states = []
+    states: list[tuple[torch.Tensor, torch.Tensor]] = []
     kwargs = {"attention_states": states}
     _, logits = run_packed(model, batch, packed_rows, **kwargs) if packed_rows else run_plain(model, batch, **kwargs)
     logits = logits[:].float()
@@ -147,16 +150,16 @@ def _run(
     return [state.flatten(0, 1) for pair in states for state in pair], logits
 
 
-def _make_batch(core: torch.nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+def _make_batch(core: PreTrainedModel, device: torch.device) -> dict[str, torch.Tensor]:
     config = core.config.get_text_config()
     # Tokens without a meaning of their own: an image's would ask for an image.
     fields = core.config.to_dict() | config.to_dict()
     special = [value for name, value in fields.items() if name.endswith(("token_id", "token_index"))]
-    special = {token for value in special for token in (value if isinstance(value, list) else [value])}
+    no_text = {token for value in special for token in (value if isinstance(value, list) else [value])}
     tokens = (index * 7919 % config.vocab_size for index in count(1))
-    tokens = (token for token in tokens if token not in special)
+    tokens = (token for token in tokens if token not in no_text)
     length = max(prompt + max(completions) for prompt, completions in _SHAPES)
-    batch = {name: [] for name in ("input_ids", "attention_mask", "completion_mask")}
+    batch: dict[str, list[list[int]]] = {name: [] for name in ("input_ids", "attention_mask", "completion_mask")}
     for num_prompt, completions in _SHAPES:
         prompt = [next(tokens) for _ in range(num_prompt)]
         for num_tokens in completions:

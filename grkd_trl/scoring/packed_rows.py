@@ -124,7 +124,7 @@ class Block:
         number = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for group in groups]))
         self._prompt_of_row = number.to(device)
         self._prompt_lengths = torch.tensor([group[0].prompt_length for group in groups]).to(device)
-        self._masks = {}
+        self._masks: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def num_pairs(self) -> int:
@@ -180,7 +180,7 @@ _PAIRS_OF_A_CALL, _PADDING = 2**14, 1.1
 
 
 def _in_blocks(groups: list[list[Row]], device: torch.device) -> list[Block]:
-    blocks = []
+    blocks: list[Block] = []
     for group in sorted(groups, key=lambda rows: rows[0].prompt_length, reverse=True):
         alone = Block([group], device)
         for index, block in enumerate(blocks):
@@ -232,7 +232,9 @@ class PackedRows:
     """
 
     def __init__(self, rows: list[Row], device: torch.device):
-        groups, first_of, size = [], {}, 0  # where a prompt or a tail begins in the sequence
+        groups: list[list[Row]] = []
+        first_of: dict[tuple[str, Row], int] = {}  # where a prompt or a tail begins in the sequence
+        size = 0
         source, positions, predicts = [], [], [torch.arange(0)]
         for row in rows:
             if not row.same_prompt:
@@ -255,16 +257,16 @@ class PackedRows:
         self.predicts = torch.cat(predicts).to(device)
         self.blocks = _in_blocks(groups, device)
         self.num_pairs = sum(block.num_pairs for block in self.blocks)
-        self.calls = []
+        self.calls: list[AttentionCall] = []
 
         def padded(first: int, length: int, to: int) -> torch.Tensor:
             return torch.cat([torch.arange(first, first + length), torch.full((to - length,), -1)])
 
         indices = []  # of the blocks' tokens in the sequence, -1 for padding
         for block in self.blocks:
-            prompt, tail = block.prompt_shape[1], block.tail_shape[1]
-            indices += [padded(first_of["prompt", g[0]], g[0].prompt_length, prompt) for g in block.groups]
-            indices += [padded(first_of["tail", row], row.tail_length, tail) for g in block.groups for row in g]
+            of_prompt, of_tail = block.prompt_shape[1], block.tail_shape[1]
+            indices += [padded(first_of["prompt", g[0]], g[0].prompt_length, of_prompt) for g in block.groups]
+            indices += [padded(first_of["tail", row], row.tail_length, of_tail) for g in block.groups for row in g]
         indices = torch.cat(indices)
         taken = (indices >= 0).nonzero().squeeze(-1)
         self._to_blocks = indices.clamp(min=0).to(device)

@@ -11,7 +11,7 @@ from .forward import predicted_mask, run_packed, run_plain
 from .packed_check import check_packed_rows_on_all_ranks
 from .packed_rows import PackedRows, causal_pairs, read_rows
 from .shared_prompts import implementation_of, why_lost
-from .tiles import TiledLogits, core_model, map_tiles
+from .tiles import core_model, map_tiles
 
 
 logger = logging.get_logger(__name__)
@@ -38,7 +38,7 @@ class CompletionScores(NamedTuple):
     """
 
     per_token_logps: torch.Tensor
-    logits: torch.Tensor | TiledLogits | None
+    logits: Any  # so that a method that asked for them need not say so again
     token_losses: dict[str, torch.Tensor]
     aux_loss: torch.Tensor | None
 

@@ -98,7 +98,7 @@ for _implementation in _IMPLEMENTATIONS:
     AttentionMaskInterface.register(_implementation + _SUFFIX, AttentionMaskInterface()[_implementation])
 
 
-def _text_model(model: torch.nn.Module) -> torch.nn.Module:
+def _text_model(model: torch.nn.Module) -> PreTrainedModel:
     # The module whose configuration its attention reads, a part of a model of images and text. A head that is called
     # `decoder` is none.
     decoder = core_model(model).get_decoder()
@@ -155,7 +155,8 @@ def why_not_shared(model: torch.nn.Module) -> str | None:
     Returns:
         `str`, *optional*: The reason, or `None` if there is none to be seen.
     """
-    outer, core = unwrap(model), core_model(model)
+    outer: torch.nn.Module = unwrap(model)
+    core: torch.nn.Module = core_model(model)
     if isinstance(outer, PeftModel) and outer.active_peft_config.is_prompt_learning:
         return "its adapter puts virtual tokens before every row"
     if not isinstance(core, PreTrainedModel) or not _text_model(core)._can_set_attn_implementation():

@@ -8,6 +8,7 @@ so here any function of logits is put in its place.
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,10 +29,12 @@ LOGITS_AT_ONCE = 2**24
 # Else a tile has an eighth of the batch's, so that they take an eighth of the memory, and never more than these.
 MIN_TILES, LOGITS_PER_TILE = 8, 2**25
 
-_unsuited = WeakKeyDictionary()  # models that do with their logits what is not known here
+_unsuited: WeakKeyDictionary[torch.nn.Module, bool] = (
+    WeakKeyDictionary()
+)  # models that do with their logits what is not known here
 
 
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+def unwrap(model: torch.nn.Module) -> PreTrainedModel | PeftModel:
     """
     A causal language model without what accelerate wraps it in; its adapters stay.
 
@@ -40,18 +43,16 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
             Model, as it is or wrapped by accelerate (DDP, DeepSpeed, FSDP).
 
     Returns:
-        `torch.nn.Module`: The model, or its [`~peft.PeftModel`].
+        [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]: The model, or its adapters with it.
     """
     while isinstance(model, DistributedDataParallel | FullyShardedDataParallel):
         model = model.module
     if isinstance(model, PreTrainedModel | PeftModel):
         return model
-    return extract_model_from_parallel(
-        model
-    )  # which takes a millisecond to look for DeepSpeed, several times a forward
+    return extract_model_from_parallel(model)  # which takes a millisecond to look for DeepSpeed
 
 
-def core_model(model: torch.nn.Module) -> torch.nn.Module:
+def core_model(model: torch.nn.Module) -> PreTrainedModel:
     """
     A causal language model without what wraps it.
 
@@ -60,10 +61,10 @@ def core_model(model: torch.nn.Module) -> torch.nn.Module:
             Model, as it is or wrapped by accelerate (DDP, DeepSpeed, FSDP) or PEFT.
 
     Returns:
-        `torch.nn.Module`: The model itself.
+        [`~transformers.PreTrainedModel`]: The model itself.
     """
     model = unwrap(model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
 def takes(model: torch.nn.Module, argument: str) -> bool:
@@ -79,11 +80,11 @@ def takes(model: torch.nn.Module, argument: str) -> bool:
     Returns:
         `bool`: `True` if it does.
     """
-    return argument in _arguments(type(core_model(model)))
+    return argument in _arguments(type(core_model(model)))  # type: ignore[arg-type]
 
 
 @lru_cache
-def _arguments(model_class: type) -> frozenset[str]:
+def _arguments(model_class: type[torch.nn.Module]) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)
 
 
@@ -121,8 +122,11 @@ class TiledLogits:
         self.hidden_states = hidden_states
         self.shape = (len(hidden_states), core.config.get_text_config().vocab_size)
         self._head, self._to_logits = core.get_output_embeddings(), _to_logits(core.config.get_text_config())
-        self._autocast = {"enabled": torch.is_autocast_enabled(device_type), "device_type": device_type}
-        self._autocast["dtype"] = torch.get_autocast_dtype(device_type)
+        self._autocast: dict[str, Any] = {
+            "enabled": torch.is_autocast_enabled(device_type),
+            "device_type": device_type,
+            "dtype": torch.get_autocast_dtype(device_type),
+        }
         self._with_gradient = torch.is_grad_enabled()
 
     def of(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -136,8 +140,9 @@ class TiledLogits:
         """
         with torch.set_grad_enabled(self._with_gradient and torch.is_grad_enabled()), torch.autocast(**self._autocast):
             # A module of FSDP2 gathers and reduces in every call; its weights are gathered already, see `keep_head_gathered`.
-            head = self._head.forward if isinstance(self._head, FSDPModule) else self._head
-            return self._to_logits(head(hidden_states))
+            head: Any = self._head
+            read = head.forward if isinstance(self._head, FSDPModule) else head
+            return self._to_logits(read(hidden_states))
 
     def __getitem__(self, key) -> torch.Tensor:
         rows, *columns = key if isinstance(key, tuple) else (key,)

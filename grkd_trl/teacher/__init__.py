@@ -12,7 +12,7 @@ from .models import (
     shared_vocabulary,
     tokenizer_of,
 )
-from .protocol import Completions, Teacher, TeacherScores
+from .protocol import Completions, Scorer, Teacher, TeacherScores
 from .scorer import CallableScorer
 from .server import ServerTeacher, TeacherError
 from .topk import cache_soft_labels
@@ -25,6 +25,7 @@ __all__ = [
     "CallableScorer",
     "Completions",
     "LocalTeacher",
+    "Scorer",
     "ServerTeacher",
     "Teacher",
     "TeacherError",

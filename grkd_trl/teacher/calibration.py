@@ -69,8 +69,8 @@ def calibrate_scores(mean_logps: torch.Tensor, selection_probs: torch.Tensor, *,
 def selection_probs(
     model: PreTrainedModel,
     processing_class: PreTrainedTokenizerBase,
-    prompt: str | list[dict[str, str]],
-    completions: Sequence[str] | Sequence[list[dict[str, str]]],
+    prompt: str | list[dict[str, Any]],
+    completions: Sequence[str | list[dict[str, Any]]],
     *,
     template: str = SELECTION_TEMPLATE,
     letters: tuple[str, str] = ("A", "B"),
@@ -241,7 +241,7 @@ class CalibratedTeacher:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[list[dict[str, str]]],
+        prompts: Sequence[str | list[dict[str, Any]]],
         num_completions: int,
         *,
         seed: int | Sequence[int],
@@ -272,8 +272,8 @@ class CalibratedTeacher:
 
     def score(
         self,
-        prompts: Sequence[str] | Sequence[list[dict[str, str]]],
-        completions: Sequence[Sequence[str]] | Sequence[Sequence[list[dict[str, str]]]],
+        prompts: Sequence[str | list[dict[str, Any]]],
+        completions: Sequence[Sequence[str | list[dict[str, Any]]]],
         *,
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> TeacherScores:
@@ -303,8 +303,8 @@ class CalibratedTeacher:
                 tokens_per_batch=self.teacher.tokens_per_batch,
             )
             mean_logps = torch.tensor([scores[position] for position in finite], dtype=torch.float64)
-            picked = torch.tensor(picked, dtype=torch.float64)
-            calibrated = calibrate_scores(mean_logps, picked, ratio=self.ratio)
+            chances = torch.tensor(picked, dtype=torch.float64)
+            calibrated = calibrate_scores(mean_logps, chances, ratio=self.ratio)
             for position, value in zip(finite, calibrated.tolist(), strict=True):
                 scores[position] = value
         return scored

@@ -99,8 +99,8 @@ class ServerClient:
     ):
         try:
             self.url = httpx2.URL(base_url)
-        except (httpx2.InvalidURL, TypeError) as error:
-            raise ValueError(f"The {who}'s `base_url` is no address: {error}.") from None
+        except (httpx2.InvalidURL, TypeError) as problem:
+            raise ValueError(f"The {who}'s `base_url` is no address: {problem}.") from None
         if self.url.scheme not in ("http", "https") or not self.url.host:
             raise ValueError(
                 f"The {who}'s `base_url` must start with http:// or https://, as in 'http://localhost:8000/v1', got "
@@ -250,6 +250,7 @@ class ServerClient:
                 target = response.next_request
             finally:
                 await response.aclose()
+            assert target is not None  # the response names it
             same = (target.url.scheme, target.url.netloc) == (request.url.scheme, request.url.netloc)
             if not same or target.method != "POST":
                 problem = (

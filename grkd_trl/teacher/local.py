@@ -98,7 +98,7 @@ class LocalTeacher:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[list[dict[str, str]]],
+        prompts: Sequence[str | list[dict[str, Any]]],
         num_completions: int,
         *,
         seed: int | Sequence[int],
@@ -152,17 +152,19 @@ class LocalTeacher:
             seeds=[seeds[row] for row in rows],
             progress=self.progress,
         )
-        texts, clipped, completion_ids = ([[] for _ in prompts] for _ in range(3))
+        texts: list[list[str]] = [[] for _ in prompts]
+        clipped: list[list[bool]] = [[] for _ in prompts]
+        completion_ids: list[list[list[int]]] = [[] for _ in prompts]
         for position, row in enumerate(rows):
             texts[row], clipped[row] = written.texts[position], written.clipped[position]
-            completion_ids[row] = written.completion_ids[position]
+            completion_ids[row] = (written.completion_ids or [])[position]
         return Completions(texts, clipped, completion_ids, prompt_ids, tokenizer_hash(self.processing_class))
 
     @torch.no_grad()
     def score(
         self,
-        prompts: Sequence[str] | Sequence[list[dict[str, str]]],
-        completions: Sequence[Sequence[str]] | Sequence[Sequence[list[dict[str, str]]]],
+        prompts: Sequence[str | list[dict[str, Any]]],
+        completions: Sequence[Sequence[str | list[dict[str, Any]]]],
         *,
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> TeacherScores:
@@ -197,7 +199,7 @@ class LocalTeacher:
                 indices.append([(row, position) for position, fit in enumerate(fits) if fit])
         scores = [[math.nan] * len(counts) for counts in num_tokens]
         with eval_mode(self.model):
-            sharing = {"prompt_sharing": self.prompt_sharing}
+            sharing: dict[str, Any] = {"prompt_sharing": self.prompt_sharing}
             for rows in token_batches(self.model, groups, self.tokens_per_batch, progress=self.progress, **sharing):
                 batch = self._collate([groups[row] for row in rows])
                 logps = score_completions(self.model, batch, **sharing).per_token_logps
@@ -245,7 +247,8 @@ def token_batches(
     """
     packed = prompt_sharing != "off" and check_packed_rows_on_all_ranks(model, model.device) is None
     lengths = [len(group["prompt_ids"]) + max(map(len, group["completion_ids"])) for group in groups]
-    rows, num_sequences, num_packed = [], 0, 0
+    rows: list[int] = []
+    num_sequences, num_packed = 0, 0
     order = sorted(range(len(groups)), key=lengths.__getitem__)  # so the current row is the longest of its batch
     for row in tqdm(order, desc="Scoring groups", disable=not progress):
         size = len(groups[row]["completion_ids"])

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -66,12 +66,10 @@ def disable_dropout(model: torch.nn.Module) -> None:
     disable_dropout_in_model(model)
     for module in model.modules():  # attention holds its rate as a number, which TRL's function leaves
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
-def is_base_of(
-    student: PreTrainedModel | PeftModel, teacher_model: str | PreTrainedModel, args: TrainingArguments
-) -> bool:
+def is_base_of(student: PreTrainedModel | PeftModel, teacher_model: str | PreTrainedModel, args: Any) -> bool:
     """
     Whether a teacher is the base of the student's adapters, as an object or as the id or path that both name. It need
     not be loaded again then.
@@ -89,8 +87,8 @@ def is_base_of(
     """
     if not isinstance(student, PeftModel):
         return False
-    if not isinstance(teacher_model, str):
-        return teacher_model is student or teacher_model is student.get_base_model()
+    if not isinstance(teacher_model, str):  # it may be a model with adapters, as the student
+        return teacher_model is cast(PreTrainedModel, student) or teacher_model is student.get_base_model()
     same_weights = not hasattr(student.config, "quantization_config")
     same_kwargs = args.teacher_model_init_kwargs in (None, args.model_init_kwargs)
     return teacher_model == get_config_model_id(student.config) and same_weights and same_kwargs
@@ -140,7 +138,7 @@ def prepare_teacher(model: PreTrainedModel, accelerator: Accelerator, *, shardin
     if zero3:
         return prepare_deepspeed(model, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 1:
-        return prepare_fsdp(model, accelerator)
+        return cast(torch.nn.Module, prepare_fsdp(model, accelerator))
     return _shard_layers(model, accelerator)
 
 
@@ -169,7 +167,8 @@ def loading_whole(args: TrainingArguments) -> Iterator[None]:
     try:
         yield
     finally:
-        args.deepspeed_plugin.set_deepspeed_weakref()
+        if args.deepspeed_plugin is not None:
+            args.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def _shard_layers(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
@@ -184,7 +183,7 @@ def _shard_layers(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.
 
 
 def tokenizer_of(
-    model: str | PreTrainedModel, default: PreTrainedTokenizerBase | ProcessorMixin | None = None
+    model: str | PreTrainedModel | PeftModel, default: PreTrainedTokenizerBase | ProcessorMixin | None = None
 ) -> PreTrainedTokenizerBase:
     """
     Tokenizer that stands where a model does.
@@ -206,11 +205,11 @@ def tokenizer_of(
     except (OSError, ValueError):
         if default is None:
             raise
-        return getattr(default, "tokenizer", default)
+        return getattr(default, "tokenizer", default)  # type: ignore[arg-type]
 
 
 def shared_vocabulary(
-    student: str | PreTrainedModel,
+    student: str | PreTrainedModel | PeftModel,
     teacher: str | PreTrainedModel,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
 ) -> int:
@@ -234,8 +233,8 @@ def shared_vocabulary(
     Raises:
         `ValueError`: If the tokenizers differ, or either model is too small for the tokenizer.
     """
-    own = tokenizer_of(student) if processing_class is None else processing_class
-    own = getattr(own, "tokenizer", own)
+    given: Any = tokenizer_of(student) if processing_class is None else processing_class
+    own = getattr(given, "tokenizer", given)
     theirs = tokenizer_of(teacher, own)
     configs = [
         AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config for model in (student, teacher)

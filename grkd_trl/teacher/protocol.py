@@ -64,20 +64,47 @@ def prompt_seeds(seed: int | Sequence[int], num_prompts: int) -> list[int]:
     return [seed + row for row in range(num_prompts)] if isinstance(seed, int) else list(seed)
 
 
-class Teacher(Protocol):
-    """Anything with these methods: [`LocalTeacher`], [`ServerTeacher`], [`CallableScorer`], or your own."""
+class Scorer(Protocol):
+    """Anything with these methods: every [`Teacher`], [`CallableScorer`], or your own."""
 
     def describe(self) -> dict[str, Any]:
         """
-        Identify this teacher, for the manifest of what it wrote or scored.
+        Identify this scorer, for the manifest of what it wrote or scored.
 
         Returns:
             `dict[str, Any]`: Values that JSON can hold.
         """
 
+    def score(
+        self,
+        prompts: Sequence[str | list[dict[str, Any]]],
+        completions: Sequence[Sequence[str | list[dict[str, Any]]]],
+        *,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> TeacherScores:
+        """
+        Score completions.
+
+        Args:
+            prompts (`Sequence[str]` or `Sequence[list[dict]]`):
+                P prompts, as text or messages.
+            completions (`Sequence[Sequence[str]]` or `Sequence[Sequence[list[dict]]]`):
+                A group of completions for each prompt.
+            columns (`Mapping[str, Sequence]`, *optional*):
+                Further columns of the dataset, a value a prompt; `clipped` among them, and for what a model wrote
+                `prompt_ids`, `completion_ids` and `tokenizer_hash`.
+
+        Returns:
+            [`TeacherScores`]: A score for each completion.
+        """
+
+
+class Teacher(Scorer, Protocol):
+    """A scorer that writes too: [`LocalTeacher`], [`ServerTeacher`], or your own."""
+
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[list[dict[str, str]]],
+        prompts: Sequence[str | list[dict[str, Any]]],
         num_completions: int,
         *,
         seed: int | Sequence[int],
@@ -107,27 +134,4 @@ class Teacher(Protocol):
 
         Returns:
             [`Completions`]: Texts, whether each was cut, and the token ids where they are known.
-        """
-
-    def score(
-        self,
-        prompts: Sequence[str] | Sequence[list[dict[str, str]]],
-        completions: Sequence[Sequence[str]] | Sequence[Sequence[list[dict[str, str]]]],
-        *,
-        columns: Mapping[str, Sequence[Any]] | None = None,
-    ) -> TeacherScores:
-        """
-        Score completions.
-
-        Args:
-            prompts (`Sequence[str]` or `Sequence[list[dict]]`):
-                P prompts, as text or messages.
-            completions (`Sequence[Sequence[str]]` or `Sequence[Sequence[list[dict]]]`):
-                A group of completions for each prompt.
-            columns (`Mapping[str, Sequence]`, *optional*):
-                Further columns of the dataset, a value a prompt; `clipped` among them, and for what a model wrote
-                `prompt_ids`, `completion_ids` and `tokenizer_hash`.
-
-        Returns:
-            [`TeacherScores`]: A score for each completion.
         """

@@ -204,7 +204,7 @@ def _echoed(answer: dict[str, Any]) -> tuple[list[Any], list[Any], Any]:
     return values, tokens, usage.get("prompt_tokens") if isinstance(usage, dict) else None
 
 
-def _check_texts(tokens: list[Any], texts: list[set[str]]) -> None:
+def _check_texts(tokens: list[Any], texts: Sequence[set[str]]) -> None:
     for position, (given, forms) in enumerate(zip(tokens, texts, strict=False)):
         if given not in forms:
             raise UnusableAnswer(

@@ -26,13 +26,14 @@ def template_columns(columns: Mapping[str, Sequence[Any]] | None, row: int) -> d
         `dict[str, Any]`: Its `tools` and `chat_template_kwargs`, where there are such columns.
     """
     names = ("tools", "chat_template_kwargs")
-    return {name: columns[name][row] for name in names if name in (columns or {})}
+    columns = columns or {}
+    return {name: columns[name][row] for name in names if name in columns}
 
 
 def read_groups(
     processing_class: PreTrainedTokenizerBase,
-    prompts: Sequence[str] | Sequence[list[dict[str, str]]],
-    completions: Sequence[Sequence[str]] | Sequence[Sequence[list[dict[str, str]]]],
+    prompts: Sequence[str | list[dict[str, Any]]],
+    completions: Sequence[Sequence[str | list[dict[str, Any]]]],
     columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> Iterator[tuple[list[int], list[list[int]], list[bool]]]:
     """
@@ -97,8 +98,9 @@ def reads_back(
         `bool`: `False` if the text has unknown characters or special tokens, merges with the prompt, or is not rendered
         by the chat template.
     """
-    texts = [completion]
-    if not isinstance(completion, str):
+    if isinstance(completion, str):
+        texts = [completion]
+    else:
         fields = ("content", "reasoning_content", "thinking")  # what templates call them
         texts = [turn[field] for turn in completion for field in fields if isinstance(turn.get(field), str)]
     decoded = processing_class.decode(completion_ids, skip_special_tokens=True)

@@ -47,8 +47,8 @@ class CallableScorer:
 
     def score(
         self,
-        prompts: Sequence[str] | Sequence[list[dict[str, str]]],
-        completions: Sequence[Sequence[str]] | Sequence[Sequence[list[dict[str, str]]]],
+        prompts: Sequence[str | list[dict[str, Any]]],
+        completions: Sequence[Sequence[str | list[dict[str, Any]]]],
         *,
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> TeacherScores:

@@ -136,7 +136,7 @@ class ServerTeacher:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[list[dict[str, str]]],
+        prompts: Sequence[str | list[dict[str, Any]]],
         num_completions: int,
         *,
         seed: int | Sequence[int],
@@ -218,7 +218,9 @@ class ServerTeacher:
                 template["tools"] = json.loads(template["tools"])
             requests.append(ServerRequest("/chat/completions", {"messages": prompt, **body, **template}, read))
 
-        texts, clipped, withheld = [[] for _ in prompts], [[] for _ in prompts], Counter()
+        texts: list[list[str]] = [[] for _ in prompts]
+        clipped: list[list[bool]] = [[] for _ in prompts]
+        withheld: Counter[str] = Counter()
         for row, group in zip(rows, self._client.post_all(requests), strict=True):
             withheld.update(reason for reason in group if isinstance(reason, str))
             written = [completion for completion in group if not isinstance(completion, str)]
@@ -234,8 +236,8 @@ class ServerTeacher:
 
     def score(
         self,
-        prompts: Sequence[str] | Sequence[list[dict[str, str]]],
-        completions: Sequence[Sequence[str]] | Sequence[Sequence[list[dict[str, str]]]],
+        prompts: Sequence[str | list[dict[str, Any]]],
+        completions: Sequence[Sequence[str | list[dict[str, Any]]]],
         *,
         columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> TeacherScores:
@@ -321,13 +323,13 @@ class ServerTeacher:
         """Text that a server reads as these tokens, which adds BOS itself where the tokenizer does."""
         added = self.processing_class("")["input_ids"]
         kept = ids[len(added) :] if added and ids[: len(added)] == added else ids
-        return self.processing_class.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(self.processing_class.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _texts_of(self, token_id: int) -> set[str]:
         """Forms in which a server may write a token: decoded, as in the vocabulary, or without what is no text."""
         if token_id not in self._token_texts:
-            decoded = self.processing_class.decode([token_id])
-            token = self.processing_class.convert_ids_to_tokens(token_id)
+            decoded = str(self.processing_class.decode([token_id]))
+            token = str(self.processing_class.convert_ids_to_tokens(token_id))
             self._token_texts[token_id] = {decoded, token}
             if self.server == "llama.cpp":
                 special = token_id in self.processing_class.all_special_ids

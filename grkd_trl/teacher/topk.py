@@ -59,7 +59,9 @@ def cache_soft_labels(
     dataset = dataset.remove_columns([name for name in own if name in dataset.column_names])
     groups = [tokenize_group(row, index, processing_class=processing_class) for index, row in enumerate(dataset)]
     collator = DataCollatorForGroups(pad_token_id=pad_token_id(processing_class))
-    top_ids, top_logps, scores = ([[] for _ in groups] for _ in range(3))
+    top_ids: list[list[list[list[int]]]] = [[] for _ in groups]
+    top_logps: list[list[list[list[float]]]] = [[] for _ in groups]
+    scores: list[list[float]] = [[] for _ in groups]
 
     def top(logits, rows):
         logps, ids = logits.float().log_softmax(-1).topk(k)
@@ -87,7 +89,7 @@ def cache_soft_labels(
     }
     if "teacher_scores" not in dataset.column_names:
         columns["teacher_scores"] = (scores, Sequence(Value("float64")))
-    for name, (values, feature) in columns.items():
-        column = Dataset.from_dict({name: values}, features=Features({name: feature}))
+    for name, (cells, feature) in columns.items():
+        column = Dataset.from_dict({name: cells}, features=Features({name: feature}))
         dataset = dataset.add_column(name, column.data.column(name), feature=feature)
     return dataset

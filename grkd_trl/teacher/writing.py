@@ -111,7 +111,7 @@ class _DrawByRow(LogitsProcessor):
     def __init__(self, numbers: torch.Tensor, num_prompt: int):
         self.numbers, self.num_prompt = numbers, num_prompt
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         tokens = draw_tokens(scores.softmax(-1), self.numbers[:, input_ids.shape[1] - self.num_prompt])
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens.unsqueeze(-1), 0.0)
 
@@ -213,7 +213,9 @@ def write_completions(
     if temperature > 0 and seeds is None:
         sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} | cutoffs
     order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
-    texts, clipped, completion_ids = ([[] for _ in prompt_ids] for _ in range(3))
+    texts: list[list[str]] = [[] for _ in prompt_ids]
+    clipped: list[list[bool]] = [[] for _ in prompt_ids]
+    completion_ids: list[list[list[int]]] = [[] for _ in prompt_ids]
     ends = end_token_ids(model, processing_class)
     padding = pad_token_id(processing_class)
     sharded = isinstance(model, FSDPModule)  # `generate` detects ZeRO-3 by itself, but not accelerate's FSDP2
@@ -228,7 +230,7 @@ def write_completions(
             processors += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
             processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
             processors.append(_DrawByRow(numbers, input_ids.shape[1]))
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]  # a method, for which torch knows no type
             input_ids=input_ids,
             attention_mask=pad([torch.ones_like(row) for row in ids], padding_side="left"),
             max_new_tokens=max_new_tokens,

@@ -9,6 +9,7 @@ from .kd import KDConfig, KDTrainer
 from .minillm import MiniLLMTrainer
 from .minillm_config import MiniLLMConfig
 from .pro import PROConfig, PROTrainer
+from .ranknet import RankNetConfig, RankNetTrainer
 from .seqkd import SeqKDConfig, SeqKDTrainer
 from .simpo import SimPOConfig, SimPOTrainer
 
@@ -26,6 +27,8 @@ __all__ = [
     "MiniLLMTrainer",
     "PROConfig",
     "PROTrainer",
+    "RankNetConfig",
+    "RankNetTrainer",
     "SeqKDConfig",
     "SeqKDTrainer",
     "SimPOConfig",

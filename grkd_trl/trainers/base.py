@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -36,7 +36,7 @@ from .metrics import RunningMeans, add_length_metrics, add_rank_metrics, peak_me
 
 class GroupTrainer(SFTTrainer):
     r"""
-    Base class of the methods that train on groups. A method defines `config_class`, `equation`, `objective` and
+    Base class of the methods that train on groups. A method defines `config_class`, `equation`, `mean_loss` and
     `compute_loss`, and where it needs them [`~GroupTrainer.bring_teacher`] and [`~GroupTrainer.arrange`].
 
     Args:
@@ -72,11 +72,17 @@ class GroupTrainer(SFTTrainer):
     config_class: ClassVar[type[GroupConfig]] = GroupConfig
     equation: ClassVar[str]
 
+    args: GroupConfig
+    _signature_columns: Any
+    train_dataset: Any
+    data_collator: Any
+    model: PreTrainedModel | PeftModel
+
     # Fewest completions of a group. 1 for a method that does not compare.
     min_completions: ClassVar[int] = 2
 
     # `compute_loss` divides by the groups or tokens of the whole optimizer step, on all processes.
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -122,7 +128,7 @@ class GroupTrainer(SFTTrainer):
             pad_token_id=self._tokenizer.pad_token_id,
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
-            pad_to_multiple_of=args.pad_to_multiple_of,
+            pad_to_multiple_of=cast(int | None, args.pad_to_multiple_of),
         )
         if args.disable_dropout:
             disable_dropout(self.model)
@@ -159,7 +165,7 @@ class GroupTrainer(SFTTrainer):
         if is_base_of(student, teacher_model, args):
             return student, student.config.get_text_config().vocab_size
         with loading_whole(args) if args.teacher_sharding == "replicated" else nullcontext():
-            teacher = load_teacher(teacher_model, args.teacher_model_init_kwargs)
+            teacher = load_teacher(teacher_model, cast(dict | None, args.teacher_model_init_kwargs))
         vocab_size = shared_vocabulary(student, teacher, self._tokenizer)
         compile_layers(teacher, self.compile_plugin)
         return prepare_teacher(teacher, self.accelerator, sharding=args.teacher_sharding), vocab_size
@@ -170,7 +176,7 @@ class GroupTrainer(SFTTrainer):
         The teacher for a forward without gradients, given the student as `compute_loss` gets it: the teacher, or the
         student in evaluation mode with its adapters off, where its base is the teacher.
         """
-        if self.teacher_model is not self.model:
+        if self.teacher_model is not None and self.teacher_model is not self.model:
             with torch.no_grad():
                 yield self.teacher_model
             return
@@ -244,7 +250,7 @@ class GroupTrainer(SFTTrainer):
         return num_items_in_batch.clamp(min=1) / self.accelerator.num_processes
 
     @property
-    def router_kwargs(self) -> dict[str, bool]:
+    def router_kwargs(self) -> dict[str, Any]:
         """What the student's forward is asked for where it is a mixture of experts with a load-balancing loss."""
         return {"output_router_logits": True} if self.aux_loss_enabled else {}
 
@@ -271,7 +277,7 @@ class GroupTrainer(SFTTrainer):
 
     # What is logged
 
-    def objective(self, means: dict[str, float]) -> float:
+    def mean_loss(self, means: dict[str, float]) -> float:
         """The loss at this point of the run, from the means that `compute_loss` logs."""
         raise NotImplementedError
 
@@ -319,11 +325,11 @@ class GroupTrainer(SFTTrainer):
     ):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self.running_means["eval"].read(self.accelerator)
-        means["loss"] = self.objective(means)  # that of the groups, not of batches
+        means["loss"] = self.mean_loss(means)  # that of the groups, not of batches
         if "aux_loss" in means:
             means["loss"] += self.router_aux_loss_coef * means["aux_loss"]
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics=(output.metrics or {}) | metrics)
 
     def log(self, logs, start_time=None):
         if self.model.training and (means := self.running_means["train"].read(self.accelerator)):
@@ -336,7 +342,7 @@ class GroupTrainer(SFTTrainer):
         resume_from_checkpoint = prepare_resume(self, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
-            add_objective(Path(self.args.output_dir) / "README.md", self.equation, self.args, type(self.args))
+            add_objective(Path(self.args.output_dir or "") / "README.md", self.equation, self.args, type(self.args))

@@ -3,12 +3,12 @@
 from importlib.metadata import version
 from pathlib import Path
 
-from trl import SFTConfig
+from transformers import TrainingArguments
 
 from .config import own_fields
 
 
-def add_objective(card: Path, equation: str, args: SFTConfig, config_class: type[SFTConfig]) -> None:
+def add_objective(card: Path, equation: str, args: TrainingArguments, config_class: type[TrainingArguments]) -> None:
     """
     Add to a model card what was minimised, and by which version of this package: the equation, and the method's own
     fields with their values.
@@ -18,7 +18,7 @@ def add_objective(card: Path, equation: str, args: SFTConfig, config_class: type
             Model card, which exists.
         equation (`str`):
             LaTeX of the loss.
-        args ([`~trl.SFTConfig`]):
+        args ([`~transformers.TrainingArguments`]):
             Configuration of the run.
         config_class (`type`):
             Class whose own fields are listed.

@@ -28,7 +28,8 @@ def prepare_resume(trainer: Trainer, resume_from_checkpoint: str | bool | None) 
     Raises:
         `ValueError`: If the checkpoint is incomplete, or this launch cannot read it.
     """
-    if resume_from_checkpoint and (checkpoint := find_checkpoint(resume_from_checkpoint, trainer.args.output_dir)):
+    output_dir = trainer.args.output_dir or ""  # which `Trainer` has set
+    if resume_from_checkpoint and (checkpoint := find_checkpoint(resume_from_checkpoint, output_dir)):
         _prepare_deepspeed(trainer, Path(checkpoint))
         return checkpoint
     return resume_from_checkpoint
@@ -51,7 +52,7 @@ def find_checkpoint(resume_from_checkpoint: str | bool, output_dir: str) -> str 
     Raises:
         `ValueError`: If the checkpoint, or every checkpoint, is incomplete.
     """
-    if resume_from_checkpoint is not True:
+    if isinstance(resume_from_checkpoint, str):
         if Path(resume_from_checkpoint).is_dir() and not _is_complete(resume_from_checkpoint):
             raise ValueError(
                 f"The checkpoint {resume_from_checkpoint} is incomplete: the run stopped while saving it. Delete it, and set "

@@ -123,12 +123,12 @@ class GroupWarnings(TrainerCallback):
     Warns once, at the first logging step, of groups from which little can be learned.
 
     Args:
-        random_score (`float`, *optional*):
-            Mean log-probability, in nats per token, of a model that knows nothing, where the student writes the groups.
+        num_tokens (`int`, *optional*):
+            Size of the vocabulary, where the student writes the groups.
     """
 
-    def __init__(self, random_score: float | None = None):
-        self.random_score, self._done = random_score, False
+    def __init__(self, num_tokens: int | None = None):
+        self.num_tokens, self._done = num_tokens, False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self._done or "completions/clipped_ratio" not in logs:
@@ -146,9 +146,10 @@ class GroupWarnings(TrainerCallback):
                 "not learn to stop from them. Raise `max_completion_length` or `max_length`."
             )
         score = logs.get("scores/student", math.inf)
-        if self.random_score is not None and score < 0.9 * self.random_score:
+        random = -math.log(self.num_tokens) if self.num_tokens else -math.inf  # of a model that knows nothing
+        if score < 0.9 * random:
             logger.warning(
                 f"The student's own completions have {score:.1f} nats per token, and a uniform choice among its tokens "
-                f"{self.random_score:.1f}: it writes nearly at random. Start from a trained student, or check its weights "
+                f"{random:.1f}: it writes nearly at random. Start from a trained student, or check its weights "
                 "and chat template."
             )

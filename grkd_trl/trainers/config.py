@@ -1,8 +1,9 @@
 """What the methods' configurations share."""
 
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from peft import PeftModel
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.utils import logging
 from trl import SFTConfig
@@ -13,6 +14,7 @@ from .checks import check_launch, resolve_bf16
 
 
 logger = logging.get_logger(__name__)
+ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -96,7 +98,7 @@ def check_completion_fields(args: SFTConfig) -> None:
         )
 
 
-def check_best_metric(args: TrainingArguments) -> None:
+def check_best_metric(args: Any) -> None:
     """
     Warn where the best checkpoint would be chosen by a loss whose balance moves, so that each is measured by a different loss.
 
@@ -112,7 +114,7 @@ def check_best_metric(args: TrainingArguments) -> None:
         )
 
 
-def current_alpha(args: TrainingArguments, state: TrainerState) -> float:
+def current_alpha(args: Any, state: TrainerState) -> float:
     """
     Share of the relative loss at this point of a run, by the optimizer steps done.
 
@@ -184,9 +186,7 @@ class GroupConfig(SFTConfig):
         super().__post_init__()
 
 
-def resolve_args(
-    args: TrainingArguments | None, config_class: type[TrainingArguments], model: str | PreTrainedModel
-) -> TrainingArguments:
+def resolve_args(args: Any | None, config_class: type[ConfigT], model: str | PreTrainedModel | PeftModel) -> ConfigT:
     """
     The configuration given, or a default one that writes to `<model>-<method>`.
 

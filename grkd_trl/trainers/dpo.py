@@ -151,10 +151,10 @@ class DPOTrainer(TRLTrainer):
         resume_from_checkpoint = prepare_resume(self, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
-            add_objective(Path(self.args.output_dir) / "README.md", self.equation, self.args, type(self.args))
+            add_objective(Path(self.args.output_dir or "") / "README.md", self.equation, self.args, type(self.args))
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if "chosen_ids" in (dataset.column_names or next(iter(dataset))):

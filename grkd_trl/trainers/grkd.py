@@ -1,8 +1,8 @@
 """Group Relative Knowledge Distillation (https://huggingface.co/papers/2504.20482)."""
 
-import math
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -90,6 +90,7 @@ class GRKDTrainer(GroupTrainer):
         r"L_{relative} = \mathrm{mean}_{(i, j): s^T_i - s^T_j > g} -\log \sigma((s^S_i - s^S_j) / \tau)"
     )
 
+    args: GRKDConfig
     config_class = GRKDConfig
     _tag_names = ["trl", "grkd"]
     _name = "GRKD"
@@ -141,7 +142,7 @@ class GRKDTrainer(GroupTrainer):
             self.online = OnlineGroups(self, self.data_collator, completion_fn, score_fn)
             self.data_collator = self.online.collate
             if completion_fn is None and self.args.completion_source != "teacher" and self.args.score == "mean":
-                self.group_warnings.random_score = -math.log(self.model.config.get_text_config().vocab_size)
+                self.group_warnings.num_tokens = self.model.config.get_text_config().vocab_size
 
     def bring_teacher(self, args, model, teacher_model, processing_class, *datasets):
         if (self.completion_fn or self.score_fn) and not args.online:
@@ -185,15 +186,17 @@ class GRKDTrainer(GroupTrainer):
         batches = list(self.online.batches(epoch_iterator, num_batches))
         return batches, self.accelerator.reduce(count_items(batches).to(device), reduction="sum")
 
-    def _prepare_inputs(self, inputs):  # a list is the prompts of an evaluation
-        return super()._prepare_inputs(self.online.evaluate(inputs) if isinstance(inputs, list) else inputs)
+    def _prepare_inputs(self, inputs):
+        if self.online is not None and isinstance(inputs, list):  # prompts of an evaluation
+            inputs = self.online.evaluate(inputs)
+        return super()._prepare_inputs(inputs)
 
     @property
     def alpha(self) -> float:
         """Share of the relative loss at this point of the run."""
         return 1.0 if self.args.soft_label == "none" else current_alpha(self.args, self.state)
 
-    def objective(self, means):  # equation 4, and `sft_weight` times the loss of the best completions
+    def mean_loss(self, means):  # equation 4, and `sft_weight` times the loss of the best completions
         loss = self.alpha * means["loss/relative"] + (1 - self.alpha) * means.get("loss/soft", 0.0)
         return loss + self.args.sft_weight * means.get("loss/sft", 0.0)
 
@@ -201,26 +204,26 @@ class GRKDTrainer(GroupTrainer):
         args, alpha = self.args, self.alpha
         group_mask, completion_mask = inputs["group_mask"], inputs["completion_mask"]
         teacher, teacher_scores = None, inputs.get("teacher_scores")
-        sharing = {"prompt_sharing": args.prompt_sharing}
+        sharing: dict[str, Any] = {"prompt_sharing": args.prompt_sharing}
 
         if self.teacher_model is not None:
             with self.teaching(model) as teacher_model:
                 teacher = score_completions(teacher_model, inputs, return_logits=args.needs_teacher_logits, **sharing)
             scores = sequence_scores(teacher.per_token_logps, completion_mask, score=args.score)
             teacher_scores = to_groups(scores, group_mask) if teacher_scores is None else teacher_scores
-        ranking = {"temperature": args.ranking_temperature, "min_gap": args.min_gap}
-        softening = {"temperature": args.soft_label_temperature}
+        ranking: dict[str, Any] = {"temperature": args.ranking_temperature, "min_gap": args.min_gap}
+        softening: dict[str, Any] = {"temperature": args.soft_label_temperature}
 
         # Equations 1 to 3 at the level of tokens: one value a completion token, of which these are `rows`
         def token_losses(logits, rows):
-            if self.teacher_model is None:  # its most likely tokens are cached
+            if teacher is None:  # its most likely tokens are cached
                 cached = inputs["teacher_top_ids"][rows].long(), inputs["teacher_top_logps"][rows]
                 return {"soft": topk_soft_label_loss(logits, *cached, **softening)}
             student_logits, losses = logits[:, : self.vocab_size], {}
             teacher_logits = teacher.logits[rows, : self.vocab_size].to(logits.device)
             if args.relative_level == "tokens":
-                top = {"top_k": args.relative_top_k}
-                losses["relative"] = token_relative_loss(student_logits, teacher_logits, **top, **ranking)
+                top_k = args.relative_top_k
+                losses["relative"] = token_relative_loss(student_logits, teacher_logits, top_k=top_k, **ranking)
             if args.soft_label == "token":
                 losses["soft"] = token_soft_label_loss(student_logits, teacher_logits, **softening)
             return losses

@@ -2,6 +2,7 @@
 
 import textwrap
 from dataclasses import dataclass
+from typing import Any
 
 from ..losses import forward_kl
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
@@ -80,6 +81,7 @@ class KDTrainer(GroupTrainer):
     # One completion is enough: nothing is compared.
     min_completions = 1
 
+    args: KDConfig
     config_class = KDConfig
     _tag_names = ["trl", "kd"]
     _name = "KD"
@@ -95,14 +97,14 @@ class KDTrainer(GroupTrainer):
             }"""),
     }
 
-    def objective(self, means):
+    def mean_loss(self, means):
         return (
             self.args.hard_label_weight * means["loss/hard"] + (1 - self.args.hard_label_weight) * means["loss/soft"]
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, group_mask, completion_mask = self.args, inputs["group_mask"], inputs["completion_mask"]
-        sharing = {"prompt_sharing": args.prompt_sharing}
+        sharing: dict[str, Any] = {"prompt_sharing": args.prompt_sharing}
         with self.teaching(model) as teacher_model:
             teacher = score_completions(teacher_model, inputs, return_logits=True, **sharing)
 

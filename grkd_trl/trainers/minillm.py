@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -73,6 +74,7 @@ class MiniLLMTrainer(GroupTrainer):
         r"+ \mathrm{KL}(p_S(\cdot | y_{<t}) \| p_T(\cdot | y_{<t})), \qquad w_t = p_S(y_t) / \tilde p(y_t)"
     )
 
+    args: MiniLLMConfig
     config_class = MiniLLMConfig
     _tag_names = ["trl", "minillm"]
     _name = "MiniLLM"
@@ -139,7 +141,7 @@ class MiniLLMTrainer(GroupTrainer):
             inputs = self.rollouts.evaluate(super()._prepare_inputs(inputs))
         return super()._prepare_inputs(inputs)
 
-    def objective(self, means):
+    def mean_loss(self, means):
         return (
             means["loss/long_term"]
             + self.args.single_step * means["loss/single_step"]
@@ -147,7 +149,8 @@ class MiniLLMTrainer(GroupTrainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        args, sharing = self.args, {"prompt_sharing": self.args.prompt_sharing}
+        args = self.args
+        sharing: dict[str, Any] = {"prompt_sharing": args.prompt_sharing}
         num_prompts = len(inputs["group_mask"])
         num_rows = max(num_prompts, 1)  # one without a token where no prompt is left; rows of text follow
         rollout = {name: inputs[name][:num_rows] for name in ("input_ids", "attention_mask", "completion_mask")}

@@ -79,6 +79,7 @@ class PROTrainer(GroupTrainer):
         r"- \beta \log p_S(y_1 | x), \qquad T_i = r_k - r_i, \quad T_k = \max_{i > k} T_i"
     )
 
+    args: PROConfig
     config_class = PROConfig
     _tag_names = ["trl", "pro"]
     _name = "PRO"
@@ -101,7 +102,7 @@ class PROTrainer(GroupTrainer):
         require_scores(dataset, name=name)
         return dataset
 
-    def objective(self, means):
+    def mean_loss(self, means):
         return means["loss/ranking"] + means["loss/sft"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -92,6 +92,7 @@ class SeqKDTrainer(GroupTrainer):
     # One completion is enough: nothing is compared.
     min_completions = 1
 
+    args: SeqKDConfig
     config_class = SeqKDConfig
     _tag_names = ["trl", "seqkd"]
     _name = "SeqKD"
@@ -110,7 +111,7 @@ class SeqKDTrainer(GroupTrainer):
     def bring_teacher(self, args, model, teacher_model, processing_class, *datasets):
         return None, *teacher_texts(args, model, teacher_model, processing_class, *datasets)
 
-    def objective(self, means):
+    def mean_loss(self, means):
         return means["loss/nll"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

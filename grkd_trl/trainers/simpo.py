@@ -83,6 +83,7 @@ class SimPOTrainer(GroupTrainer):
         r"L = -\log \sigma(\beta (s_w - s_l) - \gamma), \qquad s = \frac{1}{|y|} \sum_t \log p_S(y_t | x, y_{<t})"
     )
 
+    args: SimPOConfig
     config_class = SimPOConfig
     _tag_names = ["trl", "simpo"]
     _name = "SimPO"
@@ -104,7 +105,7 @@ class SimPOTrainer(GroupTrainer):
     def arrange(self, dataset, args, name):
         return pair_groups(dataset, pairs=args.pairs, num_proc=args.dataset_num_proc, name=name)
 
-    def objective(self, means):
+    def mean_loss(self, means):
         return means["loss/pairs"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

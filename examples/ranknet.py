@@ -1,0 +1,93 @@
+"""
+Train a student with RankNet on groups: prompts with two or more completions each, each pair preferred as the teacher does.
+
+Full training:
+
+    accelerate launch examples/ranknet.py \
+        --model_name_or_path Qwen/Qwen3-0.6B \
+        --teacher_model_name_or_path Qwen/Qwen3-4B \
+        --teacher_model_init_kwargs '{"dtype": "bfloat16"}' \
+        --dataset_name my_groups.jsonl \
+        --output_dir out
+
+LoRA, with another learning rate:
+
+    accelerate launch examples/ranknet.py ... --use_peft --lora_target_modules all-linear --learning_rate 1e-5
+
+Every argument may stand in a YAML file instead, `--config my_run.yaml`; the command line overrides it. Launch with a
+file of `accelerate_configs/` for several GPUs. `--dataset_name` takes a .json, .jsonl or .parquet file of groups, a
+folder with `train.jsonl` and `test.jsonl`, or a hub id; TRL's preference datasets are groups of two:
+`--dataset_name trl-lib/ultrafeedback_binarized`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import load_dataset
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from grkd_trl import RankNetConfig, RankNetTrainer
+
+
+@dataclass
+class RankNetScriptArguments(ScriptArguments):
+    """
+    Arguments of this script beside those of [`~trl.ScriptArguments`].
+
+    Parameters:
+        teacher_model_name_or_path (`str`, *optional*):
+            Teacher's hub id or path. Not needed where groups bring `teacher_scores`.
+    """
+
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher's hub id or path."})
+
+
+def main(script_args: RankNetScriptArguments, training_args: RankNetConfig, model_args: ModelConfig):
+    # Models: the trainer loads them
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+
+    # Dataset
+    name, file_type = script_args.dataset_name, Path(script_args.dataset_name).suffix
+    if file_type in (".json", ".jsonl", ".parquet"):
+        source = {"path": "parquet" if file_type == ".parquet" else "json", "data_files": name}
+    else:
+        source = {"path": name, "name": script_args.dataset_config}
+    dataset = load_dataset(**source, streaming=script_args.dataset_streaming)
+
+    # Trainer
+    evaluates = training_args.eval_strategy != "no"
+    trainer = RankNetTrainer(
+        model=model_args.model_name_or_path,
+        teacher_model=script_args.teacher_model_name_or_path,
+        args=training_args,
+        train_dataset=dataset[script_args.dataset_train_split],
+        eval_dataset=dataset[script_args.dataset_test_split] if evaluates else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+    # Train
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+
+    # Save, and push to the hub
+    trainer.save_model(training_args.output_dir)
+    trainer.create_model_card(model_name=Path(training_args.output_dir).resolve().name)
+    trainer.accelerator.print(f"Saved the student and its card to {training_args.output_dir}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    parser = TrlParser((RankNetScriptArguments, RankNetConfig, ModelConfig))
+    script_args, training_args, model_args = parser.parse_args_and_config()
+    if script_args.dataset_name is None or model_args.model_name_or_path is None:
+        parser.error(
+            "--model_name_or_path and --dataset_name are needed, on the command line or in the file of --config"
+        )
+    main(script_args, training_args, model_args)
