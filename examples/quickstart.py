@@ -23,12 +23,20 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
-from from_scratch import MAX_NEW_TOKENS, PROMPT, new_llama, pretrain, training, word_tokenizer, write_groups
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from grkd_trl import GRKDConfig, GRKDTrainer
 from grkd_trl.evaluation import exact_match, scan_pairs, scan_split, wilson_interval
+from grkd_trl.examples.demonstration.models import (
+    MAX_NEW_TOKENS,
+    PROMPT,
+    new_llama,
+    pretrain,
+    training,
+    word_tokenizer,
+    write_groups,
+)
 
 
 # TRL 1.16 sets the field itself.

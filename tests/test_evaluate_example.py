@@ -36,7 +36,6 @@ def arguments(folder, benchmark, *more):
 
 def evaluate(monkeypatch, *args):
     """Run the script within this process, which has imported all it needs."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(*args)])
     runpy.run_path(str(ROOT / "examples/evaluate.py"), run_name="__main__")
 

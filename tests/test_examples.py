@@ -1,6 +1,6 @@
 """The examples, run as a user would, on models that train in seconds."""
 
-import importlib.util
+import importlib
 import json
 import os
 import runpy
@@ -23,13 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def example(name):
     """An example as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples")  # as when it is run
-        spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"grkd_trl.examples.{name}")
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, load_dataset
-from from_scratch import MAX_NEW_TOKENS, PROMPT, new_llama, pretrain, word_tokenizer, write_groups
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from grkd_trl.evaluation import MathWordProblem, read_math_word_problems, scan_pairs, scan_split, solves
+from grkd_trl.examples.demonstration.models import (
+    MAX_NEW_TOKENS,
+    PROMPT,
+    new_llama,
+    pretrain,
+    word_tokenizer,
+    write_groups,
+)
 from grkd_trl.teacher import LocalTeacher, generate_completions
 
 

@@ -1,15 +1,4 @@
-"""
-Estimate what a recipe of GRKD needs: the peak of memory of a process and the hours, on so many GPUs.
-
-    python examples/estimate_memory.py --config examples/recipes/gemma2_9b_to_2b/grkd.yaml \
-        --placements ddp zero2 --num_processes 2 8 --prompt_length 168 --completion_length 298
-
-Shapes are counted: the real step (teacher, student, losses, backward) runs on tensors without data. What a placement
-shards is divided by the number of processes. Activations include autocast's bf16 copies of weights, and attention is that
-of a CPU's kernels. Not counted: CUDA's context, the allocator's fragments, and the buffers of NCCL and DeepSpeed, a few GiB
-together. The hours are FLOPs by the throughput that you name, at those lengths: an estimate, and no measurement. Also right
-for KD; for methods without a teacher in training give `--teacher_model_name_or_path none --soft_label none`.
-"""
+"""What a step of GRKD needs: memory of a process by part, counted on tensors without data, and FLOPs."""
 
 import json
 from contextlib import nullcontext
@@ -19,14 +8,13 @@ from unittest import mock
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
-from benchmarks.peak_memory import PeakMemory
 from peft import LoraConfig, get_peft_model
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM
-from trl import TrlParser
 
 from grkd_trl.data import DataCollatorForGroups
+from grkd_trl.examples.benchmarks.peak_memory import PeakMemory
 from grkd_trl.losses import group_relative_loss, token_soft_label_loss
 from grkd_trl.scoring import score_completions, sequence_scores, to_groups
 
@@ -260,25 +248,3 @@ def estimate(
     total = sum(parts.values())
     flops = step.flops * args.num_groups / args.per_device_train_batch_size
     return parts | {"peak": total, "hours": flops / (num_processes * args.tflops * 1e12) / 3600}
-
-
-def main(args: EstimateArguments):
-    steps, header = {}, None
-    for placement in args.placements:
-        for num_processes in args.num_processes:
-            row = estimate(args, placement, num_processes, steps)
-            if header is None:
-                header = f"| placement | GPUs | {' | '.join(f'{name} GiB' for name in list(row)[:-1])} | hours |"
-                print(header, "|" + "---|" * (header.count("|") - 1), sep="\n")
-            gib = [f"{value / 2**30:.1f}" for value in list(row.values())[:-1]]
-            print(f"| {placement} | {num_processes} | {' | '.join(gib)} | {row['hours']:.1f} |", flush=True)
-
-
-if __name__ == "__main__":
-    parser = TrlParser(EstimateArguments)
-    estimate_args, _, unknown = parser.parse_args_and_config(
-        return_remaining_strings=True, separate_remaining_strings=True
-    )
-    if unknown:
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
-    main(estimate_args)
