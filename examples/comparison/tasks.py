@@ -61,6 +61,7 @@ def _write(model, tokenizer, prompts: list, max_new_tokens: int) -> list[str]:
 def _trained(folder: Path, tokenizer, rows, *, num_layers: int, width: int, **kwargs) -> str:
     """Path of a model that was trained from scratch, once."""
     if not folder.exists():
+        print(f"Training {folder} from scratch", flush=True)
         set_seed(0)
         model = new_llama(tokenizer, num_layers=num_layers, width=width)
         pretrain(model, tokenizer, rows, **kwargs)
