@@ -96,7 +96,7 @@ def main(args: EvaluateArguments):
 
     # Answers
     if answers.exists():
-        print(f"{answers} is there: the model is not asked again. Remove the file to ask it.")
+        print(f"{answers} exists, so the model is not asked again. Remove the file to ask it.")
     else:
         questions = read_rows(args.questions or benchmark.questions)[: args.limit]
         part = answers.with_suffix(".part")

@@ -131,7 +131,7 @@ def prepare(settings: dict[str, Any], seed: int) -> dict[str, Rows]:
                 part.columns["input_ids"] = part["input_ids"][:, :64].clone()
         found = {"columns": {part: rows[part].columns for part in rows}, "names": rows["train"].names}
         torch.save(found, path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)  # whole or not at all
+        path.with_suffix(".part").rename(path)  # complete or not at all
     found = torch.load(path)
     return {part: Rows(columns, found["names"]) for part, columns in found["columns"].items()}
 

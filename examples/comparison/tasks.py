@@ -23,7 +23,7 @@ from grkd_trl.teacher import LocalTeacher, generate_completions
 
 class Task(NamedTuple):
     """
-    A task whose models are there.
+    A task, with its models and groups on disk.
 
     Args:
         student (`str`):
@@ -69,7 +69,7 @@ def _trained(folder: Path, tokenizer, rows, *, num_layers: int, width: int, **kw
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         if not folder.exists():
-            part.rename(folder)  # whole or not at all
+            part.rename(folder)  # complete or not at all
     return str(folder)
 
 

@@ -88,7 +88,7 @@ class Counted(PeakMemory):
 
 
 class Step(NamedTuple):
-    """Bytes that a micro-batch needs beside weights, gradients that are there already and optimizer; and its FLOPs."""
+    """Bytes that a micro-batch needs beside weights, earlier gradients and optimizer; and its FLOPs."""
 
     kept: int  # from the student's forward for its backward
     peak: int
@@ -132,7 +132,7 @@ def run_step(
 ) -> Step:
     """
     Count a micro-batch. `lowered`: the student's weights are bf16 themselves, and not cast. `sharded`: its head is, and so
-    does not run in tiles. `accumulated`: gradients are there already.
+    does not run in tiles. `accumulated`: it is not the first of its step.
     """
     student, teacher = load_models(args, lowered=lowered)
     base = student.get_base_model() if args.use_peft else student
