@@ -67,10 +67,9 @@ def pretrain(
     model: PreTrainedModel, tokenizer, rows: list[tuple[str, str]], *, max_steps: int, batch_size: int, lr: float
 ) -> None:
     """Train from scratch on pairs of prompt and completion: a plain loop, in batches of similar length."""
-    texts = [
-        (tokenizer(prompt).input_ids, tokenizer(completion + tokenizer.eos_token).input_ids)
-        for prompt, completion in rows
-    ]
+    prompts = tokenizer([prompt for prompt, _ in rows]).input_ids
+    completions = tokenizer([completion + tokenizer.eos_token for _, completion in rows]).input_ids
+    texts = list(zip(prompts, completions, strict=True))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max_steps, pct_start=0.1)
     rng, batches = random.Random(0), []
