@@ -57,7 +57,7 @@ class Size:
     num_curve: int
 
 
-FULL = Size(teacher_steps=1500, student_steps=500, steps=200, num_test=1000, num_curve=250)
+FULL = Size(teacher_steps=1000, student_steps=500, steps=200, num_test=1000, num_curve=250)
 FAST = Size(teacher_steps=200, student_steps=150, steps=20, num_test=200, num_curve=50)
 
 
@@ -85,7 +85,7 @@ def scan(out: Path, size: Size, seed: int) -> None:
 
     run = {"max_steps": size.steps, "batch_size": GROUPS_PER_STEP, "learning_rate": LEARNING_RATE, "seed": seed}
     names = ("GRKD", "fine-tuning")
-    curves = {name: LearningCurve(tokenizer, curve_rows, every=max(size.steps // 8, 1)) for name in names}
+    curves = {name: LearningCurve(tokenizer, curve_rows, every=max(size.steps // 5, 1)) for name in names}
     before, fine_tuned = copy.deepcopy(student), copy.deepcopy(student)
     with phase(f"4/6 Training the student with GRKD, {size.steps} steps of {GROUPS_PER_STEP} groups"):
         history = distill(student, teacher, tokenizer, groups, curves["GRKD"], out / "grkd", **run)
