@@ -5,7 +5,7 @@ Compare methods under equal budgets, with error bars, and write a report.
         --max_steps 100 --tune 4 --output_dir comparison
 
 SCAN makes its own data and models, on two CPU cores in seconds to minutes a run. MAWPS (`--task math_word --data
-mawps_train.csv mawps_test.csv`) takes the files of https://github.com/arkilpatel/SVAMP. Classifiers (`compare_classes.py`),
+mawps_train.csv mawps_test.csv`) takes the files of https://github.com/arkilpatel/SVAMP. Classifiers,
 where `my_data` holds the folders `banking77` and `clinc150` of their published files:
 
     python examples/compare.py --task banking77 clinc150 digits --label_noise 0.4 0 0.2 --asymmetric_noise 0.4 0.2 \
@@ -28,13 +28,12 @@ you like and start the same command again. The report is in `--output_dir`.
 import argparse
 from pathlib import Path
 
-import compare_classes
-from compare_run import METHODS, run
-from compare_space import search_space
-from compare_tasks import TASKS
-
 from grkd_trl.evaluation import compare
 from grkd_trl.evaluation.report import write_report
+from grkd_trl.examples.comparison import classes
+from grkd_trl.examples.comparison.run import METHODS, run
+from grkd_trl.examples.comparison.space import search_space
+from grkd_trl.examples.comparison.tasks import TASKS
 
 
 def compare_task(args: argparse.Namespace, task: str, budget: dict[str, float]) -> Path:
@@ -65,7 +64,7 @@ def compare_task(args: argparse.Namespace, task: str, budget: dict[str, float]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", nargs="+", choices=[*TASKS, *compare_classes.TASKS], required=True)
+    parser.add_argument("--task", nargs="+", choices=[*TASKS, *classes.TASKS], required=True)
     parser.add_argument("--methods", nargs="+", help="all of the task by default")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -95,16 +94,16 @@ def main() -> None:
     for task in args.task:
         if missing := [f"--{name}" for name in needed.get(task, ["data"]) if not getattr(args, name)]:
             parser.error(f"--task {task} needs {', '.join(missing)}")
-        known = compare_classes.METHODS if task in compare_classes.TASKS else search_space()
+        known = classes.METHODS if task in classes.TASKS else search_space()
         if unknown := set(args.methods or []) - set(known):
             parser.error(f"--task {task} knows the methods {', '.join(known)}, not {', '.join(sorted(unknown))}")
     budget = {name: getattr(args, name) for name in ("max_steps", "max_tokens", "max_seconds") if getattr(args, name)}
-    if "max_steps" not in budget and set(args.task) & set(compare_classes.TASKS):
+    if "max_steps" not in budget and set(args.task) & set(classes.TASKS):
         parser.error("classifiers have --max_steps as their budget")
 
     for task in args.task:
-        of_classes = task in compare_classes.TASKS
-        results = (compare_classes.compare_task if of_classes else compare_task)(args, task, budget)
+        of_classes = task in classes.TASKS
+        results = (classes.compare_task if of_classes else compare_task)(args, task, budget)
     for path in write_report(results, args.output_dir / "report")[:2]:
         print(path)
 

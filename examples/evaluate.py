@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from evaluate_benchmarks import BENCHMARKS, count_items
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import TrlParser
 
 from grkd_trl.evaluation.alpaca_eval2 import ALPACA_EVAL2_DIFFICULTY, ALPACA_EVAL2_GAMED_BASELINES
 from grkd_trl.evaluation.files import read_rows
+from grkd_trl.examples.evaluation.benchmarks import BENCHMARKS, count_items
 
 
 @dataclass
@@ -96,7 +96,7 @@ def main(args: EvaluateArguments):
 
     # Answers
     if answers.exists():
-        print(f"{answers} is there: the model is not asked again. Remove the file to ask it.")
+        print(f"{answers} exists, so the model is not asked again. Remove the file to ask it.")
     else:
         questions = read_rows(args.questions or benchmark.questions)[: args.limit]
         part = answers.with_suffix(".part")

@@ -8,10 +8,10 @@ Make groups: write completions for prompts, keep the most varied of each, and le
         --completion_source mixed \
         --output_dir my_groups
 
-Interrupted, the same command goes on where it was. `--score_only` scores completions that the dataset has, and
+A run that was interrupted resumes with the same command. `--score_only` scores completions that the dataset has, and
 `--rescore my_groups --output_dir other_groups` scores those of another run with another teacher. `--calibration_ratio 0`
 lets the teacher pick between completions, and scores by what it picks. With `--teacher_server_url
-http://localhost:8000/v1` the teacher is behind vLLM (or SGLang, `--teacher_server sglang`), its key in the environment
+http://localhost:8000/v1` the teacher is behind vLLM (or `--teacher_server sglang`, `llama.cpp`), its key in the environment
 variable GRKD_TEACHER_API_KEY, and `--teacher_model_name_or_path` names it there and finds its tokenizer.
 
 Then: `accelerate launch examples/grkd.py --dataset_name my_groups ...`

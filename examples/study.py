@@ -12,13 +12,13 @@ not repeated. `--parts` does a part of it. Each part has a folder with `results.
 import argparse
 from pathlib import Path
 
-from compare_run import run
-from compare_space import search_space
-from compare_tasks import TASKS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grkd_trl.evaluation import compare
 from grkd_trl.evaluation.report import write_report
+from grkd_trl.examples.comparison.run import run
+from grkd_trl.examples.comparison.space import search_space
+from grkd_trl.examples.comparison.tasks import TASKS
 
 
 RATE = 1e-3  # of the ablations

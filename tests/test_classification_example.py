@@ -1,7 +1,5 @@
 """The example of classifiers, on rows small enough to train on in seconds."""
 
-import importlib
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +9,12 @@ from datasets import ClassLabel, Dataset
 from shared_data import shared_data
 
 from grkd_trl import GRKDForClassificationConfig
+from grkd_trl.examples import classify
+from grkd_trl.examples.classification import hashed_ngrams
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TOPICS = {"animals": "cat dog horse cow", "food": "bread cheese apple rice", "rain": "cloud wet storm umbrella"}
-
-
-@pytest.fixture(scope="module")
-def example():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("classification")
-
-
-@pytest.fixture(scope="module")
-def ngrams(example):
-    return sys.modules["hashed_ngrams"]
 
 
 def write_csv(path, header, size):
@@ -37,7 +25,7 @@ def write_csv(path, header, size):
     path.write_text("\n".join(lines) + "\n")
 
 
-def run_example(example, folder, name, **kwargs):
+def run_example(folder, name, **kwargs):
     config = GRKDForClassificationConfig(
         str(folder / "out"),
         num_train_epochs=4,
@@ -49,40 +37,40 @@ def run_example(example, folder, name, **kwargs):
         save_strategy="no",
         hard_label_weight=0.1,
     )
-    example.main(example.ClassificationArguments(dataset_name=name, **{"teacher_epochs": 60} | kwargs), config)
+    classify.main(classify.ClassificationArguments(dataset_name=name, **{"teacher_epochs": 60} | kwargs), config)
 
 
 class TestExample:
-    def test_a_csv_of_the_users_own_and_a_saved_teacher(self, example, tmp_path, capsys):
+    def test_a_csv_of_the_users_own_and_a_saved_teacher(self, tmp_path, capsys):
         write_csv(tmp_path / "mine.csv", "text,label", 90)
-        run_example(example, tmp_path, str(tmp_path / "mine.csv"))
+        run_example(tmp_path, str(tmp_path / "mine.csv"))
         printed = capsys.readouterr().out
         assert "Teacher's accuracy on the test rows: 1.0000" in printed
         assert "eval_accuracy           =        1.0" in printed
-        saved = example.NgramForSequenceClassification.from_pretrained(tmp_path / "out")
+        saved = classify.NgramForSequenceClassification.from_pretrained(tmp_path / "out")
         assert saved.config.id2label == dict(enumerate(TOPICS)) and saved.idf.max() > 1
         teacher = {"teacher_path": str(tmp_path / "out/teacher"), "teacher_epochs": 0}
-        run_example(example, tmp_path, str(tmp_path / "mine.csv"), method="dist", **teacher)
+        run_example(tmp_path, str(tmp_path / "mine.csv"), method="dist", **teacher)
         assert "Teacher's accuracy on the test rows: 1.0000" in capsys.readouterr().out
 
     @pytest.mark.parametrize("method", ["hard", "kd", "listnet", "ranknet", "pld", "rkd_distance", "rkd_angle"])
-    def test_every_rival(self, example, tmp_path, method):
+    def test_every_rival(self, tmp_path, method):
         write_csv(tmp_path / "mine.csv", "text,label", 60)
-        run_example(example, tmp_path, str(tmp_path / "mine.csv"), method=method, teacher_epochs=1)
+        run_example(tmp_path, str(tmp_path / "mine.csv"), method=method, teacher_epochs=1)
         assert (tmp_path / "out/model.safetensors").exists()
 
-    def test_digits(self, example):
+    def test_digits(self):
         pytest.importorskip("sklearn")
-        rows = example.load_rows("digits", None, 0)
+        rows = classify.load_rows("digits", None, 0)
         assert {part: len(rows[part]) for part in rows} == {"train": 1005, "validation": 252, "test": 540}
-        example.set_seed(0)
-        model = example.make_model("student", example.Rows.of(rows["train"]))
+        classify.set_seed(0)
+        model = classify.make_model("student", classify.Rows.of(rows["train"]))
         batch = rows["train"].with_format("torch")[:8]
         assert model(pixel_values=batch["pixel_values"]).logits.shape == (8, 10)
 
-    def test_published_files(self, example):
+    def test_published_files(self):
         for name, classes, sizes in [("banking77", 77, (8002, 2001, 3080)), ("clinc150", 150, (6000, 1500, 4500))]:
-            rows = example.load_rows(name, str(shared_data(name)), 0)
+            rows = classify.load_rows(name, str(shared_data(name)), 0)
             assert rows["train"].features["labels"].num_classes == classes
             assert tuple(len(rows[part]) for part in ("train", "validation", "test")) == sizes
             assert set(rows["test"].unique("labels")) == set(range(classes))
@@ -100,9 +88,9 @@ class TestLabelNoise:
 
     @pytest.mark.parametrize("noise_type", ["uniform", "asymmetric"])
     @pytest.mark.parametrize("share", [0.0, 0.3])
-    def test_share_and_kind(self, example, share, noise_type):
+    def test_share_and_kind(self, share, noise_type):
         rows = self.rows()
-        noisy = example.add_label_noise(rows, share, noise_type, 0)
+        noisy = classify.add_label_noise(rows, share, noise_type, 0)
         before, after = np.array(rows["labels"]), np.array(noisy["labels"])
         wrong = before != after
         assert wrong.mean() == pytest.approx(share, abs=0.02)
@@ -112,21 +100,21 @@ class TestLabelNoise:
         elif share:
             shifts = np.bincount((after - before)[wrong] % 4, minlength=4) / wrong.sum()
             assert shifts[1:] == pytest.approx([1 / 3] * 3, abs=0.04)
-        assert after.tolist() == example.add_label_noise(rows, share, noise_type, 0)["labels"][:]
-        assert share == 0 or after.tolist() != example.add_label_noise(rows, share, noise_type, 1)["labels"][:]
+        assert after.tolist() == classify.add_label_noise(rows, share, noise_type, 0)["labels"][:]
+        assert share == 0 or after.tolist() != classify.add_label_noise(rows, share, noise_type, 1)["labels"][:]
 
 
 class TestNgrams:
-    def test_words_come_first_and_zero_pads(self, ngrams):
-        ids = ngrams.hash_ngrams("Cat, dog cat", 64)
+    def test_words_come_first_and_zero_pads(self):
+        ids = hashed_ngrams.hash_ngrams("Cat, dog cat", 64)
         assert len(ids) == 64 and ids[-1] == 0 and ids[0] == ids[3] and len(set(ids[:3])) == 3
-        assert ids[:3] == ngrams.hash_ngrams("cat , dog", 3)
+        assert ids[:3] == hashed_ngrams.hash_ngrams("cat , dog", 3)
         assert all(0 < value < 2**31 for value in ids if value)
 
-    def test_inverse_document_frequency(self, ngrams):
-        config = ngrams.NgramConfig(num_buckets=50, hidden_size=4, num_labels=2)
+    def test_inverse_document_frequency(self):
+        config = hashed_ngrams.NgramConfig(num_buckets=50, hidden_size=4, num_labels=2)
         rows = torch.tensor([[7, 7, 9], [7, 8, 0], [7, 0, 0]])
-        model = ngrams.NgramForSequenceClassification(config).fit_idf(rows)
+        model = hashed_ngrams.NgramForSequenceClassification(config).fit_idf(rows)
         expected = {7: 3, 8: 1, 9: 1}
         for hashed, count in expected.items():
             assert model.idf[hashed + 1].item() == pytest.approx(np.log(4 / (1 + count)) + 1)

@@ -12,20 +12,12 @@ from test_classification_example import write_csv
 
 from grkd_trl.evaluation.report import write_report
 from grkd_trl.evaluation.results import check_result, read_results
+from grkd_trl.examples.comparison import classes
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 METHODS = ["grkd", "grkd_first_two", "grkd_doubt", "hard", "kd", "listnet", "ranknet", "dist", "pld"]
 METHODS += ["rkd_distance", "rkd_angle"]
-
-
-@pytest.fixture(scope="module")
-def classes():
-    sys.path.insert(0, str(EXAMPLES))
-    import compare_classes
-
-    yield compare_classes
-    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +36,7 @@ def settings(folder):
     return settings | {"work_dir": str(folder / "models"), "data": str(folder), "learning_rate": 3e-2}
 
 
-def run(classes, folder, method, settings, *, split="test"):
+def run(folder, method, settings, *, split="test"):
     request = {"task": "banking77", "method": method, "seed": 0, "split": split, "settings": settings}
     (folder / "request.json").write_text(json.dumps(request))
     classes.run(str(folder / "request.json"), str(folder / "result.json"))
@@ -52,7 +44,7 @@ def run(classes, folder, method, settings, *, split="test"):
     return check_result(row | json.loads((folder / "result.json").read_text()))
 
 
-def test_every_method_has_as_many_settings_and_the_same_rates(classes):
+def test_every_method_has_as_many_settings_and_the_same_rates():
     space = classes.search_space()
     assert sorted(space) == sorted(classes.METHODS) == sorted(METHODS)
     for points in space.values():
@@ -63,25 +55,25 @@ def test_every_method_has_as_many_settings_and_the_same_rates(classes):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_of_each_method(classes, folder, settings, method):
-    row = run(classes, folder, method, settings | classes.search_space()[method][-1])
+def test_a_run_of_each_method(folder, settings, method):
+    row = run(folder, method, settings | classes.search_space()[method][-1])
     assert len(row["per_item"]) == 60
     assert list(row["metrics"]) == list(classes.METRICS)
     assert row["metrics"]["accuracy"] == pytest.approx(sum(row["per_item"]) / 60, abs=1e-6)
-    again = run(classes, folder, f"{method} trial 3", settings | classes.search_space()[method][-1])
+    again = run(folder, f"{method} trial 3", settings | classes.search_space()[method][-1])
     assert again["per_item"] == row["per_item"] and again["metrics"] == row["metrics"]
 
 
-def test_the_teacher_is_scored_by_what_it_said(classes, folder, settings):
+def test_the_teacher_is_scored_by_what_it_said(folder, settings):
     rows = classes.prepare(settings, 0)
     for split in ("validation", "test"):
-        row = run(classes, folder, "teacher", settings, split=split)
+        row = run(folder, "teacher", settings, split=split)
         right = (rows[split]["teacher_logits"].argmax(-1) == rows[split]["labels"]).int().tolist()
         assert row["per_item"] == (right if split == "test" else None)
         assert row["metrics"]["accuracy"] == pytest.approx(np.mean(right), abs=1e-6)
 
 
-def test_labels_alone_do_not_ask_the_teacher(classes, folder, settings):
+def test_labels_alone_do_not_ask_the_teacher(folder, settings):
     rows, own = classes.prepare(settings, 0), classes.search_space()["hard"][0]
     weights = []
     for scale in (1.0, -5.0):
@@ -92,7 +84,7 @@ def test_labels_alone_do_not_ask_the_teacher(classes, folder, settings):
     assert torch.equal(*weights)
 
 
-def test_validation_rows_carry_the_noise_and_test_rows_do_not(classes, folder, settings):
+def test_validation_rows_carry_the_noise_and_test_rows_do_not(folder, settings):
     clean = classes.prepare(settings | {"label_noise": 0.0}, 0)
     noisy = classes.prepare(settings | {"label_noise": 0.5}, 0)
     for part, share in {"train": 0.5, "validation": 0.5, "test": 0.0}.items():
@@ -102,7 +94,7 @@ def test_validation_rows_carry_the_noise_and_test_rows_do_not(classes, folder, s
         assert share == 0 or wrong > 0
 
 
-def test_the_command(classes, folder, tmp_path, monkeypatch):
+def test_the_command(folder, tmp_path, monkeypatch):
     command = ["--task", "banking77", "--label_noise", "0", "--asymmetric_noise", "0.2", "--seeds", "0"]
     command += ["--methods", "grkd", "dist", "--max_steps", "2", "--batch_size", "16", "--tune", "2"]
     command += ["--data", str(folder), "--output_dir", str(tmp_path / "out")]
@@ -132,14 +124,14 @@ def test_the_command(classes, folder, tmp_path, monkeypatch):
         ("--task scan digits --max_steps 1 --methods dist", "--task scan knows the methods grkd, grkd +sft, dpo"),
     ],
 )
-def test_what_the_command_refuses(classes, tmp_path, monkeypatch, capsys, command, message):
+def test_what_the_command_refuses(tmp_path, monkeypatch, capsys, command, message):
     monkeypatch.setattr(sys, "argv", ["compare.py", *command.split(), "--output_dir", str(tmp_path)])
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES / "compare.py"), run_name="__main__")
     assert message in capsys.readouterr().err
 
 
-def test_the_published_report_is_that_of_the_published_runs(classes, tmp_path):
+def test_the_published_report_is_that_of_the_published_runs(tmp_path):
     published, space = EXAMPLES / "results/classification", classes.search_space()
     write_report(published / "results.jsonl", tmp_path)
     assert (tmp_path / "report.md").read_text() == (published / "report.md").read_text()

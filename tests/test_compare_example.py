@@ -10,23 +10,12 @@ import pytest
 from shared_data import shared_data
 
 from grkd_trl.evaluation.results import check_result, read_results
+from grkd_trl.examples.comparison import run as comparison_run
+from grkd_trl.examples.comparison import space, tasks
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 METHODS = ["grkd", "dpo", "simpo", "pro", "kd", "seqkd", "minillm", "gkd", "sft"]
-
-
-@pytest.fixture(scope="module")
-def example():
-    """The modules of the example, as its processes import them."""
-    sys.path.insert(0, str(EXAMPLES))
-    import compare
-    import compare_run
-    import compare_space
-    import compare_tasks
-
-    yield {"compare": compare, "run": compare_run, "space": compare_space, "tasks": compare_tasks}
-    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture(scope="module")
@@ -48,32 +37,32 @@ def settings(folder):
     }
 
 
-def run(example, folder, task, method, settings, *, seed=0, split="test"):
+def run(folder, task, method, settings, *, seed=0, split="test"):
     request = {"task": task, "method": method, "seed": seed, "split": split, "settings": settings}
     (folder / "request.json").write_text(json.dumps(request))
     (folder / "result.json").unlink(missing_ok=True)
-    example["run"].run(str(folder / "request.json"), str(folder / "result.json"))
+    comparison_run.run(str(folder / "request.json"), str(folder / "result.json"))
     row = {name: request[name] for name in ("task", "method", "seed", "settings")} | {"status": "done"}
     return check_result(row | json.loads((folder / "result.json").read_text()))
 
 
-def test_methods_are_all_there(example):
-    assert sorted(example["run"].METHODS) == sorted(METHODS)
-    assert sorted(example["space"].search_space()) == sorted([*METHODS, "grkd +sft"])
+def test_methods_are_all_there():
+    assert sorted(comparison_run.METHODS) == sorted(METHODS)
+    assert sorted(space.search_space()) == sorted([*METHODS, "grkd +sft"])
 
 
-def test_every_method_has_as_many_settings(example):
-    spaces = example["space"].search_space()
-    assert {len(space) for space in spaces.values()} == {8}
-    assert all(len({json.dumps(point, sort_keys=True) for point in space}) == 8 for space in spaces.values())
-    for method, space in example["space"].search_space(5e-4).items():
-        assert [point["learning_rate"] for point in space] == [point["learning_rate"] / 2 for point in spaces[method]]
+def test_every_method_has_as_many_settings():
+    spaces = space.search_space()
+    assert {len(points) for points in spaces.values()} == {8}
+    assert all(len({json.dumps(point, sort_keys=True) for point in points}) == 8 for points in spaces.values())
+    for method, points in space.search_space(5e-4).items():
+        assert [point["learning_rate"] for point in points] == [point["learning_rate"] / 2 for point in spaces[method]]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_of_each_method(example, folder, settings, method):
-    own = example["space"].search_space()[method][-1]
-    row = run(example, folder, "scan", method, settings | {"max_steps": 2} | own)
+def test_a_run_of_each_method(folder, settings, method):
+    own = space.search_space()[method][-1]
+    row = run(folder, "scan", method, settings | {"max_steps": 2} | own)
     assert len(row["per_item"]) == 6
     assert row["metrics"]["accuracy"] == pytest.approx(sum(row["per_item"]) / 6)
     assert [point["step"] for point in row["curve"]] == [0, 2]
@@ -83,8 +72,8 @@ def test_a_run_of_each_method(example, folder, settings, method):
     assert row["samples"][0]["prompt"].startswith("IN: ")
 
 
-def test_splits_never_meet(example, settings):
-    task = example["tasks"].TASKS["scan"](settings, 0)
+def test_splits_never_meet(settings):
+    task = tasks.TASKS["scan"](settings, 0)
     test, validation = (set(task.splits[name]) for name in ("test", "validation"))
     groups = {json.loads(line)["prompt"] for line in task.groups.read_text().splitlines()}
     assert (len(test), len(validation), len(groups)) == (6, 3, 12)
@@ -92,8 +81,8 @@ def test_splits_never_meet(example, settings):
     assert not {prompt for prompt, _ in test | validation} & groups
 
 
-def test_seeds_differ_in_their_groups(example, settings):
-    files = [example["tasks"].TASKS["scan"](settings, seed).groups for seed in (0, 1, 0)]
+def test_seeds_differ_in_their_groups(settings):
+    files = [tasks.TASKS["scan"](settings, seed).groups for seed in (0, 1, 0)]
     assert files[0] == files[2]
     assert files[0].read_text() != files[1].read_text()
 
@@ -102,37 +91,37 @@ def test_seeds_differ_in_their_groups(example, settings):
     ("who", "writers"),
     [("mixed", ["teacher", "student", "student"]), ("teacher", ["teacher"] * 3), ("student", ["student"] * 3)],
 )
-def test_groups_of_a_size_and_writer(example, settings, who, writers):
-    task = example["tasks"].scan(settings | {"num_completions": 3, "written_by": who}, 0)
+def test_groups_of_a_size_and_writer(settings, who, writers):
+    task = tasks.scan(settings | {"num_completions": 3, "written_by": who}, 0)
     groups = [json.loads(line) for line in task.groups.read_text().splitlines()]
     assert all(group["written_by"] == writers and len(group["completions"]) == 3 for group in groups)
 
 
-def test_budget_of_tokens_and_adapters(example, folder, settings):
-    row = run(example, folder, "scan", "seqkd", settings | {"max_tokens": 300, "student_lora": True})
+def test_budget_of_tokens_and_adapters(folder, settings):
+    row = run(folder, "scan", "seqkd", settings | {"max_tokens": 300, "student_lora": True})
     steps = row["curve"][-1]["step"]
     assert row["tokens"] >= 300 > row["tokens"] * (steps - 1) / steps - 100
     assert steps > 1
 
 
-def test_budget_of_seconds_on_validation_items(example, folder, settings):
-    row = run(example, folder, "scan", "sft", settings | {"max_seconds": 0.2}, split="validation")
+def test_budget_of_seconds_on_validation_items(folder, settings):
+    row = run(folder, "scan", "sft", settings | {"max_seconds": 0.2}, split="validation")
     assert row["seconds"] >= 0.2
     assert len(row["per_item"]) == 3
     assert row["curve"] == []
 
 
-def test_math_word(example, folder, settings):
+def test_math_word(folder, settings):
     data = [str(shared_data("math_word/mawps_fold0_dev.csv"))]
-    row = run(example, folder, "math_word", "kd", settings | {"data": data, "max_steps": 1})
+    row = run(folder, "math_word", "kd", settings | {"data": data, "max_steps": 1})
     assert len(row["per_item"]) == 6
     with pytest.raises(ValueError, match="384 problems are too few to hold 400"):
-        example["tasks"].TASKS["math_word"](settings | {"data": data, "num_test": 400}, 0)
+        tasks.TASKS["math_word"](settings | {"data": data, "num_test": 400}, 0)
 
 
 @pytest.mark.parametrize("kind", ["reference", "teacher_scores", None])
-def test_groups_of_a_user(example, folder, settings, kind):
-    task = example["tasks"].TASKS["scan"](settings, 0)
+def test_groups_of_a_user(folder, settings, kind):
+    task = tasks.TASKS["scan"](settings, 0)
     rows = [json.loads(line) for line in task.groups.read_text().splitlines()]
     values = [{"reference": row["completions"][0], "teacher_scores": row["teacher_scores"]} for row in rows]
     evaluation = [
@@ -144,15 +133,15 @@ def test_groups_of_a_user(example, folder, settings, kind):
     given |= {"student": task.student, "teacher": task.teacher, "max_steps": 1}
     if kind is None:
         with pytest.raises(ValueError, match="needs a `reference`, or each `teacher_scores`"):
-            run(example, folder, "groups", "grkd", given)
+            run(folder, "groups", "grkd", given)
         return
-    row = run(example, folder, "groups", "grkd", given)
+    row = run(folder, "groups", "grkd", given)
     assert len(row["per_item"]) == 8
     assert next(iter(row["metrics"])) == {"reference": "accuracy", "teacher_scores": "rank_accuracy"}[kind]
 
 
-def test_agreement(example):
-    agreement = example["tasks"]._agreement
+def test_agreement():
+    agreement = tasks._agreement
     assert agreement([1, 2, 3], [1, 2, 3]) == 1
     assert agreement([3, 2, 1], [1, 2, 2]) == 0
     assert agreement([1, 3, 2], [1, 2, 3]) == pytest.approx(2 / 3)
@@ -168,8 +157,6 @@ def test_the_command(settings, folder, monkeypatch, capsys):
     for name in ("num_test", "num_prompts", "pretraining_steps", "batch_size", "max_new_tokens"):
         command += [f"--{name}", str(settings[name])]
     monkeypatch.setattr(sys, "argv", ["compare.py", *command])
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
     runpy.run_path(str(EXAMPLES / "compare.py"), run_name="__main__")
     (row,) = read_results(out / "results.jsonl")
     assert (row["method"], row["status"]) == ("sft", "done"), row.get("error")

@@ -1,6 +1,5 @@
 """The estimate of memory against what training steps allocate."""
 
-import importlib.util
 import re
 import runpy
 import sys
@@ -13,20 +12,10 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grkd_trl import GRKDConfig, GRKDTrainer
+from grkd_trl.examples.estimation import memory
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-
-
-@pytest.fixture(scope="module")
-def estimator():
-    sys.path.insert(0, str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location("estimate_memory", EXAMPLES / "estimate_memory.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["estimate_memory"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(EXAMPLES))
 
 
 SMALL = {
@@ -50,7 +39,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_is_within_15_percent_of_the_measured_peak(estimator, tmp_path, shape):
+def test_is_within_15_percent_of_the_measured_peak(tmp_path, shape):
     fields = {"vocab_size": 500, "architecture": "llama", "teacher": True} | SHAPES[shape]
     vocab_size, architecture, taught = (fields.pop(name) for name in ("vocab_size", "architecture", "teacher"))
     tokenizer = tiny_tokenizer()
@@ -58,7 +47,7 @@ def test_is_within_15_percent_of_the_measured_peak(estimator, tmp_path, shape):
         tiny_model(architecture, vocab_size, seed=seed, **SMALL).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     fields = {"per_device_train_batch_size": 2, "bf16": False, "soft_label": "token" if taught else "none"} | fields
-    args = estimator.EstimateArguments(
+    args = memory.EstimateArguments(
         model_name_or_path=str(tmp_path / "student"),
         teacher_model_name_or_path=str(tmp_path / "teacher") if taught else "none",
         attn_implementation="eager" if architecture == "gemma2" else "sdpa",
@@ -67,7 +56,7 @@ def test_is_within_15_percent_of_the_measured_peak(estimator, tmp_path, shape):
         completion_length=120,
         **fields,
     )
-    estimate = estimator.estimate(args, "ddp", 1)
+    estimate = memory.estimate(args, "ddp", 1)
 
     trainer_fields = {name: value for name, value in fields.items() if name not in ("num_completions", "use_peft")}
     words = [" ".join("abcdefghijklmnop"[(row + i) % 16] for i in range(119)) for row in range(args.num_completions)]
@@ -98,7 +87,7 @@ def test_is_within_15_percent_of_the_measured_peak(estimator, tmp_path, shape):
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if args.use_peft else None,
     )
     standing = sum(p.numel() * p.element_size() for m in (trainer.model, *models[1:]) for p in m.parameters())
-    with estimator.PeakMemory() as measured:
+    with memory.PeakMemory() as measured:
         trainer.train()
     of_models = estimate["weights"] + estimate["teacher"]
     assert of_models == standing
@@ -106,11 +95,11 @@ def test_is_within_15_percent_of_the_measured_peak(estimator, tmp_path, shape):
     assert estimate["peak"] == pytest.approx(standing + measured.peak, rel=0.15)
 
 
-def test_divides_what_a_placement_shards(estimator, tmp_path):
+def test_divides_what_a_placement_shards(tmp_path):
     """Two processes against one of the same dtype, and a hand count of the shares."""
     tiny_model("llama", 500, **SMALL).save_pretrained(tmp_path)
     fields = {"num_completions": 2, "completion_length": 20, "per_device_train_batch_size": 1}
-    args = estimator.EstimateArguments(str(tmp_path), str(tmp_path), **fields, gradient_accumulation_steps=2)
+    args = memory.EstimateArguments(str(tmp_path), str(tmp_path), **fields, gradient_accumulation_steps=2)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     num = model.num_parameters()
     layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
@@ -124,11 +113,11 @@ def test_divides_what_a_placement_shards(estimator, tmp_path):
     }
     steps = {}
     for (placement, num_processes), of_parts in expected.items():
-        row = estimator.estimate(args, placement, num_processes, steps)
+        row = memory.estimate(args, placement, num_processes, steps)
         assert tuple(row.values())[:4] == of_parts, placement
         assert row["peak"] == sum(list(row.values())[:6])
     assert len(steps) == 3  # autocast; bf16; bf16 with whole logits
-    hours = [estimator.estimate(args, "ddp", num_processes, steps)["hours"] for num_processes in (1, 4)]
+    hours = [memory.estimate(args, "ddp", num_processes, steps)["hours"] for num_processes in (1, 4)]
     assert hours[0] == pytest.approx(4 * hours[1])
 
 
@@ -144,7 +133,6 @@ def test_documented_command(pair, monkeypatch, capsys):
     monkeypatch.setattr(AutoConfig, "for_model", shorten)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     monkeypatch.chdir(EXAMPLES.parent)
-    monkeypatch.syspath_prepend(str(EXAMPLES))
     runpy.run_path(script, run_name="__main__")
     header, _, row = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert header in text and row.startswith("| zero2 | 2 | ") and row.count("|") == header.count("|")

@@ -36,7 +36,6 @@ def arguments(folder, benchmark, *more):
 
 def evaluate(monkeypatch, *args):
     """Run the script within this process, which has imported all it needs."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(*args)])
     runpy.run_path(str(ROOT / "examples/evaluate.py"), run_name="__main__")
 
@@ -68,7 +67,7 @@ def test_mt_bench_stops_then_reads_judgments(folder, monkeypatch, capsys):
     assert not (folder / "mt_bench/scores.json").exists()
     judgments = shared_data("mt_bench/model_judgment_gpt-4_single.jsonl.gz")
     evaluate(monkeypatch, folder, "mt_bench", "--judgments", judgments)
-    assert "is there: the model is not asked again" in capsys.readouterr().out
+    assert "exists, so the model is not asked again" in capsys.readouterr().out
     scores = json.loads((folder / "mt_bench/scores.json").read_text())
     assert scores["mistral-orpo-trl"]["average"] == 7.165625
 

@@ -1,8 +1,9 @@
 """The examples, run as a user would, on models that train in seconds."""
 
-import importlib.util
+import importlib
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -23,13 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def example(name):
     """An example as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples")  # as when it is run
-        spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"grkd_trl.examples.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +51,13 @@ def assert_trained(before, after):
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
 
 
-@pytest.fixture(scope="module")
-def quickstart():
-    module = example("quickstart")
-    module.FAST = module.Size(teacher_steps=2, student_steps=2, steps=2, num_test=8, num_curve=4)
-    module.TEACHER_ROWS, module.STUDENT_ROWS = 100, 64
-    module.scan_split = lambda num_test, seed: (scan_pairs()[num_test:200], scan_pairs()[:num_test])
+@pytest.fixture
+def quickstart(monkeypatch):
+    module = importlib.import_module("grkd_trl.examples.quickstart")
+    small = module.Size(teacher_steps=2, student_steps=2, steps=2, num_test=40, num_curve=4)
+    split = lambda num_test, seed: (scan_pairs()[num_test:240], scan_pairs()[:num_test])  # noqa: E731
+    for name, value in {"FAST": small, "TEACHER_ROWS": 100, "STUDENT_ROWS": 64, "scan_split": split}.items():
+        monkeypatch.setattr(module, name, value)
     return module
 
 
@@ -72,18 +68,21 @@ class TestQuickstart:
         quickstart.main(["--fast", "--output_dir", str(out)])
         printed = capsys.readouterr().out
         results = json.loads((out / "results.json").read_text())["results"]
-        assert list(results) == [
-            "teacher",
-            "student before",
-            "student after 2 steps of GRKD",
-            "student after 2 steps of fine-tuning",
-        ]
+        assert list(results) == ["teacher", "student before", "student after GRKD", "student after fine-tuning"]
         for name, row in results.items():
             assert 0 <= row["low"] <= row["exact_match"] <= row["high"] <= 1
             assert f"    {name:<40} {row['exact_match']:.3f}   ({row['low']:.3f} to {row['high']:.3f})" in printed
         assert_trained(weights(out / "student"), weights(out / "grkd"))
         assert "Group Relative Knowledge Distillation" in (out / "grkd/README.md").read_text()
         assert (out / "quickstart.png").read_bytes()[:4] == b"\x89PNG"
+
+        # a line for each phase, five examples, and what is in the folder
+        phases = printed.split("\nExact match")[0].strip().splitlines()
+        phases = [line for line in phases if "real_accelerator.py" not in line]  # DeepSpeed, where it is installed
+        assert [(line[:4], line[-2:]) for line in phases] == [(f"{number}/6 ", " s") for number in range(1, 7)], phases
+        assert printed.count("        before  ") == printed.count("        after   ") == 5
+        (named,) = re.findall(rf"In {re.escape(str(out))}/ are (.*)\. To try next", printed)
+        assert set(named.split(", ")) == {path.name for path in out.iterdir()}
 
         groups = [json.loads(line) for line in (out / "groups.jsonl").read_text().splitlines()]
         assert len(groups) == 2 * quickstart.GROUPS_PER_STEP

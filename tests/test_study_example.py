@@ -7,20 +7,13 @@ import pytest
 
 from grkd_trl.evaluation.report import write_report
 from grkd_trl.evaluation.results import read_results
+from grkd_trl.examples import study
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-@pytest.fixture
-def study(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import study
-
-    return study
-
-
-def test_the_command(study, tmp_path, monkeypatch, capsys):
+def test_the_command(tmp_path, monkeypatch, capsys):
     names = ("grkd", "grkd groups of 2", "grkd student writes")
     monkeypatch.setattr(study, "ABLATIONS", {name: study.ABLATIONS[name] for name in names})
     command = ["--mawps", "unread.csv", "--tasks", "scan", "--methods", "grkd", "grkd +sft", "--seeds", "0"]
@@ -43,13 +36,13 @@ def test_the_command(study, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("part", ["methods", "ablations"])
-def test_the_published_report_is_that_of_the_published_runs(study, tmp_path, part):
+def test_the_published_report_is_that_of_the_published_runs(tmp_path, part):
     published = EXAMPLES / "results/comparison" / part
     write_report(published / "results.jsonl", tmp_path, title=study.TITLES[part])
     assert (tmp_path / "report.md").read_text() == (published / "report.md").read_text()
 
 
-def test_the_published_runs_are_those_of_the_best_trials(study):
+def test_the_published_runs_are_those_of_the_best_trials():
     published = EXAMPLES / "results/comparison/methods"
     trials, runs = read_results(published / "tuning.jsonl"), read_results(published / "results.jsonl")
     assert len(runs) == 2 * 5 * len(study.search_space())

@@ -5,12 +5,19 @@ import tempfile
 
 import torch
 import torch.nn.functional as F
-from common import DEVICE, batch_of, make_groups, make_model, make_tokenizer, trainer_fields
 from datasets import Dataset
-from peak_memory import PeakMemory
 from trl import DistillationConfig, DistillationTrainer
 from trl.trainer import add_fused_lm_head
 
+from grkd_trl.examples.benchmarks.common import (
+    DEVICE,
+    batch_of,
+    make_groups,
+    make_model,
+    make_tokenizer,
+    trainer_fields,
+)
+from grkd_trl.examples.benchmarks.peak_memory import PeakMemory
 from grkd_trl.losses import token_soft_label_loss
 from grkd_trl.scoring import score_completions
 

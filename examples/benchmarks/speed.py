@@ -22,7 +22,13 @@ import tempfile
 
 import torch
 import torch.nn.functional as F
-from common import (
+from datasets import Dataset, disable_progress_bars
+from transformers.utils import logging
+from trl import DistillationConfig, DistillationTrainer, DPOConfig, DPOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+from grkd_trl import GRKDConfig, GRKDTrainer
+from grkd_trl.examples.benchmarks.common import (
     DEVICE,
     batch_of,
     interleaved,
@@ -34,13 +40,7 @@ from common import (
     report,
     trainer_fields,
 )
-from datasets import Dataset, disable_progress_bars
-from memory import memory
-from transformers.utils import logging
-from trl import DistillationConfig, DistillationTrainer, DPOConfig, DPOTrainer
-from trl.experimental.cpo import CPOConfig, CPOTrainer
-
-from grkd_trl import GRKDConfig, GRKDTrainer
+from grkd_trl.examples.benchmarks.memory import memory
 from grkd_trl.losses import group_relative_loss
 from grkd_trl.scoring import score_completions, sequence_scores, to_groups
 

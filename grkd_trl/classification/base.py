@@ -184,7 +184,7 @@ class ClassifierTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             batches[-1] = self._without_repeats(batches[-1])
-        count = sum(batch.get("num_rows", num_examples(batch)) for batch in batches)
+        count = sum(batch["num_rows"] if "num_rows" in batch else num_examples(batch) for batch in batches)
         return batches, self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
 
     def _without_repeats(self, batch):

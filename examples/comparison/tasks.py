@@ -7,16 +7,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, load_dataset
-from from_scratch import MAX_NEW_TOKENS, PROMPT, new_llama, pretrain, word_tokenizer, write_groups
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from grkd_trl.evaluation import MathWordProblem, read_math_word_problems, scan_pairs, scan_split, solves
+from grkd_trl.examples.demonstration.models import (
+    MAX_NEW_TOKENS,
+    PROMPT,
+    new_llama,
+    pretrain,
+    word_tokenizer,
+    write_groups,
+)
 from grkd_trl.teacher import LocalTeacher, generate_completions
 
 
 class Task(NamedTuple):
     """
-    A task whose models are there.
+    A task, with its models and groups on disk.
 
     Args:
         student (`str`):
@@ -54,6 +61,7 @@ def _write(model, tokenizer, prompts: list, max_new_tokens: int) -> list[str]:
 def _trained(folder: Path, tokenizer, rows, *, num_layers: int, width: int, **kwargs) -> str:
     """Path of a model that was trained from scratch, once."""
     if not folder.exists():
+        print(f"Training {folder} from scratch", flush=True)
         set_seed(0)
         model = new_llama(tokenizer, num_layers=num_layers, width=width)
         pretrain(model, tokenizer, rows, **kwargs)
@@ -61,7 +69,7 @@ def _trained(folder: Path, tokenizer, rows, *, num_layers: int, width: int, **kw
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         if not folder.exists():
-            part.rename(folder)  # whole or not at all
+            part.rename(folder)  # complete or not at all
     return str(folder)
 
 

@@ -1,7 +1,5 @@
-"""The teachers and students of `classification.py`: sums of n-gram embeddings for texts, ResNets for images."""
+"""The teachers and students of `classify.py`: sums of n-gram embeddings for texts, ResNets for images."""
 
-from classification_data import Rows
-from hashed_ngrams import NgramConfig, NgramForSequenceClassification
 from transformers import (
     AutoModelForImageClassification,
     PreTrainedModel,
@@ -10,6 +8,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+
+from grkd_trl.examples.classification.data import Rows
+from grkd_trl.examples.classification.hashed_ngrams import NgramConfig, NgramForSequenceClassification
 
 
 def make_model(role: str, rows: Rows, hidden_size: int = 256) -> PreTrainedModel:

@@ -17,9 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from classification import RIVALS
-from classification_data import Rows, add_label_noise, load_rows
-from classification_models import make_model, train_teacher
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
@@ -32,6 +29,9 @@ from grkd_trl import (
 )
 from grkd_trl.classification.outputs import TEACHER_COLUMNS, classify
 from grkd_trl.evaluation import classification_metrics, compare
+from grkd_trl.examples.classification.data import Rows, add_label_noise, load_rows
+from grkd_trl.examples.classification.models import make_model, train_teacher
+from grkd_trl.examples.classification.rivals import RIVALS
 
 
 if importlib.util.find_spec("deepspeed"):
@@ -131,7 +131,7 @@ def prepare(settings: dict[str, Any], seed: int) -> dict[str, Rows]:
                 part.columns["input_ids"] = part["input_ids"][:, :64].clone()
         found = {"columns": {part: rows[part].columns for part in rows}, "names": rows["train"].names}
         torch.save(found, path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)  # whole or not at all
+        path.with_suffix(".part").rename(path)  # complete or not at all
     found = torch.load(path)
     return {part: Rows(columns, found["names"]) for part, columns in found["columns"].items()}
 

@@ -1,26 +1,22 @@
 """
 Distill a classifier with GRKD, or a rival: a teacher is trained on the (noisy) labels, and a smaller student learns from it.
 
-    python examples/classification.py --dataset_name digits --output_dir out \\
+    python examples/classify.py --dataset_name digits --output_dir out \\
         --learning_rate 5e-3 --per_device_train_batch_size 32 --num_train_epochs 10
-    python examples/classification.py --dataset_name banking77 --data_dir my_data/banking77 --label_noise 0.3 \\
+    python examples/classify.py --dataset_name banking77 --data_dir my_data/banking77 --label_noise 0.3 \\
         --output_dir out --learning_rate 5e-2 --per_device_train_batch_size 512 --num_train_epochs 6
-    python examples/classification.py ... --dataset_name my_data.csv --method dist --hard_label_weight 0.1
+    python examples/classify.py ... --dataset_name my_data.csv --method dist --hard_label_weight 0.1
 
 `--dataset_name` is `digits` (scikit-learn's 8 by 8 images: `pip install "grkd_trl[classification]"`); `banking77` or
 `clinc150`, with the folder of their published files as `--data_dir`; a .csv, .json or .jsonl file of `text` and `label`; or
 a hub id. `--teacher_path` takes a text teacher that this script saved, in place of training one.
 
-Texts are classified by sums of n-gram embeddings (`hashed_ngrams.py`), images by a ResNet; `classification_data.py` has the
-data and the noise.
+Texts are classified by sums of n-gram embeddings, images by a ResNet. Data, noise, models and rivals are in
+`examples/classification/`.
 """
 
 from dataclasses import dataclass, field, fields
 
-import torch
-from classification_data import Rows, add_label_noise, load_rows
-from classification_models import make_model, train_teacher
-from hashed_ngrams import NgramForSequenceClassification
 from transformers import Trainer, TrainingArguments, set_seed
 from trl import TrlParser
 
@@ -31,41 +27,10 @@ from grkd_trl import (
     GRKDForClassificationTrainer,
 )
 from grkd_trl.evaluation import classification_metrics
-from grkd_trl.losses import (
-    dist_loss,
-    forward_kl,
-    group_soft_label_loss,
-    pld_loss,
-    ranknet_loss,
-    rkd_angle_loss,
-    rkd_distance_loss,
-)
-
-
-def of_logits(loss, scale=1.0, **options):
-    return lambda student, teacher, labels: scale * loss(student.logits, teacher.logits, **options)
-
-
-def of_embeddings(loss, size=32):
-    """Within parts of a batch: the angles of B examples are B^3."""
-
-    def loss_func(student, teacher, labels):
-        parts = zip(student.embeddings.split(size), teacher.embeddings.split(size), strict=True)
-        return torch.cat([loss(*part) for part in parts])
-
-    return loss_func
-
-
-# The rivals: what `loss_func` is at a temperature
-RIVALS = {
-    "kd": lambda t: of_logits(forward_kl, scale=t**2, temperature=t),
-    "listnet": lambda t: of_logits(group_soft_label_loss, temperature=t),
-    "ranknet": lambda t: of_logits(ranknet_loss, temperature=t),
-    "dist": lambda t: of_logits(dist_loss, temperature=t),
-    "pld": lambda t: lambda student, teacher, labels: pld_loss(student.logits, teacher.logits, labels, temperature=t),
-    "rkd_distance": lambda t: of_embeddings(rkd_distance_loss),
-    "rkd_angle": lambda t: of_embeddings(rkd_angle_loss),
-}
+from grkd_trl.examples.classification.data import Rows, add_label_noise, load_rows
+from grkd_trl.examples.classification.hashed_ngrams import NgramForSequenceClassification
+from grkd_trl.examples.classification.models import make_model, train_teacher
+from grkd_trl.examples.classification.rivals import RIVALS
 
 
 @dataclass

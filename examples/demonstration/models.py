@@ -8,7 +8,6 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from grkd_trl.teacher import generate_completions, score_groups
@@ -58,6 +57,8 @@ def training(output_dir: Path, *, max_steps: int, learning_rate: float, batch_si
         "logging_steps": max(max_steps // 20, 1),
         "save_strategy": "no",
         "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": seed,
     }
 
@@ -66,15 +67,13 @@ def pretrain(
     model: PreTrainedModel, tokenizer, rows: list[tuple[str, str]], *, max_steps: int, batch_size: int, lr: float
 ) -> None:
     """Train from scratch on pairs of prompt and completion: a plain loop, in batches of similar length."""
-    texts = [
-        (tokenizer(prompt).input_ids, tokenizer(completion + tokenizer.eos_token).input_ids)
-        for prompt, completion in rows
-    ]
+    prompts = tokenizer([prompt for prompt, _ in rows]).input_ids
+    completions = tokenizer([completion + tokenizer.eos_token for _, completion in rows]).input_ids
+    texts = list(zip(prompts, completions, strict=True))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max_steps, pct_start=0.1)
     rng, batches = random.Random(0), []
-    bar = tqdm(range(max_steps))
-    for _ in bar:
+    for _ in range(max_steps):
         if not batches:
             pool = sorted(rng.sample(texts, min(len(texts), 50 * batch_size)), key=lambda text: len(text[1]))
             batches = [pool[start : start + batch_size] for start in range(0, len(pool) - batch_size + 1, batch_size)]
@@ -88,7 +87,6 @@ def pretrain(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
 def write_groups(
@@ -100,9 +98,15 @@ def write_groups(
         if not num_completions:
             continue
         texts, clipped = generate_completions(
-            writer, tokenizer, prompts, num_completions=num_completions, max_new_tokens=MAX_NEW_TOKENS, batch_size=128
+            writer,
+            tokenizer,
+            prompts,
+            num_completions=num_completions,
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=128,
+            progress=False,
         )
         for row in range(len(prompts)):
             groups["completions"][row] += texts[row]
             groups["clipped"][row] += clipped[row]
-    return score_groups(teacher, tokenizer, Dataset.from_dict(groups))
+    return score_groups(teacher, tokenizer, Dataset.from_dict(groups), progress=False)

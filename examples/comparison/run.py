@@ -1,7 +1,7 @@
 """
 One run of `compare.py`, in a process of its own: train a student by a method, test it, write the result.
 
-    python examples/compare_run.py request.json result.json
+    python -m grkd_trl.examples.comparison.run request.json result.json
 """
 
 import json
@@ -15,9 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from compare_tasks import TASKS, Task, best_completions
 from datasets import disable_progress_bars, load_dataset
-from from_scratch import training
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
@@ -39,6 +37,8 @@ from grkd_trl import (
     SimPOConfig,
     SimPOTrainer,
 )
+from grkd_trl.examples.comparison.tasks import TASKS, Task, best_completions
+from grkd_trl.examples.demonstration.models import training
 from grkd_trl.teacher import LocalTeacher
 
 

@@ -1,4 +1,4 @@
-"""The rows of `classification.py`: published ones or a user's own, with noise in their labels."""
+"""The rows of `classify.py`: published ones or a user's own, with noise in their labels."""
 
 import gzip
 import json
@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from hashed_ngrams import hash_ngrams
+
+from grkd_trl.examples.classification.hashed_ngrams import hash_ngrams
 
 
 @cache
