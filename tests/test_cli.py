@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from grkd_trl.examples import cli
+from grkd_trl.examples import __main__ as cli
 
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*arguments, **kwargs):
-    command = [sys.executable, "-m", "grkd_trl.examples.cli", *arguments]
+    command = [sys.executable, "-m", "grkd_trl.examples", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
 
 
 def test_every_script_is_a_command(capsys, monkeypatch):
-    scripts = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"__init__", "cli"}
+    scripts = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"__init__", "__main__"}
     assert set(cli.commands().values()) == scripts
     assert {"grkd", "dpo", "groups", "evaluate", "judge", "compare", "estimate"} <= set(cli.commands())
     monkeypatch.setattr(sys, "argv", ["grkd-trl"])

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 PAGES = [ROOT / "README.md", EXAMPLES / "README.md", *sorted((EXAMPLES / "guides").glob("*.md"))]
 LINKED = [*PAGES, *sorted((EXAMPLES / "recipes").rglob("*.md")), *sorted((EXAMPLES / "results").rglob("*.md"))]
-SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.name != "__init__.py")
+SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if not path.name.startswith("_"))
 MODELS = ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B"]
 MODELS += [f"HuggingFaceTB/SmolLM2-{size}-Instruct" for size in ("135M", "360M")]
 TEMPLATE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"

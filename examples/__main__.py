@@ -26,7 +26,7 @@ def commands() -> dict[str, str]:
     Returns:
         `dict[str, str]`: Name of the script's module by command, in alphabetical order.
     """
-    scripts = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"__init__", "cli", *_SCRIPTS.values()}
+    scripts = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"__init__", "__main__", *_SCRIPTS.values()}
     return dict(sorted(({name: name for name in scripts} | _SCRIPTS).items()))
 
 
