@@ -101,6 +101,7 @@ class TestPrecision:
         assert fields and set(seen) == {torch.bfloat16 if is_torch_bf16_gpu_available() else torch.float32}
 
 
+@pytest.mark.slow
 class TestLaunch:
     SCRIPT = (
         "import os, torch; from grkd_trl import GRKDConfig; "

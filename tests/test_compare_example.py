@@ -66,7 +66,6 @@ def test_a_run_of_each_method(folder, settings, method):
     assert len(row["per_item"]) == 6
     assert row["metrics"]["accuracy"] == pytest.approx(sum(row["per_item"]) / 6)
     assert [point["step"] for point in row["curve"]] == [0, 2]
-    assert row["seconds"] > 0
     assert row["tokens"] > 2 * 4
     assert all(math.isfinite(sample["score"]) for sample in row["samples"])
     assert row["samples"][0]["prompt"].startswith("IN: ")

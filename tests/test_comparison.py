@@ -140,6 +140,7 @@ class TestRuns:
         assert read_results(path) == read_results(whole)
 
 
+@pytest.mark.slow
 class TestFunctions:
     def test_equals_the_command(self, start, function, tmp_path):
         rows = [

@@ -106,7 +106,9 @@ def continued(root, work, results):
     return continued
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[needs_deepspeed] * ("zero" in name)) for name in LAUNCHES])
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.slow] + [needs_deepspeed] * ("zero" in name)) for name in LAUNCHES]
+)
 def launch(request):
     return request.param
 
@@ -161,6 +163,7 @@ class TestResumes:
                 assert log[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
+@pytest.mark.slow
 class TestResumesOnAnotherNumber:
     """What two processes began, one ends."""
 

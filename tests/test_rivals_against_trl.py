@@ -7,7 +7,7 @@ import reference_rivals as slow
 import torch
 import trl
 from datasets import Dataset
-from runs import FIELDS, TOKENIZER, VOCAB, logged, make_rows, make_student, make_teacher, to_ids, train, weights
+from runs import FIELDS, TOKENIZER, VOCAB, logged, make_rows, make_student, to_ids, train, weights
 from test_rivals import relative_error, rows_for
 from tiny import tiny_tokenizer
 
@@ -111,18 +111,6 @@ class TestAgainstTRL:
 
 class TestNoCodeOfOurs:
     """The further rivals that README reaches from the same groups."""
-
-    def test_distillation_trainer_of_trl(self, tmp_path):
-        fields = trl_fields(tmp_path, max_steps=1, max_completion_length=4)
-        models = {"model": make_student(dtype=torch.float32), "teacher_model": make_teacher(dtype=torch.float32)}
-        trainer = trl.DistillationTrainer(
-            **models,
-            args=trl.DistillationConfig(**fields),
-            train_dataset=Dataset.from_list(make_rows()).select_columns("prompt"),
-            processing_class=TOKENIZER,
-        )
-        trainer.train()
-        assert logged(trainer, "loss")[0] > 0
 
     def test_listnet_and_ranknet(self, tmp_path):
         rows = rows_for("GRKD", sizes=(3,))

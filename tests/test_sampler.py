@@ -11,7 +11,7 @@ from tiny import byte_tokenizer
 from torch.utils.data import SequentialSampler
 
 from grkd_trl.data import DataCollatorForGroups, prepare_groups
-from grkd_trl.data.sampler import BalancedSampler
+from grkd_trl.data.sampler import BalancedSampler, GroupedByLength
 
 
 def batches_of(sampler, batch_size):
@@ -52,6 +52,19 @@ def test_steps_keep_their_groups(accumulation_steps):
     assert orders[0] != orders[1]
     sampler.set_epoch(0)
     assert list(sampler) == orders[0]
+
+
+def test_groups_of_similar_length_come_in_another_order_each_epoch():
+    lengths = [1 + row * row % 37 for row in range(200)]
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler = GroupedByLength(lengths, step_size=4, seed=7)
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(200))
+        apart = [abs(lengths[i] - lengths[j]) for step in batches_of(orders[-1], 4) for i in step for j in step]
+        assert sum(apart) / len(apart) < 2  # 12 in a random order
+    assert orders[0] == orders[2] != orders[1]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ def test_scoring_throughput(capsys):
     small = "--hidden_size 64 --num_layers 1 --vocab_size 1000 --num_groups 2 --prompt_length 8 --completion_length 8"
     result = run("scoring_throughput.py", [*small.split(), "--rounds", 1], capsys)
     assert result["tokens"] == 2 * 4 * 17
-    assert result["throughput_over_forward"] > 0 and len(result["seconds"]) == 3
+    assert len(result["seconds"]) == 3
 
 
 def test_topk_soft_labels(tmp_path, capsys):

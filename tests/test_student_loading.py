@@ -9,8 +9,7 @@ from peft import LoraConfig
 from runs import TOKENIZER, VOCAB, logged, make_rows, make_student, make_teacher, make_trainer, train, weights
 from tiny import tiny_model, use_tiles
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
-from trl import ModelConfig, get_quantization_config
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from grkd_trl import GRKDConfig, GRKDTrainer
 
@@ -117,18 +116,6 @@ class TestRefused:
         adapters = LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
         with pytest.raises(ValueError, match="lm_head"):
             make_trainer(tmp_path, **single(peft_config=adapters))
-
-    def test_four_bits_without_bitsandbytes(self, tmp_path):
-        """As `examples/grkd.py --load_in_4bit` hands it on: the model's loader asks for the package."""
-        if importlib.util.find_spec("bitsandbytes"):
-            pytest.skip("bitsandbytes is installed")
-        make_student(dtype=torch.float32).save_pretrained(tmp_path / "student")
-        quantization = get_quantization_config(ModelConfig(load_in_4bit=True))
-        assert isinstance(quantization, BitsAndBytesConfig) and quantization.load_in_4bit
-        adapters = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        models = {"model": str(tmp_path / "student"), "peft_config": adapters}
-        with pytest.raises(ImportError, match="bitsandbytes"):
-            make_trainer(tmp_path, **single(**models), quantization_config=quantization)
 
 
 class TestCheckpoints:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from grkd_trl.evaluation.report import write_report
 from grkd_trl.evaluation.results import read_results
 from grkd_trl.examples import study
 
@@ -25,7 +24,6 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         rows = read_results(tmp_path / part / "results.jsonl")
         assert [row["method"] for row in rows] == list(methods)
         assert {row["status"] for row in rows} == {"done"}, [row.get("error") for row in rows]
-        assert all(row["metrics"]["cpu_seconds"] > 0 for row in rows)
         assert (tmp_path / part / "report.md").exists()
     assert rows[1]["settings"]["num_completions"] == 2 and rows[2]["settings"]["written_by"] == "student"
     printed = capsys.readouterr().out
@@ -33,13 +31,6 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     written = (tmp_path / "methods/results.jsonl").stat().st_mtime_ns
     study.main()
     assert (tmp_path / "methods/results.jsonl").stat().st_mtime_ns == written
-
-
-@pytest.mark.parametrize("part", ["methods", "ablations"])
-def test_the_published_report_is_that_of_the_published_runs(tmp_path, part):
-    published = EXAMPLES / "results/comparison" / part
-    write_report(published / "results.jsonl", tmp_path, title=study.TITLES[part])
-    assert (tmp_path / "report.md").read_text() == (published / "report.md").read_text()
 
 
 def test_the_published_runs_are_those_of_the_best_trials():
