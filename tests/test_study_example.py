@@ -3,8 +3,6 @@
 import sys
 from pathlib import Path
 
-import pytest
-
 from grkd_trl.evaluation.results import read_results
 from grkd_trl.examples import study
 
