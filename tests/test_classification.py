@@ -16,6 +16,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from runs_of_classifiers import (
     CLASSES,
+    TOKENIZER,
     Gradients,
     assert_same,
     batch_of,
@@ -27,13 +28,16 @@ from runs_of_classifiers import (
 )
 from transformers import (
     AutoModelForImageClassification,
+    DataCollatorWithPadding,
     EvalPrediction,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     TrainerCallback,
     ViTConfig,
 )
 
 from grkd_trl import DistillationForClassificationTrainer, GRKDForClassificationConfig, GRKDForClassificationTrainer
-from grkd_trl.classification.outputs import classify
+from grkd_trl.classification.outputs import add_teacher_outputs, classify
 from grkd_trl.evaluation import classification_metrics
 from grkd_trl.losses import (
     dist_loss,
@@ -212,6 +216,23 @@ class TestTeacher:
 
     def test_rows_need_no_labels_without_a_share_of_them(self, tmp_path):
         make_trainer(tmp_path, make_rows().remove_columns("labels")).train()
+
+    def test_a_layer_as_wide_as_the_classes_is_no_head(self):
+        model, batch = make_model(hidden_size=16, num_labels=16).eval(), batch_of(make_rows(5))
+        outputs = classify(model, batch)
+        torch.testing.assert_close(model.classifier(outputs.embeddings), outputs.logits)
+
+    def test_a_teacher_without_embeddings_is_named(self):
+        """Its head reads every token."""
+        config = LlamaConfig(
+            vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_labels=CLASSES, pad_token_id=TOKENIZER.pad_token_id,
+        )  # fmt: skip
+        teacher, collator = LlamaForSequenceClassification(config), DataCollatorWithPadding(TOKENIZER)
+        with pytest.raises(ValueError, match="`LlamaForSequenceClassification` has none: no last linear layer"):
+            add_teacher_outputs(make_rows(3), teacher, collator, embeddings=True, progress=False)
+        rows = add_teacher_outputs(make_rows(3), teacher, collator, progress=False)
+        assert "teacher_embeddings" not in rows.column_names and len(rows["teacher_logits"][0]) == CLASSES
 
     def test_embeddings_are_what_the_head_reads(self):
         model, batch = make_teacher(), batch_of(make_rows(5))

@@ -201,9 +201,8 @@ class GRKDTrainer(GroupTrainer):
         return loss + self.args.sft_weight * means.get("loss/sft", 0.0)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        args, alpha = self.args, self.alpha
+        args, alpha, teacher, teacher_scores = self.args, self.alpha, None, inputs.get("teacher_scores")
         group_mask, completion_mask = inputs["group_mask"], inputs["completion_mask"]
-        teacher, teacher_scores = None, inputs.get("teacher_scores")
         sharing: dict[str, Any] = {"prompt_sharing": args.prompt_sharing}
 
         if self.teacher_model is not None:
@@ -212,18 +211,17 @@ class GRKDTrainer(GroupTrainer):
             scores = sequence_scores(teacher.per_token_logps, completion_mask, score=args.score)
             teacher_scores = to_groups(scores, group_mask) if teacher_scores is None else teacher_scores
         ranking: dict[str, Any] = {"temperature": args.ranking_temperature, "min_gap": args.min_gap}
-        softening: dict[str, Any] = {"temperature": args.soft_label_temperature}
+        softening, top = {"temperature": args.soft_label_temperature}, {"top_k": args.relative_top_k}
 
         # Equations 1 to 3 at the level of tokens: one value a completion token, of which these are `rows`
         def token_losses(logits, rows):
             if teacher is None:  # its most likely tokens are cached
                 cached = inputs["teacher_top_ids"][rows].long(), inputs["teacher_top_logps"][rows]
-                return {"soft": topk_soft_label_loss(logits, *cached, **softening)}
+                return {"soft": topk_soft_label_loss(logits, *cached, temperature=args.soft_label_temperature)}
             student_logits, losses = logits[:, : self.vocab_size], {}
             teacher_logits = teacher.logits[rows, : self.vocab_size].to(logits.device)
             if args.relative_level == "tokens":
-                top_k = args.relative_top_k
-                losses["relative"] = token_relative_loss(student_logits, teacher_logits, top_k=top_k, **ranking)
+                losses["relative"] = token_relative_loss(student_logits, teacher_logits, **ranking, **top)
             if args.soft_label == "token":
                 losses["soft"] = token_soft_label_loss(student_logits, teacher_logits, **softening)
             return losses
