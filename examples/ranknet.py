@@ -7,7 +7,7 @@ Full training:
         --model_name_or_path Qwen/Qwen3-0.6B \
         --teacher_model_name_or_path Qwen/Qwen3-4B \
         --teacher_model_init_kwargs '{"dtype": "bfloat16"}' \
-        --dataset_name my_groups.jsonl \
+        --dataset_name my_groups \
         --output_dir out
 
 LoRA, with another learning rate:
@@ -16,8 +16,8 @@ LoRA, with another learning rate:
 
 Every argument may stand in a YAML file instead, `--config my_run.yaml`; the command line overrides it. Launch with a
 file of `accelerate_configs/` for several GPUs. `--dataset_name` takes a .json, .jsonl or .parquet file of groups, a
-folder with `train.jsonl` and `test.jsonl`, or a hub id; TRL's preference datasets are groups of two:
-`--dataset_name trl-lib/ultrafeedback_binarized`.
+folder (made by `generate_groups.py`, or with `train.jsonl` and `test.jsonl`), or a hub id. TRL's preference datasets are
+groups of two: `--dataset_name trl-lib/ultrafeedback_binarized`.
 """
 
 from dataclasses import dataclass, field
