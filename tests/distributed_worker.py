@@ -36,6 +36,8 @@ FIELDS = {
     "mixed": {"completion_source": "mixed", "num_completions": 3, "max_completion_length": 6},
     "checkpointing": {"gradient_checkpointing": True},
     "short": {"max_completion_length": 6},
+    # Adam makes steps of its rate of a gradient that is rounding alone, unless its epsilon is above that.
+    "damped": {"adam_epsilon": 1e-5},
     "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
 }
 

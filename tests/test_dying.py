@@ -22,7 +22,7 @@ pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).resolve().parent
 PATHS = os.pathsep.join(map(str, (HERE, HERE.parent)))
-STEPS, RUN = 30, "GRKD+mixed"  # online groups, of student and teacher
+STEPS, RUN = 30, "GRKD+mixed+damped"  # online groups, of student and teacher
 EVENTS = ["on_step_begin", "on_pre_optimizer_step", "on_step_end", "on_save"]
 
 
