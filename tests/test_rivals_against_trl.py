@@ -11,6 +11,7 @@ from runs import FIELDS, TOKENIZER, VOCAB, logged, make_rows, make_student, to_i
 from test_rivals import relative_error, rows_for
 from tiny import tiny_tokenizer
 
+import grkd_trl
 from grkd_trl.data import pairs_of
 
 
@@ -53,6 +54,23 @@ class TestAgainstTRL:
         assert_same_run(ours, theirs)
         assert logged(ours, "loss")[0] == pytest.approx(math.log(2), abs=1e-7)
         assert logged(ours, "rewards/margins") == pytest.approx(logged(theirs, "rewards/margins"), abs=1e-6)
+
+    def test_arguments_of_trls_dpo_in_their_places(self, tmp_path):
+        """The second is the reference, which a script written for TRL passes by position."""
+        runs = []
+        for library in (grkd_trl, trl):
+            reference = make_student(seed=5)
+            data = {"train_dataset": preferences(self.ROWS), "processing_class": TOKENIZER}
+            args = library.DPOConfig(**trl_fields(tmp_path, max_steps=2))
+            runs.append(library.DPOTrainer(make_student(), reference, args, **data))
+            assert runs[-1].ref_model is reference
+            runs[-1].train()
+        assert_same_run(*runs, steps=2)
+        assert abs(logged(runs[0], "loss")[0] - math.log(2)) > 1e-3  # or the reference would be the student's start
+        with pytest.raises(TypeError, match="positional"):
+            grkd_trl.DPOTrainer(*[None] * 12, make_teacher())
+        with pytest.raises(TypeError, match="`ref_model` must be a model, got 'teacher'.*by keyword"):
+            grkd_trl.DPOTrainer("student", "teacher")
 
     def test_simpo_is_that_of_trls_experimental_cpo(self, tmp_path):
         cpo = pytest.importorskip("trl.experimental.cpo")

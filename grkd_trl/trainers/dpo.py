@@ -84,16 +84,18 @@ class DPOTrainer(TRLTrainer):
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Student, as in [`~trl.DPOTrainer`].
-        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Teacher, which may have another tokenizer. It scores the groups before training where they have no
-            `teacher_scores`, and is then freed; it is not loaded otherwise.
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            Reference model, in TRL's place and with TRL's default.
         args ([`DPOConfig`], *optional*):
             Configuration. A default one, writing to `<model>-DPO`, if not given.
         train_dataset, eval_dataset (*optional*):
             Groups or preferences, as in [`GRKDTrainer`].
-        data_collator, processing_class, compute_metrics, callbacks, optimizers, quantization_config, peft_config,
-        ref_model (*optional*):
+        data_collator, processing_class, compute_metrics, callbacks, optimizers, quantization_config,
+        peft_config (*optional*):
             As in [`~trl.DPOTrainer`].
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*, by keyword):
+            Teacher, which may have another tokenizer. It scores the groups before training where they have no
+            `teacher_scores`, and is then freed; it is not loaded otherwise.
 
     > [!NOTE]
     > The loss is TRL's mean over the pairs of a batch. On several processes the last step of an epoch, where it is not
@@ -111,7 +113,7 @@ class DPOTrainer(TRLTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        teacher_model: str | PreTrainedModel | None = None,
+        ref_model: PreTrainedModel | None = None,
         args: DPOConfig | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -122,8 +124,14 @@ class DPOTrainer(TRLTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
-        ref_model: PreTrainedModel | None = None,
+        *,
+        teacher_model: str | PreTrainedModel | None = None,
     ):
+        if isinstance(ref_model, str):
+            raise TypeError(
+                f"`ref_model` must be a model, got {ref_model!r}. As in TRL it is the second argument: pass a teacher by "
+                "keyword, `teacher_model=`."
+            )
         args = resolve_args(args, DPOConfig, model)
         require_rows(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_sampling(args, train_dataset)
