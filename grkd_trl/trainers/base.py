@@ -20,7 +20,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 
-from .._trl import LengthGroupedSampler
+from .._trl import LengthGroupedSampler, accept_adapters_on_head
 from ..data import DataCollatorForGroups, count_items, prepare_groups, require_rows
 from ..data.repeats import number_rows, reduce_remainder, without_repeats
 from ..data.sampler import GroupedByLength, balance
@@ -111,18 +111,19 @@ class GroupTrainer(SFTTrainer):
         teacher_model, train_dataset, eval_dataset = self.bring_teacher(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
         )
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with accept_adapters_on_head():
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         # `SFTTrainer` settles the pad token, so the collator is made after it.
         self.data_collator = data_collator or DataCollatorForGroups(
             pad_token_id=self._tokenizer.pad_token_id,
