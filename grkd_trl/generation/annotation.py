@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..data import as_read, bring_scores, encode_prompt, plain_rows, read_prompt
 from ..teacher import load_teacher, loading_whole, score_groups, tokenizer_of
+from ..teacher.loading import with_remote_code
 from ..teacher.writing import write_completions
 from .core import keep
 
@@ -23,14 +24,16 @@ def _load(args, model, teacher_model, processing_class) -> tuple[PreTrainedModel
     """Teacher, on its device, and its tokenizer, for which the student's stands in where it has none."""
     if teacher_model is model and not isinstance(model, str):
         raise ValueError("`model` and `teacher_model` cannot be the same object: the teacher is frozen.")
+    init_kwargs = with_remote_code(args.teacher_model_init_kwargs, args)
+    try:
+        tokenizer = tokenizer_of(teacher_model, None, init_kwargs)
+    except (OSError, ValueError):
+        student_kwargs = with_remote_code(args.model_init_kwargs, args)
+        tokenizer = tokenizer_of(model, None, student_kwargs) if processing_class is None else processing_class
     with loading_whole(args):
-        teacher = load_teacher(teacher_model, args.teacher_model_init_kwargs)
+        teacher = load_teacher(teacher_model, init_kwargs)
     if not hasattr(teacher, "hf_device_map"):
         teacher.to(args.device)
-    try:
-        tokenizer = tokenizer_of(teacher)
-    except (OSError, ValueError):
-        tokenizer = tokenizer_of(model) if processing_class is None else processing_class
     return teacher, getattr(tokenizer, "tokenizer", tokenizer)
 
 

@@ -24,14 +24,15 @@ from .._trl import LengthGroupedSampler, accept_adapters_on_head
 from ..data import DataCollatorForGroups, count_items, prepare_groups, require_rows
 from ..data.repeats import number_rows, reduce_remainder, without_repeats
 from ..data.sampler import GroupedByLength, balance
-from ..scoring import eval_mode, predicted_mask, to_groups
+from ..scoring import eval_mode
 from ..teacher import disable_dropout, is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary
+from ..teacher.loading import check_student, init_kwargs_of, load_adapted_student, with_remote_code
 from .card import add_objective
 from .checkpoints import OrderOfEpoch, prepare_resume
 from .checks import GroupWarnings, check_sampling
 from .compile import compile_layers, take_over_compilation
 from .config import GroupConfig, resolve_args
-from .metrics import RunningMeans, add_length_metrics, add_rank_metrics, peak_memory
+from .metrics import RunningMeans, add_group_metrics, peak_memory
 
 
 class GroupTrainer(SFTTrainer):
@@ -41,9 +42,10 @@ class GroupTrainer(SFTTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Student: a hub id or path, loaded in float32 unless `args.model_init_kwargs` says otherwise, or a model.
+            Student: a hub id or path of a model, loaded in float32 unless `args.model_init_kwargs` says otherwise, or of
+            an adapter, which is trained further on its base; or a model.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Teacher: a hub id or path, or a model. Each method says what it is needed for.
+            Teacher: a hub id or path of a model or of an adapter, or a model. Each method says what it is needed for.
         args ([`GroupConfig`], *optional*):
             Configuration, of the method's `config_class`. A default one, writing to `<model>-<method>`, if not given.
         data_collator ([`~transformers.DataCollator`], *optional*):
@@ -107,10 +109,12 @@ class GroupTrainer(SFTTrainer):
             )
         require_rows(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_sampling(args, train_dataset)
+        check_student(model, peft_config, args)
         self.chosen_first = False
         teacher_model, train_dataset, eval_dataset = self.bring_teacher(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
         )
+        model, processing_class = load_adapted_student(model, processing_class, quantization_config, args)
         with accept_adapters_on_head():
             super().__init__(
                 model=model,
@@ -158,7 +162,7 @@ class GroupTrainer(SFTTrainer):
                 "Pass a teacher. Without one, `DPOTrainer`, `SimPOTrainer` and `PROTrainer` accept groups with "
                 "`teacher_scores`, and `SeqKDTrainer` completions that the teacher wrote."
             )
-        shared_vocabulary(model, teacher_model, processing_class)  # before either is loaded
+        shared_vocabulary(model, teacher_model, processing_class, **init_kwargs_of(args))  # before either is loaded
         return teacher_model, *datasets
 
     def _place_teacher(self, teacher_model: str | PreTrainedModel) -> tuple[torch.nn.Module, int]:
@@ -166,8 +170,8 @@ class GroupTrainer(SFTTrainer):
         if is_base_of(student, teacher_model, args):
             return student, student.config.get_text_config().vocab_size
         with loading_whole(args) if args.teacher_sharding == "replicated" else nullcontext():
-            teacher = load_teacher(teacher_model, cast(dict | None, args.teacher_model_init_kwargs))
-        vocab_size = shared_vocabulary(student, teacher, self._tokenizer)
+            teacher = load_teacher(teacher_model, with_remote_code(args.teacher_model_init_kwargs, args))
+        vocab_size = shared_vocabulary(student, teacher_model, self._tokenizer, **init_kwargs_of(args))
         compile_layers(teacher, self.compile_plugin)
         return prepare_teacher(teacher, self.accelerator, sharding=args.teacher_sharding), vocab_size
 
@@ -291,12 +295,8 @@ class GroupTrainer(SFTTrainer):
         self, inputs: dict[str, torch.Tensor], student_scores: torch.Tensor, teacher_scores: torch.Tensor
     ) -> None:
         """Add what is logged of groups whatever the method, ranks and lengths, from a batch and its scores `(P, G)`."""
-        means, group_mask, min_gap = self.means, inputs["group_mask"], getattr(self.args, "min_gap", 0.0)
-        lengths = to_groups(predicted_mask(inputs["completion_mask"]).sum(-1), group_mask)
-        shown = "label" if self.chosen_first else "teacher"
-        add_rank_metrics(means, student_scores, teacher_scores, min_gap=min_gap, mask=group_mask, shown=shown)
-        add_length_metrics(means, lengths, inputs["clipped"], teacher_scores, mask=group_mask)
-        means.add("completions/padding_ratio", inputs["attention_mask"] == 0)
+        shown, min_gap = "label" if self.chosen_first else "teacher", getattr(self.args, "min_gap", 0.0)
+        add_group_metrics(self.means, inputs, student_scores, teacher_scores, min_gap=min_gap, shown=shown)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """

@@ -22,6 +22,7 @@ from trl import DPOTrainer as TRLTrainer
 
 from ..data import pair_groups, prepare_groups, require_rows
 from ..generation.annotation import rank_datasets
+from ..teacher.loading import check_student, load_adapted_student
 from .card import add_objective
 from .checkpoints import OrderOfEpoch, prepare_resume
 from .checks import check_sampling, resolve_bf16
@@ -135,10 +136,11 @@ class DPOTrainer(TRLTrainer):
         args = resolve_args(args, DPOConfig, model)
         require_rows(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_sampling(args, train_dataset)
+        check_student(model, peft_config, args)
         train_dataset, eval_dataset = rank_datasets(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
         )
-
+        model, processing_class = load_adapted_student(model, processing_class, quantization_config, args)
         super().__init__(
             model=model,
             ref_model=ref_model,

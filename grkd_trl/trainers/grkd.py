@@ -168,7 +168,9 @@ class GRKDTrainer(GroupTrainer):
             say(
                 f"`teacher_model` is used for {' and '.join(used_for) or 'nothing: the data has all that it would give'}."
             )
-        return teacher_model if used_for else None, *datasets
+        if not used_for:
+            return None, *datasets
+        return super().bring_teacher(args, model, teacher_model, processing_class, *datasets)
 
     def read(self, dataset, processing_class, args, name):
         if args.online and dataset.column_names and not {"completions", "chosen"}.intersection(dataset.column_names):

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from ..losses import ranked_pairs
+from ..scoring import predicted_mask, to_groups
 
 
 def peak_memory(accelerator: Accelerator) -> dict[str, float]:
@@ -158,6 +159,40 @@ def add_length_metrics(
     means.add("completions/best_length", lengths.gather(-1, best))
     means.add("completions/worst_length", lengths.gather(-1, worst))
     means.add("completions/clipped_ratio", clipped)
+
+
+def add_group_metrics(
+    means: RunningMeans,
+    inputs: dict[str, torch.Tensor],
+    student_scores: torch.Tensor,
+    teacher_scores: torch.Tensor,
+    *,
+    min_gap: float,
+    shown: str,
+) -> None:
+    """
+    Add what is logged of groups whatever the method: [`add_rank_metrics`], [`add_length_metrics`] and
+    `completions/padding_ratio`, the share of the batch that is padding.
+
+    Args:
+        means ([`RunningMeans`]):
+            Where to add.
+        inputs (`dict[str, torch.Tensor]`):
+            Batch of groups.
+        student_scores (`torch.Tensor` of shape `(P, G)`):
+            Student's scores.
+        teacher_scores (`torch.Tensor` of shape `(P, G)`):
+            Teacher's scores.
+        min_gap (`float`):
+            Gap of teacher scores that a pair must exceed.
+        shown (`str`):
+            What the teacher's scores are, as for [`add_rank_metrics`].
+    """
+    group_mask = inputs["group_mask"]
+    lengths = to_groups(predicted_mask(inputs["completion_mask"]).sum(-1), group_mask)
+    add_rank_metrics(means, student_scores, teacher_scores, min_gap=min_gap, mask=group_mask, shown=shown)
+    add_length_metrics(means, lengths, inputs["clipped"], teacher_scores, mask=group_mask)
+    means.add("completions/padding_ratio", inputs["attention_mask"] == 0)
 
 
 def rank_correlation(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
