@@ -211,6 +211,31 @@ def load_tokenizer(model: str, init_kwargs: dict[str, Any] | None = None) -> Pre
     return AutoTokenizer.from_pretrained(base, **_only(_READING, kwargs))
 
 
+def read_chat_template(template: str) -> str:
+    """
+    Text of a chat template.
+
+    Args:
+        template (`str`):
+            The text itself, or the path of a file with it.
+
+    Returns:
+        `str`: The text.
+
+    Raises:
+        `ValueError`: If it is neither.
+    """
+    if "{" in template:
+        return template
+    if not os.path.isfile(template):
+        raise ValueError(
+            f"`teacher_chat_template` is {template!r}, which is neither a file nor the text of a Jinja template. Give the "
+            "path of a `.jinja` file, or the text."
+        )
+    with open(template, encoding="utf-8") as file:
+        return file.read()
+
+
 def check_student(
     model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: TrainingArguments
 ) -> None:

@@ -10,6 +10,7 @@ from trl import SFTConfig
 
 from .._trl import get_config_model_id
 from ..losses import alpha_at
+from ..teacher.loading import read_chat_template
 from .checks import check_launch, resolve_bf16
 
 
@@ -98,6 +99,29 @@ def check_completion_fields(args: SFTConfig) -> None:
         )
 
 
+def check_chat_template(args: Any, annotates: bool) -> None:
+    """
+    Check a chat template for the teacher.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Configuration with `teacher_chat_template`.
+        annotates (`bool`):
+            Whether the method has a teacher that reads groups with a tokenizer of its own.
+
+    Raises:
+        `ValueError`: If it is neither a template nor a file, or nothing would read it.
+    """
+    if args.teacher_chat_template is None:
+        return
+    if not annotates:
+        raise ValueError(
+            f"`teacher_chat_template` cannot be set in `{type(args).__name__}`: this teacher reads the student's tokens. "
+            "Set `chat_template_path`, which is the template of both."
+        )
+    read_chat_template(args.teacher_chat_template)
+
+
 def check_best_metric(args: Any) -> None:
     """
     Warn where the best checkpoint would be chosen by a loss whose balance moves, so that each is measured by a different loss.
@@ -143,7 +167,12 @@ class GroupConfig(SFTConfig):
         learning_rate (`float`, *optional*, defaults to `1e-6`):
             Initial learning rate, as in [`~trl.DPOConfig`].
         teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path.
+            Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path: `dtype`,
+            `attn_implementation`, `quantization_config`, `revision` and others, which its tokenizer takes too where they
+            say where files are. `trust_remote_code` is the student's unless it is among them.
+        teacher_chat_template (`str`, *optional*):
+            Chat template, as text or as the path of a file, of a teacher that reads the groups with its own tokenizer
+            before training, in place of the one that the tokenizer has. Refused by methods that have no such teacher.
         teacher_sharding (`str`, *optional*, defaults to `"auto"`):
             Where the parameters of a teacher in the training step are on several processes: `"replicated"`, whole on
             each; `"sharded"`, sharded and gathered layer by layer; `"auto"`, sharded where the student is (ZeRO-3, FSDP).
@@ -163,9 +192,15 @@ class GroupConfig(SFTConfig):
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
 
+    # Whether the teacher scores or writes the groups before training, with its own tokenizer.
+    annotates = False
+
     learning_rate: float = option(1e-6, "The initial learning rate for AdamW.")
     teacher_model_init_kwargs: dict[str, Any] | str | None = option(
         None, "Keyword arguments for `from_pretrained` of the teacher, when it is an id or a path."
+    )
+    teacher_chat_template: str | None = option(
+        None, "Chat template, text or path, of a teacher that reads the groups with its own tokenizer."
     )
     teacher_sharding: str = option(
         "auto",
@@ -182,6 +217,7 @@ class GroupConfig(SFTConfig):
     def __post_init__(self):
         check_choices(self)
         check_completion_fields(self)
+        check_chat_template(self, self.annotates)
         self.bf16 = resolve_bf16(self)
         super().__post_init__()
 

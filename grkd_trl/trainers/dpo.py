@@ -26,7 +26,7 @@ from ..teacher.loading import check_student, load_adapted_student
 from .card import add_objective
 from .checkpoints import OrderOfEpoch, prepare_resume
 from .checks import check_sampling, resolve_bf16
-from .config import check_choices, option, resolve_args
+from .config import check_chat_template, check_choices, option, resolve_args
 
 
 @dataclass
@@ -41,7 +41,10 @@ class DPOConfig(TRLConfig):
         pairs (`str`, *optional*, defaults to `"best_worst"`):
             Pairs of a group: its `"best_worst"`, or `"all"` of unequal score, each a row of its own.
         teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path.
+            Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path; see
+            [`GroupConfig`].
+        teacher_chat_template (`str`, *optional*):
+            Chat template of the teacher, as text or as the path of a file, in place of the one that its tokenizer has.
     """
 
     _VALID_DICT_FIELDS = TRLConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
@@ -54,9 +57,11 @@ class DPOConfig(TRLConfig):
     teacher_model_init_kwargs: dict[str, Any] | str | None = option(
         None, "Keyword arguments for `from_pretrained` of the teacher, when it is an id or a path."
     )
+    teacher_chat_template: str | None = option(None, "Chat template of the teacher, text or path.")
 
     def __post_init__(self):
         check_choices(self)
+        check_chat_template(self, annotates=True)
         self.bf16 = resolve_bf16(self)
         super().__post_init__()
 

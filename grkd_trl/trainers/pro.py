@@ -31,6 +31,8 @@ class PROConfig(GroupConfig):
             \\( (n - 1)^2 \\) of a group of n, as in the official code.
     """
 
+    annotates = True
+
     reward_temperature: bool = option(True, "Whether the gaps of teacher scores scale the student's scores.")
     sft_weight: float = option(0.05, "Weight of the best completion's NLL, for each (n - 1)^2 of a group of n.")
 

@@ -31,6 +31,8 @@ class SeqKDConfig(GroupConfig):
             Longest completion that the teacher writes, in its tokens.
     """
 
+    annotates = True
+
     decoding: str = option(
         "beam",
         "How the teacher writes: 'beam' search, 'greedy' or 'sampling'.",

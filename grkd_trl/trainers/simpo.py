@@ -29,6 +29,8 @@ class SimPOConfig(GroupConfig):
             Pairs of a group: its `"best_worst"`, or `"all"` of unequal score, each a row of its own.
     """
 
+    annotates = True
+
     beta: float = option(2.0, "Scale of the margin between the mean log-probabilities of a pair.")
     gamma_beta_ratio: float = option(0.25, "Target margin gamma, over beta.")
     pairs: str = option(
