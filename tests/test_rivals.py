@@ -83,6 +83,9 @@ class TestWholeStep:
         [
             ("DPO", {"beta": 0.5}),
             ("SimPO", {"beta": 10.0, "gamma_beta_ratio": 0.3}),
+            ("SimPO", {"beta": 10.0, "simpo_gamma": 0.7, "label_smoothing": 0.2}),
+            ("SimPO", {"alpha": 0.25, "cpo_alpha": 0.5}),
+            ("SimPO", {"alpha": -0.5, "pairs": "all", "cpo_alpha": 1.0, "batch": 11}),
             ("PRO", {"reward_temperature": False}),
             ("PRO", {"sft_weight": 0.0}),
             ("RankNet", {"temperature": 0.5}),

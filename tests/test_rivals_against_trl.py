@@ -72,19 +72,36 @@ class TestAgainstTRL:
         with pytest.raises(TypeError, match="`ref_model` must be a model, got 'teacher'.*by keyword"):
             grkd_trl.DPOTrainer("student", "teacher")
 
-    def test_simpo_is_that_of_trls_experimental_cpo(self, tmp_path):
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {},
+            {"simpo_gamma": 1.5, "beta": 2.5},
+            {"label_smoothing": 0.1},
+            {"alpha": 0.25},
+            {"alpha": -0.5, "beta": 2.5, "simpo_gamma": 0.1},
+            {"cpo_alpha": 0.5},
+            {"cpo_alpha": 1.0, "alpha": 0.25, "label_smoothing": 0.2, "simpo_gamma": 0.0},
+        ],
+        ids=str,
+    )
+    def test_simpo_is_that_of_trls_experimental_cpo(self, tmp_path, fields):
+        """Fields of the same names: its margin is `simpo_gamma`, of which ours is a quarter of beta by default."""
         cpo = pytest.importorskip("trl.experimental.cpo")
-        ours, _ = train(tmp_path, self.ROWS, method="SimPO", max_steps=10, max_grad_norm=1.0)
+        ours, _ = train(tmp_path, self.ROWS, method="SimPO", max_steps=10, max_grad_norm=1.0, **fields)
         simpo = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.5, "max_length": 1024}
         theirs = cpo.CPOTrainer(
             model=make_student(),
-            args=cpo.CPOConfig(**trl_fields(tmp_path, **simpo)),
+            args=cpo.CPOConfig(**trl_fields(tmp_path, **simpo | fields)),
             # It adds a BOS to the prompt where there is none, which ours is not to have, and joins text as it stands.
             train_dataset=preferences(self.ROWS),
             processing_class=self.without_bos(),
         )
         theirs.train()
         assert_same_run(ours, theirs)
+        assert logged(ours, "rewards/margins") == pytest.approx(logged(theirs, "rewards/margins"), abs=1e-5)
+        if "cpo_alpha" in fields:
+            assert logged(ours, "nll_loss") == pytest.approx(logged(theirs, "nll_loss"), abs=1e-6)
 
     @staticmethod
     def without_bos():

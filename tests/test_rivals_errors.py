@@ -111,6 +111,10 @@ class TestErrors:
             ("SimPO", "pairs", "some", "`pairs` must be one of"),
             ("SimPO", "beta", 0.0, "`beta` must be above 0, got 0.0"),
             ("SimPO", "gamma_beta_ratio", -1.0, "`gamma_beta_ratio` must be 0 or above"),
+            ("SimPO", "simpo_gamma", -1.0, "`simpo_gamma` must be 0 or above"),
+            ("SimPO", "cpo_alpha", -1.0, "`cpo_alpha` must be 0 or above"),
+            ("SimPO", "label_smoothing", 0.5, "`label_smoothing` must be 0 or above and below 0.5, got 0.5"),
+            ("SimPO", "alpha", float("nan"), "`alpha` must be a finite number"),
             ("SimPO", "packing", True, "`packing` of `SFTConfig` cannot be set in `SimPOConfig`"),
             ("PRO", "sft_weight", -0.1, "`sft_weight` must be 0 or above"),
             ("KD", "temperature", 0.0, "`temperature` must be above 0"),
@@ -124,6 +128,15 @@ class TestErrors:
     def test_fields(self, tmp_path, method, field, value, says):
         with pytest.raises(ValueError, match=says):
             getattr(grkd_trl, f"{method}Config")(tmp_path, **{field: value})
+
+    def test_two_margins(self, tmp_path):
+        with pytest.raises(
+            ValueError, match="`gamma_beta_ratio=0.25` and `simpo_gamma=0.5` both set the target margin"
+        ):
+            grkd_trl.SimPOConfig(tmp_path, gamma_beta_ratio=0.25, simpo_gamma=0.5)
+        for fields, gamma in (({}, 0.5), ({"beta": 4.0}, 1.0), ({"simpo_gamma": 0.0}, 0.0)):
+            config = grkd_trl.SimPOConfig(tmp_path, bf16=False, **fields)
+            assert config.gamma == gamma == grkd_trl.SimPOConfig(**config.to_dict()).gamma
 
     @each_trainer
     def test_arguments_of_another_method(self, tmp_path, method):

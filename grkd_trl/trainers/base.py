@@ -85,6 +85,7 @@ class GroupTrainer(SFTTrainer):
 
     # `compute_loss` divides by the groups or tokens of the whole optimizer step, on all processes.
     loss_is_scaled_for_ga = True  # type: ignore[assignment]
+    count_items = staticmethod(count_items)
 
     def __init__(
         self,
@@ -241,7 +242,7 @@ class GroupTrainer(SFTTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             batches[-1] = without_repeats(self.accelerator, batches[-1])
-        return batches, self.accelerator.reduce(count_items(batches).to(device), reduction="sum")
+        return batches, self.accelerator.reduce(self.count_items(batches).to(device), reduction="sum")
 
     def step_counts(self, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
         """
@@ -251,7 +252,7 @@ class GroupTrainer(SFTTrainer):
         each gets its share of the count.
         """
         if num_items_in_batch is None:
-            return count_items([inputs]).clamp(min=1)
+            return self.count_items([inputs]).clamp(min=1)
         return num_items_in_batch.clamp(min=1) / self.accelerator.num_processes
 
     @property
