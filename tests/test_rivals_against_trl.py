@@ -99,7 +99,9 @@ class TestAgainstTRL:
         )
         theirs.train()
         assert_same_run(ours, theirs)
-        assert logged(ours, "rewards/margins") == pytest.approx(logged(theirs, "rewards/margins"), abs=1e-5)
+        for name in ("chosen", "rejected", "margins", "accuracies"):
+            name = f"rewards/{name}"
+            assert logged(ours, name) == pytest.approx(logged(theirs, name), abs=1e-5), name
         if "cpo_alpha" in fields:
             assert logged(ours, "nll_loss") == pytest.approx(logged(theirs, "nll_loss"), abs=1e-6)
 
@@ -142,6 +144,38 @@ class TestAgainstTRL:
         )
         theirs.train()
         assert_same_run(ours, theirs)
+        for name in ("num_tokens", "entropy", "mean_token_accuracy"):
+            assert logged(ours, name) == pytest.approx(logged(theirs, name), abs=1e-5), name
+        assert 0 < logged(ours, "mean_token_accuracy")[-1] < 1
+
+    @pytest.mark.parametrize("method", ["SimPO", "PRO", "GRKD"])
+    def test_metrics_of_pairs_are_those_of_trls_dpo(self, tmp_path, method):
+        """In the first step, before the losses part; of groups of more than two, the best and the worst."""
+        rows = self.ROWS if method == "SimPO" else rows_for("DPO", 12, sizes=(2,))
+        fields = {"soft_label": "none", "teacher_model": None} if method == "GRKD" else {}
+        ours, _ = train(tmp_path, rows, method=method, max_steps=1, **fields)
+        theirs = trl.DPOTrainer(
+            model=make_student(),
+            ref_model=make_student(),
+            args=trl.DPOConfig(**trl_fields(tmp_path, max_steps=1)),
+            train_dataset=preferences(rows),
+            processing_class=TOKENIZER,
+        )
+        theirs.train()
+        for name in ("num_tokens", "entropy", "mean_token_accuracy", "logps/chosen", "logps/rejected"):
+            assert logged(ours, name) == pytest.approx(logged(theirs, name), abs=1e-5), name
+
+    def test_logits_are_read_in_the_steps_that_are_logged(self, tmp_path):
+        """Entropy and accuracy are those of the logged step, whose log has them whatever the interval."""
+        every, _ = train(tmp_path, self.ROWS, method="SimPO", max_steps=6)
+        third, _ = train(tmp_path, self.ROWS, method="SimPO", max_steps=6, logging_steps=3)
+        for name in ("entropy", "mean_token_accuracy", "num_tokens"):
+            assert logged(third, name) == pytest.approx(logged(every, name)[2::3], abs=1e-9)
+        metrics = every.evaluate(every.train_dataset)
+        assert {"eval_entropy", "eval_mean_token_accuracy", "eval_rewards/accuracies", "eval_logps/chosen"} <= set(
+            metrics
+        )
+        assert "eval_num_tokens" not in metrics
 
 
 class TestNoCodeOfOurs:

@@ -32,7 +32,7 @@ from .checkpoints import OrderOfEpoch, prepare_resume
 from .checks import GroupWarnings, check_sampling
 from .compile import compile_layers, take_over_compilation
 from .config import GroupConfig, resolve_args
-from .metrics import RunningMeans, add_group_metrics, peak_memory
+from .metrics import RunningMeans, add_group_metrics, as_predictions, is_logged, peak_memory
 
 
 class GroupTrainer(SFTTrainer):
@@ -292,12 +292,16 @@ class GroupTrainer(SFTTrainer):
         """Where `compute_loss` adds what it logs: the means of training or those of evaluation."""
         return self.running_means["train" if self.model.training else "eval"]
 
-    def add_group_metrics(
-        self, inputs: dict[str, torch.Tensor], student_scores: torch.Tensor, teacher_scores: torch.Tensor
-    ) -> None:
-        """Add what is logged of groups whatever the method, ranks and lengths, from a batch and its scores `(P, G)`."""
-        shown, min_gap = "label" if self.chosen_first else "teacher", getattr(self.args, "min_gap", 0.0)
-        add_group_metrics(self.means, inputs, student_scores, teacher_scores, min_gap=min_gap, shown=shown)
+    @property
+    def token_metrics(self) -> bool:
+        """Whether a step computes entropy and token accuracy: in evaluation, and in training where it is logged."""
+        return not self.model.training or is_logged(self.args, self.state)
+
+    def add_group_metrics(self, inputs, student, student_scores, teacher_scores, rewards=None) -> None:
+        """Add what is logged of groups whatever the method, see [`~trainers.metrics.add_group_metrics`]."""
+        args = {"min_gap": getattr(self.args, "min_gap", 0.0), "shown": "label" if self.chosen_first else "teacher"}
+        args |= {"rewards": rewards, "training": self.model.training}
+        add_group_metrics(self.means, inputs, student, student_scores, teacher_scores, **args)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """
@@ -312,15 +316,8 @@ class GroupTrainer(SFTTrainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
-
-        def padded(values: torch.Tensor | None) -> torch.Tensor | None:
-            if values is None:
-                return None
-            whole = values.new_full(whole_mask.shape, -100.0)  # `Trainer` joins what is alike on every process
-            whole[: len(values)] = values.masked_fill(~inputs["group_mask"], -100.0)
-            return whole
-
-        return loss, padded(outputs["student_scores"]), padded(outputs.get("teacher_scores"))
+        scores = (outputs.get(name) for name in ("student_scores", "teacher_scores"))
+        return loss, *(as_predictions(values, inputs["group_mask"], whole_mask) for values in scores)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"

@@ -228,8 +228,9 @@ class GRKDTrainer(GroupTrainer):
                 losses["soft"] = token_soft_label_loss(student_logits, teacher_logits, **softening)
             return losses
 
-        needed = token_losses if args.needs_teacher_logits else None
-        student = score_completions(model, inputs, token_losses=needed, **sharing, **self.router_kwargs)
+        needed = {"token_losses": token_losses if args.needs_teacher_logits else None}
+        needed |= {"token_metrics": self.token_metrics}
+        student = score_completions(model, inputs, **needed, **sharing, **self.router_kwargs)
         check_finite(student=student.per_token_logps, teacher=teacher and teacher.per_token_logps)
         scores = sequence_scores(student.per_token_logps, completion_mask, score=args.score)
         student_scores = to_groups(scores, group_mask)
@@ -257,6 +258,7 @@ class GRKDTrainer(GroupTrainer):
         self.means.add("loss/relative", relative)
         self.means.add("loss/soft", soft)
         self.means.add("alpha", torch.tensor(alpha, dtype=torch.float64))
-        self.add_group_metrics(inputs, student_scores, teacher_scores)
+        rewards = student_scores / args.ranking_temperature if args.relative_level == "completions" else None
+        self.add_group_metrics(inputs, student, student_scores, teacher_scores, rewards)
         outputs = {"student_scores": student_scores, "teacher_scores": teacher_scores}
         return (loss, outputs) if return_outputs else loss

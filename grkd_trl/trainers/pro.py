@@ -110,7 +110,8 @@ class PROTrainer(GroupTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, group_mask, teacher_scores = self.args, inputs["group_mask"], inputs["teacher_scores"]
         completion_mask = inputs["completion_mask"]
-        student = score_completions(model, inputs, prompt_sharing=args.prompt_sharing, **self.router_kwargs)
+        metrics = {"token_metrics": self.token_metrics}
+        student = score_completions(model, inputs, prompt_sharing=args.prompt_sharing, **metrics, **self.router_kwargs)
         check_finite(student=student.per_token_logps)
         scores, logps = (
             to_groups(sequence_scores(student.per_token_logps, completion_mask, score=score), group_mask)
@@ -133,6 +134,6 @@ class PROTrainer(GroupTrainer):
         means = self.means
         means.add("loss/ranking", ranking)
         means.add("loss/sft", sft)
-        self.add_group_metrics(inputs, scores, teacher_scores)
+        self.add_group_metrics(inputs, student, scores, teacher_scores, rewards=scores)
         outputs = {"student_scores": scores, "teacher_scores": teacher_scores}
         return (loss, outputs) if return_outputs else loss

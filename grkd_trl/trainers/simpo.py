@@ -157,7 +157,8 @@ class SimPOTrainer(GroupTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, group_mask, teacher_scores = self.args, inputs["group_mask"], inputs["teacher_scores"]
-        student = score_completions(model, inputs, prompt_sharing=args.prompt_sharing, **self.router_kwargs)
+        metrics = {"token_metrics": self.token_metrics}
+        student = score_completions(model, inputs, prompt_sharing=args.prompt_sharing, **metrics, **self.router_kwargs)
         check_finite(student=student.per_token_logps)
         scores = sequence_scores(student.per_token_logps, inputs["completion_mask"], score="mean")
         student_scores = to_groups(scores, group_mask)
@@ -177,10 +178,8 @@ class SimPOTrainer(GroupTrainer):
             self.means.add("nll_loss", nll)
         loss = self.add_router_loss(loss, student.aux_loss, num_items_in_batch)
 
-        means = self.means
-        means.add("loss/pairs", losses)
+        self.means.add("loss/pairs", losses)
         rewards = args.beta * alphapo_rewards(student_scores.detach(), alpha=args.alpha)
-        means.add("rewards/margins", rewards[:, 0] - rewards[:, 1])
-        self.add_group_metrics(inputs, student_scores, teacher_scores)
+        self.add_group_metrics(inputs, student, student_scores, teacher_scores, rewards)
         outputs = {"student_scores": student_scores, "teacher_scores": teacher_scores}
         return (loss, outputs) if return_outputs else loss
