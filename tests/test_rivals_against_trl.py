@@ -7,7 +7,7 @@ import reference_rivals as slow
 import torch
 import trl
 from datasets import Dataset
-from runs import FIELDS, TOKENIZER, VOCAB, logged, make_rows, make_student, to_ids, train, weights
+from runs import FIELDS, TOKENIZER, VOCAB, logged, make_rows, make_student, make_teacher, to_ids, train, weights
 from test_rivals import relative_error, rows_for
 from tiny import tiny_tokenizer
 

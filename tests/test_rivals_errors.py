@@ -93,6 +93,16 @@ class TestErrors:
         with pytest.raises(ValueError, match="The eval groups have no `teacher_scores`.*Score them"):
             trainer.evaluate(Dataset.from_list(self.UNSCORED))
 
+    @pytest.mark.parametrize("method", [*RANKED, "KD", "SeqKD", "GRKD"])
+    def test_evaluating_and_predicting_groups_that_are_not_tokenized(self, tmp_path, method):
+        """Prepared as the constructor does it, and twice is once."""
+        dataset = Dataset.from_list(rows_for(method))
+        trainer = make_trainer(tmp_path, rows_for(method), method=method, eval_dataset=dataset)
+        expected = trainer.evaluate()["eval_loss"]
+        assert trainer.evaluate(dataset)["eval_loss"] == expected
+        assert trainer.predict(dataset).metrics["test_loss"] == expected
+        assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == expected
+
     @pytest.mark.parametrize("method", PAIRS)
     def test_no_pair_at_all(self, tmp_path, method):
         rows = [row | {"teacher_scores": [-1.0] * 3} for row in make_rows(sizes=(3,))]
@@ -115,6 +125,14 @@ class TestErrors:
             ("SimPO", "cpo_alpha", -1.0, "`cpo_alpha` must be 0 or above"),
             ("SimPO", "label_smoothing", 0.5, "`label_smoothing` must be 0 or above and below 0.5, got 0.5"),
             ("SimPO", "alpha", float("nan"), "`alpha` must be a finite number"),
+            ("SimPO", "eval_packing", False, "`eval_packing` of `SFTConfig` cannot be set in `SimPOConfig`"),
+            ("PRO", "dataset_text_field", "body", "`dataset_text_field` of `SFTConfig` cannot be set in `PROConfig`"),
+            (
+                "KD",
+                "dataset_kwargs",
+                {"add_special_tokens": False},
+                "`dataset_kwargs` of `SFTConfig` cannot be set in",
+            ),
             ("SimPO", "packing", True, "`packing` of `SFTConfig` cannot be set in `SimPOConfig`"),
             ("PRO", "sft_weight", -0.1, "`sft_weight` must be 0 or above"),
             ("KD", "temperature", 0.0, "`temperature` must be above 0"),

@@ -73,7 +73,7 @@ def check_choices(args: Any) -> None:
 
 def check_completion_fields(args: SFTConfig) -> None:
     """
-    Refuse the fields of [`~trl.SFTConfig`] that train on anything but whole completions.
+    Refuse the fields of [`~trl.SFTConfig`] that train on anything but whole completions, or that nothing here reads.
 
     Args:
         args ([`~trl.SFTConfig`]):
@@ -89,7 +89,9 @@ def check_completion_fields(args: SFTConfig) -> None:
         "completion_only_loss": args.completion_only_loss is False,
         "loss_type": args.loss_type not in (None, "nll", "chunked_nll"),  # `None` is the default of TRL before 1.15
         "label_smoothing_factor": args.label_smoothing_factor != 0,
-        "dataset_kwargs": "skip_prepare_dataset" in (args.dataset_kwargs or ()),  # a `dict`, or JSON still unread
+        "eval_packing": args.eval_packing is not None,
+        "dataset_text_field": args.dataset_text_field != "text",
+        "dataset_kwargs": args.dataset_kwargs not in (None, {}, "{}"),  # a `dict`, or JSON still unread
     }
     names = [f"`{name}`" for name, is_set in refused.items() if is_set]
     if names:
@@ -187,7 +189,8 @@ class GroupConfig(SFTConfig):
 
     > [!NOTE]
     > Fields of [`~trl.SFTConfig`] that would train on anything but whole completions (`packing`, `padding_free`,
-    > `assistant_only_loss`, `completion_only_loss=False`, `loss_type`, `label_smoothing_factor`) are refused.
+    > `assistant_only_loss`, `completion_only_loss=False`, `loss_type`, `label_smoothing_factor`), and those that only
+    > `SFTTrainer` reads (`eval_packing`, `dataset_text_field`, `dataset_kwargs`), are refused.
     """
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]

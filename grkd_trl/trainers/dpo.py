@@ -166,6 +166,10 @@ class DPOTrainer(TRLTrainer):
         resume_from_checkpoint = prepare_resume(self, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
+        return super().predict(dataset, ignore_keys, metric_key_prefix)
+
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
