@@ -150,11 +150,11 @@ def accept_adapters_on_head() -> Iterator[None]:
     if refused is None:
         yield
         return
-    sft_trainer.BaseTunerLayer = ()  # nothing is an instance of it
+    vars(sft_trainer)["BaseTunerLayer"] = ()  # nothing is an instance of it
     try:
         yield
     finally:
-        sft_trainer.BaseTunerLayer = refused
+        vars(sft_trainer)["BaseTunerLayer"] = refused
 
 
 def last_round(accelerator: Accelerator) -> bool:

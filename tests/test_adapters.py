@@ -16,7 +16,7 @@ from grkd_trl.teacher import LocalTeacher, load_teacher, shared_vocabulary, toke
 from grkd_trl.teacher.loading import find_adapter, load_config
 
 
-METHODS = ["GRKD", "DPO", "SimPO", "PRO", "KD", "SeqKD", "MiniLLM"]
+METHODS = ["GRKD", "DPO", "SimPO", "PRO", "RankNet", "KD", "SeqKD", "MiniLLM"]
 each_method = pytest.mark.parametrize("method", METHODS)
 IDS = torch.arange(4, 14)[None]
 UNSCORED = make_rows(scores=False)

@@ -16,7 +16,7 @@ from grkd_trl.teacher import CalibratedTeacher, LocalTeacher, load_teacher
 from grkd_trl.teacher.loading import load_config, load_model
 
 
-ANNOTATED, IN_STEP = ["DPO", "SimPO", "PRO", "SeqKD"], ["GRKD", "KD", "MiniLLM"]
+ANNOTATED, IN_STEP = ["DPO", "SimPO", "PRO", "RankNet", "SeqKD"], ["GRKD", "KD", "MiniLLM"]
 UNSCORED = make_rows(scores=False)
 CONVERSATIONS = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in UNSCORED]
 

@@ -149,13 +149,14 @@ def score_completions(
 
     targets = batch["input_ids"][:, 1:][mask]
 
-    observed = []
+    observed: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def of_tokens(logits, rows):
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         labels = targets[rows].to(wide.device)
         nll = F.cross_entropy(wide, labels, reduction="none")
-        if token_metrics and rows.start == sum(len(entropy) for entropy, _ in observed):  # not again in backward
+        num_observed = sum(len(entropy) for entropy, _ in observed)
+        if token_metrics and rows.start == num_observed:  # not again in backward
             observed.append(_token_metrics(wide, labels, nll))
         return (token_losses(logits, rows) if token_losses else {}) | {"per_token_logps": -nll}
 

@@ -16,7 +16,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    TrainingArguments,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import find_adapter_config_file
@@ -30,7 +29,7 @@ _LOCATION = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
 _READING = (*_LOCATION, "trust_remote_code")
 
 
-def with_remote_code(init_kwargs: Any, args: TrainingArguments) -> dict[str, Any]:
+def with_remote_code(init_kwargs: Any, args: Any) -> dict[str, Any]:
     """
     Keyword arguments for `from_pretrained`, with the configuration's `trust_remote_code` where they have none, as TRL
     loads every model.
@@ -47,7 +46,7 @@ def with_remote_code(init_kwargs: Any, args: TrainingArguments) -> dict[str, Any
     return {"trust_remote_code": args.trust_remote_code} | dict(init_kwargs or {})
 
 
-def init_kwargs_of(args: TrainingArguments) -> dict[str, dict[str, Any]]:
+def init_kwargs_of(args: Any) -> dict[str, dict[str, Any]]:
     """
     How student and teacher are loaded, as [`shared_vocabulary`] takes it.
 
@@ -236,9 +235,7 @@ def read_chat_template(template: str) -> str:
         return file.read()
 
 
-def check_student(
-    model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: TrainingArguments
-) -> None:
+def check_student(model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: Any) -> None:
     """
     Check what will be trained before the teacher is loaded.
 
@@ -272,7 +269,7 @@ def load_adapted_student(
     model: str | PreTrainedModel | PeftModel,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     quantization_config: Any,
-    args: TrainingArguments,
+    args: Any,
 ) -> tuple[str | PreTrainedModel | PeftModel, PreTrainedTokenizerBase | ProcessorMixin | None]:
     """
     Load a student that is the hub id or path of an adapter, to train the adapter further. TRL loads any other.

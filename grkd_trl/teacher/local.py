@@ -89,12 +89,10 @@ class LocalTeacher:
             `dict[str, Any]`: Model, revision, dtype, hashes of the tokenizer and of its chat template, and the score; of
             adapters a hash of their weights, for their base alone has a name.
         """
-        config = self.model.config
-        adapters = (
-            get_peft_model_state_dict(self.model, save_embedding_layers=False)
-            if isinstance(self.model, PeftModel)
-            else {}
-        )
+        model: Any = self.model  # or adapters on one
+        config, adapters = model.config, {}
+        if isinstance(model, PeftModel):
+            adapters = get_peft_model_state_dict(model, save_embedding_layers=False)
         return {
             "model": get_config_model_id(config),
             **({"adapters": hash_tensors(adapters)} if adapters else {}),

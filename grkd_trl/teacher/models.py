@@ -46,12 +46,11 @@ def load_teacher(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | Non
     Returns:
         [`~transformers.PreTrainedModel`]: The teacher.
     """
-    if isinstance(model, str):
-        model = load_model(model, init_kwargs)
-    elif set(init_kwargs or ()) - {"trust_remote_code"}:  # which the trainers add
+    loaded: Any = load_model(model, init_kwargs) if isinstance(model, str) else model
+    if loaded is model and set(init_kwargs or ()) - {"trust_remote_code"}:  # which the trainers add
         logger.warning("`teacher_model_init_kwargs` is ignored: `teacher_model` is a model already.")
-    disable_dropout(model)
-    return model.requires_grad_(False).eval()
+    disable_dropout(loaded)
+    return loaded.requires_grad_(False).eval()
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

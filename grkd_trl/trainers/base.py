@@ -299,15 +299,12 @@ class GroupTrainer(SFTTrainer):
 
     def add_group_metrics(self, inputs, student, student_scores, teacher_scores, rewards=None) -> None:
         """Add what is logged of groups whatever the method, see [`~trainers.metrics.add_group_metrics`]."""
-        args = {"min_gap": getattr(self.args, "min_gap", 0.0), "shown": "label" if self.chosen_first else "teacher"}
-        args |= {"rewards": rewards, "training": self.model.training}
-        add_group_metrics(self.means, inputs, student, student_scores, teacher_scores, **args)
+        shown, min_gap = "label" if self.chosen_first else "teacher", getattr(self.args, "min_gap", 0.0)
+        kwargs: dict[str, Any] = {"rewards": rewards, "min_gap": min_gap, "training": self.model.training}
+        add_group_metrics(self.means, inputs, student, student_scores, teacher_scores, shown=shown, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """
-        Loss, student's scores and teacher's scores `(P, G)`, -100 where a completion is absent. A method that has no
-        scores of the teacher gives none.
-        """
+        """Loss, student's scores and, where the method has them, teacher's `(P, G)`, -100 where a completion is absent."""
         inputs = self._prepare_inputs(inputs)
         whole_mask = inputs["group_mask"]
         reduce_remainder(self.accelerator, len(whole_mask), inputs.get("row"))

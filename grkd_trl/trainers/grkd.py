@@ -228,9 +228,10 @@ class GRKDTrainer(GroupTrainer):
                 losses["soft"] = token_soft_label_loss(student_logits, teacher_logits, **softening)
             return losses
 
-        needed = {"token_losses": token_losses if args.needs_teacher_logits else None}
-        needed |= {"token_metrics": self.token_metrics}
-        student = score_completions(model, inputs, **needed, **sharing, **self.router_kwargs)
+        needed = token_losses if args.needs_teacher_logits else None
+        student = score_completions(
+            model, inputs, token_losses=needed, token_metrics=self.token_metrics, **sharing, **self.router_kwargs
+        )
         check_finite(student=student.per_token_logps, teacher=teacher and teacher.per_token_logps)
         scores = sequence_scores(student.per_token_logps, completion_mask, score=args.score)
         student_scores = to_groups(scores, group_mask)

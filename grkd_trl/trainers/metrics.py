@@ -227,7 +227,7 @@ def add_token_metrics(
     """
     if training:
         means.add_total("num_tokens", inputs["attention_mask"])
-    if student.entropy is None:
+    if student.entropy is None or student.is_top1 is None:
         return
     means.add("entropy", student.entropy)
     correct = student.is_top1

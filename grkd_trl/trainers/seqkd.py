@@ -119,8 +119,13 @@ class SeqKDTrainer(GroupTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         group_mask, completion_mask = inputs["group_mask"], inputs["completion_mask"]
-        options = {"prompt_sharing": self.args.prompt_sharing, "token_metrics": self.token_metrics}
-        student = score_completions(model, inputs, **options, **self.router_kwargs)
+        student = score_completions(
+            model,
+            inputs,
+            prompt_sharing=self.args.prompt_sharing,
+            token_metrics=self.token_metrics,
+            **self.router_kwargs,
+        )
         check_finite(student=student.per_token_logps)
 
         # The teacher's text as the label: one value a token

@@ -81,7 +81,7 @@ class SimPOConfig(GroupConfig):
     @property
     def gamma(self) -> float:
         """Target margin, after the scale `beta`."""
-        return self.gamma_beta_ratio * self.beta if self.simpo_gamma is None else self.simpo_gamma
+        return (self.gamma_beta_ratio or 0.0) * self.beta if self.simpo_gamma is None else self.simpo_gamma
 
 
 class SimPOTrainer(GroupTrainer):
@@ -157,8 +157,9 @@ class SimPOTrainer(GroupTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, group_mask, teacher_scores = self.args, inputs["group_mask"], inputs["teacher_scores"]
-        metrics = {"token_metrics": self.token_metrics}
-        student = score_completions(model, inputs, prompt_sharing=args.prompt_sharing, **metrics, **self.router_kwargs)
+        student = score_completions(
+            model, inputs, prompt_sharing=args.prompt_sharing, token_metrics=self.token_metrics, **self.router_kwargs
+        )
         check_finite(student=student.per_token_logps)
         scores = sequence_scores(student.per_token_logps, inputs["completion_mask"], score="mean")
         student_scores = to_groups(scores, group_mask)
