@@ -4,8 +4,8 @@ Such names change without notice, so nothing else in the package imports them, a
 signatures used, against the installed versions. A number is the TRL release that has the name first.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -96,6 +96,9 @@ try:
     # Frozen models beside the trained one under DeepSpeed and FSDP (0.25 or before).
     from trl.models import prepare_deepspeed, prepare_fsdp
 
+    # Whose refusal of adapters on the LM head is lifted, see `accept_adapters_on_head` (0.25 or before).
+    from trl.trainer import sft_trainer
+
     # Gives the model without wrappers, whole and without gradient checkpointing, to generate in the training loop (0.25 or before).
     from trl.models.utils import unwrap_model_for_generation as _unwrap_model_for_generation
 
@@ -132,6 +135,26 @@ def unwrap_model_for_generation(
             model, accelerator, gradient_checkpointing_kwargs=gradient_checkpointing_kwargs
         )
     return _unwrap_model_for_generation(model, accelerator)
+
+
+@contextmanager
+def accept_adapters_on_head() -> Iterator[None]:
+    """
+    Have `SFTTrainer` accept adapters on the LM head. From TRL 1.15 on it refuses them, since its own loss multiplies by the
+    weight of the head and would not train them. The losses here call the head, which applies its adapters.
+
+    Yields:
+        `None`: Within, they are accepted.
+    """
+    refused = vars(sft_trainer).get("BaseTunerLayer")  # the class that it looks for; none before 1.15
+    if refused is None:
+        yield
+        return
+    vars(sft_trainer)["BaseTunerLayer"] = ()  # nothing is an instance of it
+    try:
+        yield
+    finally:
+        vars(sft_trainer)["BaseTunerLayer"] = refused
 
 
 def last_round(accelerator: Accelerator) -> bool:

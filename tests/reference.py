@@ -100,9 +100,15 @@ def alpha(progress, start, end, schedule):
 # The rivals
 
 
-def simpo(chosen, rejected, beta, gamma):
-    """Equation 6 of SimPO."""
-    return -log_sigmoid(beta * (chosen - rejected) - gamma)
+def alphapo(score, alpha):
+    """Reward of AlphaPO, by the probability that the score is the logarithm of."""
+    return score if alpha == 0 else (1 - exp(score) ** -alpha) / alpha
+
+
+def simpo(chosen, rejected, beta, gamma, label_smoothing=0.0, alpha=0.0):
+    """Equation 6 of SimPO, of AlphaPO's rewards, for labels that are wrong so often."""
+    margin = beta * (alphapo(chosen, alpha) - alphapo(rejected, alpha)) - gamma
+    return -(1 - label_smoothing) * log_sigmoid(margin) - label_smoothing * log_sigmoid(-margin)
 
 
 def pro(scores, rewards, reward_temperature=True):

@@ -63,13 +63,31 @@ def dpo(student, teacher, groups, options, *, beta=0.1, pairs="best_worst", refe
     return sum(losses) / len(losses)
 
 
-def simpo(student, teacher, groups, options, *, beta=2.0, gamma_beta_ratio=0.25, pairs="best_worst"):
-    losses = []
+def simpo(
+    student,
+    teacher,
+    groups,
+    options,
+    *,
+    beta=2.0,
+    gamma_beta_ratio=0.25,
+    simpo_gamma=None,
+    cpo_alpha=0.0,
+    label_smoothing=0.0,
+    alpha=0.0,
+    pairs="best_worst",
+):
+    gamma = gamma_beta_ratio * beta if simpo_gamma is None else simpo_gamma
+    losses, nll, num_tokens = [], 0.0, 0
     for group in groups:
-        means, _ = _means_and_sums(student, group, options)
+        means, sums = _means_and_sums(student, group, options)
+        rewards = [mean if alpha == 0 else (1 - torch.exp(mean) ** -alpha) / alpha for mean in means]
         for w, l in _pairs(_scores(teacher, group, options), pairs):  # noqa: E741
-            losses.append(_minus_log_sigmoid(beta * (means[w] - means[l]) - gamma_beta_ratio * beta))
-    return sum(losses) / len(losses)
+            margin = beta * (rewards[w] - rewards[l]) - gamma
+            right, wrong = _minus_log_sigmoid(margin), _minus_log_sigmoid(-margin)
+            losses.append((1 - label_smoothing) * right + label_smoothing * wrong)
+            nll, num_tokens = nll - sums[w], num_tokens + len(_labels(group, options)[w])
+    return sum(losses) / len(losses) + cpo_alpha * nll / num_tokens
 
 
 def pro(student, teacher, groups, options, *, sft_weight=0.05, reward_temperature=True):

@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from grkd_trl import DistillationForClassificationTrainer, GRKDForClassificationConfig, GRKDForClassificationTrainer
+from grkd_trl.classification.metrics import rank_correlation
 from grkd_trl.classification.outputs import add_teacher_outputs, classify
 from grkd_trl.evaluation import classification_metrics
 from grkd_trl.losses import (
@@ -49,7 +50,6 @@ from grkd_trl.losses import (
     rkd_distance_loss,
     sample_classes,
 )
-from grkd_trl.trainers.metrics import rank_correlation
 
 
 class TestStep:

@@ -29,6 +29,7 @@ NAN, INF = math.nan, math.inf
 # Users build on these names and keywords. Add yours; change one only with a new major version.
 SIGNATURES = {
     "alpha_at": "(progress, *, start, end, schedule)",
+    "alphapo_rewards": "(scores, *, alpha)",
     "clipped_policy_loss": "(logps, sampling_logps, advantages, *, clip_range=0.2)",
     "dist_loss": "(student_logits, teacher_logits, *, temperature=1.0, inter_weight=1.0, intra_weight=1.0)",
     "doubt_weights": "(teacher_logits, *, temperature=1.0)",
@@ -45,7 +46,7 @@ SIGNATURES = {
     "rkd_angle_loss": "(student_embeddings, teacher_embeddings)",
     "rkd_distance_loss": "(student_embeddings, teacher_embeddings)",
     "sample_classes": "(teacher_logits, num_classes, *, temperature=1.0, generator=None)",
-    "simpo_loss": "(chosen_scores, rejected_scores, *, beta, gamma)",
+    "simpo_loss": "(chosen_scores, rejected_scores, *, beta, gamma, label_smoothing=0.0, alpha=0.0)",
     "token_relative_loss": "(student_logits, teacher_logits, *, top_k, temperature=1.0, min_gap=0.0)",
     "token_soft_label_loss": "(student_logits, teacher_logits, *, temperature=1.0)",
     "topk_soft_label_loss": "(student_logits, top_ids, top_logps, *, temperature=1.0)",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from grkd_trl.losses import (
+    alphapo_rewards,
     clipped_policy_loss,
     forward_kl,
     group_relative_loss,
@@ -72,13 +73,15 @@ class TestParity:
         close(values.double().flatten(), torch.tensor([value for value, _ in expected], dtype=F64), tolerance)
         close(gradients.double().flatten(0, -2), torch.tensor([row for _, row in expected], dtype=F64), tolerance)
 
+    @pytest.mark.parametrize("alpha", [0.0, 0.25, -0.5])
+    @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
     @pytest.mark.parametrize("beta, gamma", [(2.0, 0.5), (10.0, 3.0), (0.1, 0.0), (2.5, -1.0)])
-    def test_simpo(self, beta, gamma):
-        scores = draw(40)
-        values, gradient = differentiate(lambda s: simpo_loss(*s, beta=beta, gamma=gamma), scores)
+    def test_simpo(self, beta, gamma, label_smoothing, alpha):
+        scores, shape = draw(40), {"label_smoothing": label_smoothing, "alpha": alpha}
+        values, gradient = differentiate(lambda s: simpo_loss(*s, beta=beta, gamma=gamma, **shape), scores)
         for pair in range(40):
             value, by_score = reference.value_and_gradient(
-                lambda s: reference.simpo(*s, beta, gamma), scores[:, pair].tolist()
+                lambda s: reference.simpo(*s, beta, gamma, **shape), scores[:, pair].tolist()
             )
             assert values[pair].item() == pytest.approx(value, abs=1e-10)
             assert gradient[:, pair].tolist() == pytest.approx(by_score, abs=1e-10)
@@ -119,6 +122,8 @@ class TestParity:
         functions = [
             *(partial(lambda loss, s: loss(s, teacher), ours) for ours, _ in LISTS.values()),
             lambda s: simpo_loss(s, teacher, beta=2.0, gamma=0.5),
+            lambda s: simpo_loss(s, teacher, beta=2.0, gamma=0.5, label_smoothing=0.2, alpha=0.3),
+            lambda s: alphapo_rewards(s, alpha=-0.7),
             lambda s: mixture_logps(s, teacher, teacher_share=0.2),
             lambda s: minillm_returns(s, torch.ones_like(s), gamma=0.9),
             lambda s: clipped_policy_loss(s, teacher, teacher.flip(0)),
@@ -133,6 +138,7 @@ class TestParity:
         for ours in (
             *(ours for ours, _ in LISTS.values()),
             partial(simpo_loss, beta=2.0, gamma=0.5),
+            partial(simpo_loss, beta=2.0, gamma=0.5, label_smoothing=0.2, alpha=0.3),
             partial(mixture_logps, teacher_share=0.2),
             lambda s, _: minillm_returns(s, ones),
             lambda s, t: clipped_policy_loss(s, t, t),
@@ -205,6 +211,12 @@ class TestSimPO:
             student,
         )
         close(grkd, simpo)
+
+    def test_alpha_goes_to_simpo(self):
+        """And does so smoothly, where a power of a probability and a difference would lose all digits."""
+        scores = draw(2, 50)[0].float()
+        assert torch.equal(alphapo_rewards(scores, alpha=0.0), scores)
+        torch.testing.assert_close(alphapo_rewards(scores, alpha=1e-6), scores, rtol=1e-5, atol=0)
 
     @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("size", [1e4, 1e30])

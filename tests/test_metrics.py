@@ -5,7 +5,8 @@ import torch
 from accelerate import Accelerator
 from scipy.stats import kendalltau
 
-from grkd_trl.trainers.metrics import RunningMeans, add_length_metrics, add_rank_metrics
+from grkd_trl.scoring import CompletionScores
+from grkd_trl.trainers.metrics import RunningMeans, add_group_metrics, add_length_metrics, add_rank_metrics
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,13 @@ class TestRunningMeans:
         means.add("a", torch.tensor([2.0**24], dtype=torch.float32), 1)
         means.add("a", torch.ones(1), 0)
         assert means.read(accelerator) == {"a": 2.0**24 + 1}  # 2^24 in float32
+
+    def test_totals_are_of_the_whole_run(self, accelerator):
+        means = RunningMeans()
+        for expected in (3.0, 10.0):
+            means.add_total("tokens", torch.tensor([1, 2]) if expected == 3 else torch.tensor([3, 4]))
+            means.add("a", torch.ones(2))
+            assert means.read(accelerator) == {"tokens": expected, "a": 1.0}
 
     def test_holds_no_graph(self, accelerator):
         means = RunningMeans()
@@ -140,3 +148,39 @@ class TestRankMetrics:
                 "completions/clipped_ratio": 1 / 5,
             }
         )
+
+
+class TestPreferenceMetrics:
+    """Of the best completion against the worst; a group without a pair has neither."""
+
+    def test_by_hand(self, accelerator):
+        means = RunningMeans()
+        per_token_logps = -torch.tensor([[1.0, 2.0], [3.0, 1.0], [0.5, 0.5], [1.0, 1.0], [2.0, 2.0]])
+        inputs = {
+            "group_mask": torch.tensor([[True, True, True], [True, True, False]]),
+            "completion_mask": torch.ones(5, 3),
+            "attention_mask": torch.ones(5, 3, dtype=torch.long),
+            "clipped": torch.zeros(5, dtype=torch.bool),
+        }
+        teacher = torch.tensor([[-2.0, -1.0, -3.0], [-4.0, -4.0, 0.0]])
+        rewards = torch.tensor([[7.0, 1.0, 4.0], [5.0, 6.0, 0.0]])
+        is_top1 = torch.tensor([0, 0, 1, 0, 0, 0, 1, 1, 0, 0]).bool()
+        student = CompletionScores(per_token_logps, None, {}, None, entropy=torch.arange(10.0), is_top1=is_top1)
+        kwargs = {"min_gap": 0.0, "shown": "teacher", "training": True}
+        add_group_metrics(means, inputs, student, rewards, teacher, rewards=rewards, **kwargs)
+        found = means.read(accelerator)
+        expected = {
+            "logps/chosen": -4.0,
+            "logps/rejected": -1.0,
+            "rewards/chosen": 1.0,
+            "rewards/rejected": 4.0,
+            "rewards/margins": -3.0,
+            "rewards/accuracies": 0.0,
+            "num_tokens": 15.0,
+            "entropy": 4.5,
+            "mean_token_accuracy": 3 / 4,  # of row 1 and of row 3, the first of the equal ones
+        }
+        assert {name: found[name] for name in expected} == pytest.approx(expected)
+        add_group_metrics(means, inputs, student._replace(entropy=None), rewards, teacher, rewards=None, **kwargs)
+        found = means.read(accelerator)
+        assert found["num_tokens"] == 30.0 and "entropy" not in found and "logps/chosen" not in found

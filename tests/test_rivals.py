@@ -83,6 +83,9 @@ class TestWholeStep:
         [
             ("DPO", {"beta": 0.5}),
             ("SimPO", {"beta": 10.0, "gamma_beta_ratio": 0.3}),
+            ("SimPO", {"beta": 10.0, "simpo_gamma": 0.7, "label_smoothing": 0.2}),
+            ("SimPO", {"alpha": 0.25, "cpo_alpha": 0.5}),
+            ("SimPO", {"alpha": -0.5, "pairs": "all", "cpo_alpha": 1.0, "batch": 11}),
             ("PRO", {"reward_temperature": False}),
             ("PRO", {"sft_weight": 0.0}),
             ("RankNet", {"temperature": 0.5}),
@@ -351,10 +354,11 @@ class TestInterface:
     def test_constructor_is_that_of_trls_dpo_with_a_teacher_for_the_reference(self, method):
         ours = inspect.signature(getattr(grkd_trl, f"{method}Trainer").__init__).parameters
         theirs = inspect.signature(trl.DPOTrainer.__init__).parameters
-        theirs = {name.replace("ref_model", "teacher_model"): parameter.default for name, parameter in theirs.items()}
+        reference = "ref_model" if method == "DPO" else "teacher_model"  # a script of TRL's DPO runs as it is
+        theirs = {name.replace("ref_model", reference): parameter.default for name, parameter in theirs.items()}
         assert list(ours)[: len(theirs)] == list(theirs)
         assert [ours[name].default for name in theirs] == list(theirs.values())
-        extra = {"DPO": {"ref_model"}, "MiniLLM": {"text_dataset"}}
+        extra = {"DPO": {"teacher_model"}, "MiniLLM": {"text_dataset"}}
         assert set(ours) - set(theirs) == extra.get(method, set())
 
     @each_trainer

@@ -7,10 +7,11 @@ import reference_rivals as slow
 import torch
 import trl
 from datasets import Dataset
-from runs import FIELDS, TOKENIZER, VOCAB, logged, make_rows, make_student, to_ids, train, weights
+from runs import FIELDS, TOKENIZER, VOCAB, logged, make_rows, make_student, make_teacher, to_ids, train, weights
 from test_rivals import relative_error, rows_for
 from tiny import tiny_tokenizer
 
+import grkd_trl
 from grkd_trl.data import pairs_of
 
 
@@ -54,19 +55,55 @@ class TestAgainstTRL:
         assert logged(ours, "loss")[0] == pytest.approx(math.log(2), abs=1e-7)
         assert logged(ours, "rewards/margins") == pytest.approx(logged(theirs, "rewards/margins"), abs=1e-6)
 
-    def test_simpo_is_that_of_trls_experimental_cpo(self, tmp_path):
+    def test_arguments_of_trls_dpo_in_their_places(self, tmp_path):
+        """The second is the reference, which a script written for TRL passes by position."""
+        runs = []
+        for library in (grkd_trl, trl):
+            reference = make_student(seed=5)
+            data = {"train_dataset": preferences(self.ROWS), "processing_class": TOKENIZER}
+            args = library.DPOConfig(**trl_fields(tmp_path, max_steps=2))
+            runs.append(library.DPOTrainer(make_student(), reference, args, **data))
+            assert runs[-1].ref_model is reference
+            runs[-1].train()
+        assert_same_run(*runs, steps=2)
+        assert abs(logged(runs[0], "loss")[0] - math.log(2)) > 1e-3  # or the reference would be the student's start
+        with pytest.raises(TypeError, match="positional"):
+            grkd_trl.DPOTrainer(*[None] * 12, make_teacher())
+        with pytest.raises(TypeError, match="`ref_model` must be a model, got 'teacher'.*by keyword"):
+            grkd_trl.DPOTrainer("student", "teacher")
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {},
+            {"simpo_gamma": 1.5, "beta": 2.5},
+            {"label_smoothing": 0.1},
+            {"alpha": 0.25},
+            {"alpha": -0.5, "beta": 2.5, "simpo_gamma": 0.1},
+            {"cpo_alpha": 0.5},
+            {"cpo_alpha": 1.0, "alpha": 0.25, "label_smoothing": 0.2, "simpo_gamma": 0.0},
+        ],
+        ids=str,
+    )
+    def test_simpo_is_that_of_trls_experimental_cpo(self, tmp_path, fields):
+        """Fields of the same names: its margin is `simpo_gamma`, of which ours is a quarter of beta by default."""
         cpo = pytest.importorskip("trl.experimental.cpo")
-        ours, _ = train(tmp_path, self.ROWS, method="SimPO", max_steps=10, max_grad_norm=1.0)
+        ours, _ = train(tmp_path, self.ROWS, method="SimPO", max_steps=10, max_grad_norm=1.0, **fields)
         simpo = {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 0.5, "max_length": 1024}
         theirs = cpo.CPOTrainer(
             model=make_student(),
-            args=cpo.CPOConfig(**trl_fields(tmp_path, **simpo)),
+            args=cpo.CPOConfig(**trl_fields(tmp_path, **simpo | fields)),
             # It adds a BOS to the prompt where there is none, which ours is not to have, and joins text as it stands.
             train_dataset=preferences(self.ROWS),
             processing_class=self.without_bos(),
         )
         theirs.train()
         assert_same_run(ours, theirs)
+        for name in ("chosen", "rejected", "margins", "accuracies"):
+            name = f"rewards/{name}"
+            assert logged(ours, name) == pytest.approx(logged(theirs, name), abs=1e-5), name
+        if "cpo_alpha" in fields:
+            assert logged(ours, "nll_loss") == pytest.approx(logged(theirs, "nll_loss"), abs=1e-6)
 
     @staticmethod
     def without_bos():
@@ -107,6 +144,38 @@ class TestAgainstTRL:
         )
         theirs.train()
         assert_same_run(ours, theirs)
+        for name in ("num_tokens", "entropy", "mean_token_accuracy"):
+            assert logged(ours, name) == pytest.approx(logged(theirs, name), abs=1e-5), name
+        assert 0 < logged(ours, "mean_token_accuracy")[-1] < 1
+
+    @pytest.mark.parametrize("method", ["SimPO", "PRO", "GRKD"])
+    def test_metrics_of_pairs_are_those_of_trls_dpo(self, tmp_path, method):
+        """In the first step, before the losses part; of groups of more than two, the best and the worst."""
+        rows = self.ROWS if method == "SimPO" else rows_for("DPO", 12, sizes=(2,))
+        fields = {"soft_label": "none", "teacher_model": None} if method == "GRKD" else {}
+        ours, _ = train(tmp_path, rows, method=method, max_steps=1, **fields)
+        theirs = trl.DPOTrainer(
+            model=make_student(),
+            ref_model=make_student(),
+            args=trl.DPOConfig(**trl_fields(tmp_path, max_steps=1)),
+            train_dataset=preferences(rows),
+            processing_class=TOKENIZER,
+        )
+        theirs.train()
+        for name in ("num_tokens", "entropy", "mean_token_accuracy", "logps/chosen", "logps/rejected"):
+            assert logged(ours, name) == pytest.approx(logged(theirs, name), abs=1e-5), name
+
+    def test_logits_are_read_in_the_steps_that_are_logged(self, tmp_path):
+        """Entropy and accuracy are those of the logged step, whose log has them whatever the interval."""
+        every, _ = train(tmp_path, self.ROWS, method="SimPO", max_steps=6)
+        third, _ = train(tmp_path, self.ROWS, method="SimPO", max_steps=6, logging_steps=3)
+        for name in ("entropy", "mean_token_accuracy", "num_tokens"):
+            assert logged(third, name) == pytest.approx(logged(every, name)[2::3], abs=1e-9)
+        metrics = every.evaluate(every.train_dataset)
+        assert {"eval_entropy", "eval_mean_token_accuracy", "eval_rewards/accuracies", "eval_logps/chosen"} <= set(
+            metrics
+        )
+        assert "eval_num_tokens" not in metrics
 
 
 class TestNoCodeOfOurs:

@@ -93,6 +93,16 @@ class TestErrors:
         with pytest.raises(ValueError, match="The eval groups have no `teacher_scores`.*Score them"):
             trainer.evaluate(Dataset.from_list(self.UNSCORED))
 
+    @pytest.mark.parametrize("method", [*RANKED, "KD", "SeqKD", "GRKD"])
+    def test_evaluating_and_predicting_groups_that_are_not_tokenized(self, tmp_path, method):
+        """Prepared as the constructor does it, and twice is once."""
+        dataset = Dataset.from_list(rows_for(method))
+        trainer = make_trainer(tmp_path, rows_for(method), method=method, eval_dataset=dataset)
+        expected = trainer.evaluate()["eval_loss"]
+        assert trainer.evaluate(dataset)["eval_loss"] == expected
+        assert trainer.predict(dataset).metrics["test_loss"] == expected
+        assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == expected
+
     @pytest.mark.parametrize("method", PAIRS)
     def test_no_pair_at_all(self, tmp_path, method):
         rows = [row | {"teacher_scores": [-1.0] * 3} for row in make_rows(sizes=(3,))]
@@ -111,6 +121,18 @@ class TestErrors:
             ("SimPO", "pairs", "some", "`pairs` must be one of"),
             ("SimPO", "beta", 0.0, "`beta` must be above 0, got 0.0"),
             ("SimPO", "gamma_beta_ratio", -1.0, "`gamma_beta_ratio` must be 0 or above"),
+            ("SimPO", "simpo_gamma", -1.0, "`simpo_gamma` must be 0 or above"),
+            ("SimPO", "cpo_alpha", -1.0, "`cpo_alpha` must be 0 or above"),
+            ("SimPO", "label_smoothing", 0.5, "`label_smoothing` must be 0 or above and below 0.5, got 0.5"),
+            ("SimPO", "alpha", float("nan"), "`alpha` must be a finite number"),
+            ("SimPO", "eval_packing", False, "`eval_packing` of `SFTConfig` cannot be set in `SimPOConfig`"),
+            ("PRO", "dataset_text_field", "body", "`dataset_text_field` of `SFTConfig` cannot be set in `PROConfig`"),
+            (
+                "KD",
+                "dataset_kwargs",
+                {"add_special_tokens": False},
+                "`dataset_kwargs` of `SFTConfig` cannot be set in",
+            ),
             ("SimPO", "packing", True, "`packing` of `SFTConfig` cannot be set in `SimPOConfig`"),
             ("PRO", "sft_weight", -0.1, "`sft_weight` must be 0 or above"),
             ("KD", "temperature", 0.0, "`temperature` must be above 0"),
@@ -124,6 +146,15 @@ class TestErrors:
     def test_fields(self, tmp_path, method, field, value, says):
         with pytest.raises(ValueError, match=says):
             getattr(grkd_trl, f"{method}Config")(tmp_path, **{field: value})
+
+    def test_two_margins(self, tmp_path):
+        with pytest.raises(
+            ValueError, match="`gamma_beta_ratio=0.25` and `simpo_gamma=0.5` both set the target margin"
+        ):
+            grkd_trl.SimPOConfig(tmp_path, gamma_beta_ratio=0.25, simpo_gamma=0.5)
+        for fields, gamma in (({}, 0.5), ({"beta": 4.0}, 1.0), ({"simpo_gamma": 0.0}, 0.0)):
+            config = grkd_trl.SimPOConfig(tmp_path, bf16=False, **fields)
+            assert config.gamma == gamma == grkd_trl.SimPOConfig(**config.to_dict()).gamma
 
     @each_trainer
     def test_arguments_of_another_method(self, tmp_path, method):

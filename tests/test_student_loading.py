@@ -3,15 +3,18 @@
 import importlib.util
 
 import pytest
+import reference_rivals as slow
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from runs import TOKENIZER, VOCAB, logged, make_rows, make_student, make_teacher, make_trainer, train, weights
+from peft import LoraConfig, get_peft_model
+from runs import TOKENIZER, VOCAB, logged, make_rows, make_student, make_teacher, make_trainer, to_ids, train, weights
+from test_rivals import relative_error
 from tiny import tiny_model, use_tiles
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from grkd_trl import GRKDConfig, GRKDTrainer
+from grkd_trl.scoring.tiles import why_at_once
 
 
 def single(**kwargs):
@@ -44,6 +47,87 @@ class TestTrainedHead:
         _, (full, *_) = train(tmp_path / "full", make_rows(8), model=make_student(), teacher_model=make_teacher())
         (name,) = [name for name in ours if "modules_to_save" in name]
         torch.testing.assert_close(ours[name], full["lm_head.weight"], rtol=1e-6, atol=1e-9)
+
+
+class TestAdaptersOnTheHead:
+    """LoRA on the LM head and whole copies of it: the loss and every gradient are those of the plain forward."""
+
+    ADAPTERS = {
+        "lora": {"target_modules": ["q_proj", "lm_head"]},
+        "lora, tied": {"target_modules": ["q_proj", "lm_head"]},
+        "copy": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    }
+    each_kind = pytest.mark.parametrize("kind", ADAPTERS)
+
+    def student(self, kind, **kwargs):
+        """Adapters far from zero, so that a head without them would be seen."""
+        torch.manual_seed(4)
+        config = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **self.ADAPTERS[kind] | kwargs)
+        student = get_peft_model(make_student(tie_word_embeddings="tied" in kind), config)
+        with torch.no_grad():
+            for name, parameter in student.named_parameters():
+                if "modules_to_save" in name:
+                    parameter += 0.1 * torch.randn_like(parameter)
+        return student
+
+    @pytest.mark.parametrize("sharing", ["off", "on"])
+    @each_kind
+    def test_in_tiles(self, tmp_path, monkeypatch, kind, sharing):
+        """Against loops over plain forwards of the same model, one completion at a time."""
+        rows = [row | {"teacher_scores": [-1.0, -2.0, -0.5]} for row in make_rows(sizes=(3,))]
+        use_tiles(monkeypatch.setattr, 3 * VOCAB)
+        trainer, (gradients,) = train(
+            tmp_path, rows, method="SimPO", model=self.student(kind), prompt_sharing=sharing, teacher_model=None
+        )
+        monkeypatch.undo()
+        options = slow.Options(vocab_size=VOCAB, max_length=1024)
+        loss, expected = slow.loss_and_gradients(
+            slow.simpo, self.student(kind), None, [to_ids(row) for row in rows], options
+        )
+        assert logged(trainer, "loss") == [pytest.approx(loss, rel=1e-6)]
+        assert set(gradients) == set(expected) and any("lm_head" in name for name in gradients)
+        for name, gradient in gradients.items():
+            assert gradient.norm() > 1e-6
+            assert relative_error(gradient, expected[name]) < 1e-6, name  # norms of the model are in float32
+
+    @pytest.mark.parametrize(
+        "kind", ["lora", "copy"]
+    )  # merged into a head that is tied, it would change the embedding
+    def test_merged(self, tmp_path, kind):
+        adapters = LoraConfig(r=4, task_type="CAUSAL_LM", **self.ADAPTERS[kind])
+        models = {"model": make_student(), "peft_config": adapters}
+        trainer, _ = train(tmp_path, make_rows(8), **models, num_train_epochs=2, learning_rate=0.1)
+        ids = torch.arange(4, 14)[None]
+        with torch.no_grad():
+            logits = trainer.model(ids).logits
+            merged = trainer.model.merge_and_unload()
+            torch.testing.assert_close(merged(ids).logits, logits, rtol=1e-9, atol=1e-9)
+        start = make_student()
+        assert (merged.lm_head.weight - start.lm_head.weight).abs().max() > 1e-3
+        assert torch.equal(merged.model.embed_tokens.weight, start.model.embed_tokens.weight)
+
+    def test_the_base_as_teacher(self, tmp_path, monkeypatch):
+        """Its head is read without the adapter, at once."""
+        runs = []
+        for number in (10**6, 3):
+            use_tiles(monkeypatch.setattr, number * VOCAB)
+            student = self.student("lora")
+            kwargs = {"model": student, "teacher_model": student.get_base_model()}
+            runs.append(train(tmp_path, **kwargs, method="KD"))
+        (whole, (expected,)), (tiled, (gradients,)) = runs
+        assert logged(tiled, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-9)
+        assert logged(tiled, "loss")[0] > 0.01
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9)
+
+    def test_dropout_of_the_adapter(self, tmp_path, monkeypatch):
+        """Which differs from call to call, so tiles would not be the model's own logits: all are computed at once."""
+        use_tiles(monkeypatch.setattr, 3 * VOCAB)
+        student = self.student("lora", lora_dropout=0.5)
+        assert why_at_once(student.train()) == "the adapter of the head draws another dropout in every call"
+        assert why_at_once(student.eval()) is None
+        trainer, _ = train(tmp_path, model=student, disable_dropout=False)
+        assert why_at_once(trainer.model.eval()) is None  # it was not marked as unknown either
 
 
 class TestCompiled:
@@ -111,11 +195,6 @@ class TestRefused:
     def test_liger_in_place_of_the_loss(self, tmp_path):
         with pytest.raises(ValueError, match="fused_linear_cross_entropy"):
             make_trainer(tmp_path, use_liger_kernel=True, liger_kernel_config={"fused_linear_cross_entropy": True})
-
-    def test_adapters_on_the_head(self, tmp_path):
-        adapters = LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
-        with pytest.raises(ValueError, match="lm_head"):
-            make_trainer(tmp_path, **single(peft_config=adapters))
 
 
 class TestCheckpoints:

@@ -88,6 +88,23 @@ class TestExactness:
             for name, gradient in gradients.items():
                 torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-5 * scale)
 
+    @pytest.mark.parametrize("sharing", ["off", "on"])
+    def test_entropy_and_accuracy(self, sharing, monkeypatch):
+        """Once for each tile, though backward computes its logits again; a masked vocabulary gives no NaN."""
+        model, batch = head_model(), make_batch()
+        labels = batch["input_ids"][:, 1:][batch["completion_mask"][:, 1:].bool()]
+        masked = torch.tensor(min(set(range(VOCAB)) - set(labels.tolist())))
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCAB).index_fill(0, masked, -torch.inf))
+        logits = score_completions(model, batch, return_logits=True, prompt_sharing=sharing).logits
+        probs = logits.softmax(-1)
+        for rows in (1, 5, 99):
+            use_tiles(monkeypatch.setattr, rows * VOCAB)
+            scores = score_completions(model, batch, prompt_sharing=sharing, token_metrics=True)
+            scores.per_token_logps.sum().backward()
+            torch.testing.assert_close(scores.entropy, torch.special.entr(probs).sum(-1).detach(), rtol=0, atol=1e-5)
+            assert torch.equal(scores.is_top1, logits.argmax(-1) == labels) and not scores.entropy.requires_grad
+        assert score_completions(model, batch, prompt_sharing=sharing).entropy is None
+
     def test_without_scale_or_cap_it_would_be_seen(self, monkeypatch):
         """That the heads above differ from a plain one."""
         for name in ("gemma2", "cohere", "granite"):
@@ -177,7 +194,7 @@ class TestFallBack:
         use_tiles(monkeypatch.setattr, VOCAB)
         for _ in range(2):
             torch.testing.assert_close(score_completions(model, batch).per_token_logps, whole)
-        assert not tiles.can_tile(model)
+        assert "`Halving` changes its logits" in tiles.why_at_once(model)
 
     def test_an_adapter_that_is_switched_off(self, monkeypatch):
         model, batch = with_lora(), make_batch()

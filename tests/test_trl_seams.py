@@ -84,9 +84,11 @@ def names(function):
 
 class TestNames:
     def test_every_name_has_its_calls_here(self):
-        assert {own for _, _, own in seams()} == set(CALLS)
+        assert {own for _, _, own in seams()} == {*CALLS, "sft_trainer"}
 
-    @pytest.mark.parametrize("module, name, own", list(seams()), ids=lambda part: str(part))
+    @pytest.mark.parametrize(
+        "module, name, own", [seam for seam in seams() if seam[2] in CALLS], ids=lambda part: str(part)
+    )
     def test_exists_and_takes_what_we_give(self, module, name, own):
         function = getattr(importlib.import_module(module), name)
         assert getattr(_trl, own) is function
@@ -101,6 +103,18 @@ class TestNames:
                     given = {keyword.arg for keyword in node.keywords if keyword.arg}
                     known = {name for _, kwargs in CALLS[node.func.id] for name in kwargs}
                     assert given <= known, f"{path.name}:{node.lineno}"
+
+    @pytest.mark.skipif(Version(_trl.INSTALLED_TRL) < Version("1.15"), reason="TRL before 1.15 does not refuse them")
+    def test_refusal_of_adapters_on_the_head_is_lifted_within(self):
+        refused = _trl.sft_trainer.BaseTunerLayer
+        source = inspect.getsource(SFTTrainer.__init__)
+        assert (
+            source.count("BaseTunerLayer") == 1 == source.count("isinstance(model.get_output_embeddings(), BaseTuner")
+        )
+        with pytest.raises(KeyError), _trl.accept_adapters_on_head():
+            assert not isinstance(torch.nn.Linear(1, 1), _trl.sft_trainer.BaseTunerLayer)
+            raise KeyError
+        assert _trl.sft_trainer.BaseTunerLayer is refused and inspect.isclass(refused)
 
     def test_pad_pads_masks_with_false(self):
         padded = _trl.pad([torch.ones(2, dtype=torch.bool), torch.ones(1, dtype=torch.bool)])

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from ..trainers.config import option
-from ..trainers.metrics import add_class_metrics
 from .base import ClassifierTrainer
+from .metrics import add_class_metrics
 from .outputs import ClassifierOutputs, classify
 
 

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 
 from ..losses import doubt_weights, group_relative_loss, group_soft_label_loss, sample_classes
 from ..trainers.config import current_alpha
-from ..trainers.metrics import add_class_metrics
 from .base import ClassifierTrainer
 from .grkd_config import GRKDForClassificationConfig
+from .metrics import add_class_metrics
 from .outputs import classify
 
 

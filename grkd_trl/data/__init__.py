@@ -5,20 +5,18 @@ the scores are optional, and so is `"clipped": [...]`, `True` for a completion t
 """
 
 from .collator import DataCollatorForGroups, count_items, first_groups
+from .inspection import bring_scores, bring_soft_labels, first_rows, parts, plain_rows, require_rows
 from .pairs import pair_groups, pairs_of, require_scores
 from .preparation import as_read, prepare_groups, prepare_prompts, tokenize_group, tokenize_prompt
-from .rows import (
-    bring_scores,
-    bring_soft_labels,
-    check_prompt,
-    is_score,
-    message_text,
-    plain_rows,
-    read_group,
-    read_prompt,
-    require_rows,
+from .rows import check_prompt, is_score, message_text, read_group, read_prompt
+from .tokenization import (
+    decode_completion,
+    describe_tokenizer,
+    encode_prompt,
+    require_chat_template,
+    tokenize_completions,
+    tokenizer_hash,
 )
-from .tokenization import decode_completion, describe_tokenizer, encode_prompt, tokenize_completions, tokenizer_hash
 
 
 __all__ = [
@@ -32,15 +30,18 @@ __all__ = [
     "describe_tokenizer",
     "encode_prompt",
     "first_groups",
+    "first_rows",
     "is_score",
     "message_text",
     "pair_groups",
     "pairs_of",
+    "parts",
     "plain_rows",
     "prepare_groups",
     "prepare_prompts",
     "read_group",
     "read_prompt",
+    "require_chat_template",
     "require_rows",
     "require_scores",
     "tokenize_completions",

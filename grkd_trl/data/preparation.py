@@ -9,7 +9,8 @@ from transformers.utils import logging
 
 from .._trl import global_then_local_main_first
 from ..losses import ranked_pairs
-from .rows import WRITTEN, plain_rows, read_group, read_prompt
+from .inspection import plain_rows
+from .rows import WRITTEN, read_group, read_prompt
 from .tokenization import decode_completion, encode_prompt, tokenize_completions, tokenizer_hash
 
 

@@ -7,11 +7,9 @@ model wrote also hold its token ids: `prompt_ids`, `completion_ids` and the `tok
 
 import json
 import numbers
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from trl import extract_prompt
 
 from .._trl import remove_none_values
@@ -23,91 +21,6 @@ _FORMATS = (
 )
 _FORMS = "text, or a list of messages such as [{'role': ..., 'content': ...}]"
 WRITTEN = ("prompt_ids", "completion_ids", "tokenizer_hash")  # columns of what a model wrote
-
-
-def plain_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """
-    Make a dataset return plain Python types. Formats such as `"torch"` and `"numpy"` are dropped, since they change
-    only the type of a cell; a transform is kept, since it changes the content of a row.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Dataset.
-
-    Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The dataset without a format, or with its transform.
-    """
-    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
-        return dataset
-    return dataset.with_format(None)
-
-
-def _parts(*datasets: Any) -> Iterator[Dataset | IterableDataset]:
-    for dataset in datasets:
-        for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-            if isinstance(part, Dataset | IterableDataset):
-                yield part
-
-
-def _first_rows(*datasets: Any) -> list[dict[str, Any]]:
-    return [row for part in _parts(*datasets) for row in plain_rows(part).take(1)]
-
-
-def require_rows(**datasets: Dataset | IterableDataset | dict | None) -> None:
-    """
-    Refuse an empty dataset.
-
-    Args:
-        **datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
-            Datasets by argument name. Anything else is ignored.
-
-    Raises:
-        `ValueError`: If one has no row; the message names it.
-    """
-    for name, dataset in datasets.items():
-        named = dataset.items() if isinstance(dataset, dict) else [(None, dataset)]
-        for key, part in named:
-            if isinstance(part, Dataset | IterableDataset) and not _first_rows(part):
-                where = f"`{name}`" if key is None else f"`{name}[{key!r}]`"
-                raise ValueError(
-                    f"{where} is empty: it has no row. Give it rows (a filter may have dropped them all), or leave the "
-                    "argument out if you do not need it."
-                )
-
-
-def bring_scores(*datasets: Dataset | IterableDataset | dict | None) -> bool:
-    """
-    Whether every dataset ranks its completions, by `teacher_scores` or as preferences, judging by its first row.
-
-    Args:
-        *datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
-            Datasets to look at. Anything else is ignored.
-
-    Returns:
-        `bool`: `True` if no teacher is needed to rank completions.
-
-    Raises:
-        `ValueError`: If a row has images.
-    """
-    rows = _first_rows(*datasets)
-    if any("image" in row or "images" in row for row in rows):
-        raise ValueError("The dataset has images, and groups are of text alone. Remove the column of images.")
-    return all(row.get("teacher_scores") is not None or ("chosen" in row and "completions" not in row) for row in rows)
-
-
-def bring_soft_labels(*datasets: Dataset | IterableDataset | dict | None) -> bool:
-    """
-    Whether every dataset has the teacher's token soft labels cached, judging by its first row.
-
-    Args:
-        *datasets ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or a `dict` of them, *optional*):
-            Datasets to look at. Anything else is ignored.
-
-    Returns:
-        `bool`: `True` if no teacher is needed for token soft labels.
-    """
-    rows = _first_rows(*datasets)
-    return bool(rows) and all(row.get("teacher_top_ids") is not None for row in rows)
 
 
 def is_score(value: Any) -> bool:

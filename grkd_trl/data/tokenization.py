@@ -86,6 +86,25 @@ def _require_eos(tokenizer: PreTrainedTokenizerBase) -> str:
     return tokenizer.eos_token
 
 
+def require_chat_template(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
+    """
+    Refuse messages for a tokenizer without a chat template.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer, or a processor used for text alone.
+
+    Raises:
+        `ValueError`: If it has no chat template.
+    """
+    if processing_class.chat_template is None:
+        raise ValueError(
+            f"The tokenizer {_tokenizer(processing_class).name_or_path!r} has no chat template, and the prompts are "
+            "messages. Set its `chat_template`, which `teacher_chat_template` does for the teacher of a trainer and "
+            "`chat_template_path` for the student, or give prompts as text."
+        )
+
+
 def _template_kwargs(tools: list | str | None, chat_template_kwargs: dict[str, Any] | None) -> dict[str, Any]:
     tools = json.loads(tools) if isinstance(tools, str) else tools
     # Arrow gives every row the fields of every other, `None` where it has none.
@@ -117,6 +136,7 @@ def encode_prompt(
         `list[int]`: Ids, without an EOS.
     """
     if not isinstance(prompt, str):
+        require_chat_template(processing_class)
         template = _template_kwargs(tools, chat_template_kwargs)
         messages = remove_none_values(prompt)
         return tokenize(processing_class, messages, add_generation_prompt=True, **template)["input_ids"]
@@ -211,6 +231,7 @@ def _encode_text(processing_class, prompt, completions, clipped, kwargs) -> tupl
 
 def _encode_messages(processing_class, prompt, completions, clipped, kwargs) -> tuple[list[int], list[list[int]]]:
     """Ids of a conversation up to the assistant's turn, and of it with each completion."""
+    require_chat_template(processing_class)
     prompt = remove_none_values(prompt)
     prompt_ids = tokenize(processing_class, prompt, add_generation_prompt=True, **kwargs)["input_ids"]
     start, full_ids = None, []

@@ -1,5 +1,6 @@
 """The teacher as annotator: before training it scores the groups or writes them, and is then freed."""
 
+import copy
 from typing import Any
 
 import torch
@@ -10,8 +11,19 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 from transformers.utils import logging
 
-from ..data import as_read, bring_scores, encode_prompt, plain_rows, read_prompt
+from ..data import (
+    as_read,
+    bring_scores,
+    encode_prompt,
+    first_rows,
+    parts,
+    plain_rows,
+    read_prompt,
+    require_chat_template,
+    tokenizer_hash,
+)
 from ..teacher import load_teacher, loading_whole, score_groups, tokenizer_of
+from ..teacher.loading import read_chat_template, with_remote_code
 from ..teacher.writing import write_completions
 from .core import keep
 
@@ -19,19 +31,31 @@ from .core import keep
 logger = logging.get_logger(__name__)
 
 
-def _load(args, model, teacher_model, processing_class) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Teacher, on its device, and its tokenizer, for which the student's stands in where it has none."""
+def _load(args, model, teacher_model, processing_class, *datasets) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    Teacher, on its device, and its tokenizer, for which the student's stands in where it has none. Prompts that the
+    tokenizer cannot read are refused before the teacher is loaded.
+    """
     if teacher_model is model and not isinstance(model, str):
         raise ValueError("`model` and `teacher_model` cannot be the same object: the teacher is frozen.")
+    init_kwargs = with_remote_code(args.teacher_model_init_kwargs, args)
+    try:
+        tokenizer = tokenizer_of(teacher_model, None, init_kwargs)
+    except (OSError, ValueError):
+        student_kwargs = with_remote_code(args.model_init_kwargs, args)
+        tokenizer = tokenizer_of(model, None, student_kwargs) if processing_class is None else processing_class
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if args.teacher_chat_template is not None:
+        tokenizer = copy.deepcopy(tokenizer)  # which may be the student's
+        tokenizer.chat_template = read_chat_template(args.teacher_chat_template)
+    for row in first_rows(*datasets):
+        if row.get("tokenizer_hash") != tokenizer_hash(tokenizer) and not isinstance(read_prompt(row, 0), str):
+            require_chat_template(tokenizer)
     with loading_whole(args):
-        teacher = load_teacher(teacher_model, args.teacher_model_init_kwargs)
+        teacher = load_teacher(teacher_model, init_kwargs)
     if not hasattr(teacher, "hf_device_map"):
         teacher.to(args.device)
-    try:
-        tokenizer = tokenizer_of(teacher)
-    except (OSError, ValueError):
-        tokenizer = tokenizer_of(model) if processing_class is None else processing_class
-    return teacher, getattr(tokenizer, "tokenizer", tokenizer)
+    return teacher, tokenizer
 
 
 def rank_datasets(
@@ -95,7 +119,8 @@ def rank_datasets(
             dataset = dataset.remove_columns("teacher_scores")
         return dataset.add_column("teacher_scores", gather_object(list(scored["teacher_scores"])))
 
-    teacher, tokenizer = _load(args, model, teacher_model, processing_class)
+    unscored = [part for dataset in datasets for part in parts(dataset) if not bring_scores(part)]
+    teacher, tokenizer = _load(args, model, teacher_model, processing_class, *unscored)
     return [score(dataset) for dataset in datasets]
 
 
@@ -156,7 +181,7 @@ def teacher_texts(
                 "written beforehand (`grkd_trl.generation.generate_groups`)."
             )
         if teacher is None:
-            teacher, tokenizer = _load(args, model, teacher_model, processing_class)
+            teacher, tokenizer = _load(args, model, teacher_model, processing_class, dataset)
         rows = list(dataset)
         prompts = [read_prompt(row, index) for index, row in enumerate(rows)]
         template = [{name: row.get(name) for name in ("tools", "chat_template_kwargs")} for row in rows]

@@ -17,9 +17,9 @@ from datasets import Dataset, Features, Sequence, Value
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data import as_read, check_prompt, read_group, require_rows
+from ..data import as_read, check_prompt, read_group, require_chat_template, require_rows
 from ..data.rows import WRITTEN, check_completions, check_one_each
-from ..teacher import Scorer, Teacher
+from ..teacher import CalibratedTeacher, LocalTeacher, Scorer, ServerTeacher, Teacher
 from .card import summary, write_card
 from .core import add_scores, keep, write_groups
 from .select import drop_repeats, select_diverse
@@ -174,6 +174,7 @@ def generate_groups(
         raise ValueError(f"The dataset has the columns {dataset.column_names}, and needs `prompt`.")
 
     roles = {"student": student, "teacher": teacher, "scorer": scorer}
+    _check_chat_templates(dataset, config, *roles.values())
     not_content = ("output_dir", "prompts_per_unit")
     manifest = {
         "parameters": {name: value for name, value in asdict(config).items() if name not in not_content},
@@ -208,6 +209,17 @@ def generate_groups(
         logger.info(summary(total))
     state.wait_for_everyone()
     return groups
+
+
+def _check_chat_templates(dataset: Dataset, config: GroupsConfig, *roles: Teacher | Scorer | None) -> None:
+    """Refuse messages for models that cannot read them, before there is a folder."""
+    has_ids = config.completion_source == "dataset" and "tokenizer_hash" in dataset.column_names
+    if has_ids or isinstance(next((row["prompt"] for row in dataset if row["prompt"]), ""), str):
+        return
+    for role in roles:
+        model = role.teacher if isinstance(role, CalibratedTeacher) else role
+        if isinstance(model, LocalTeacher | ServerTeacher):
+            require_chat_template(model.processing_class)
 
 
 def _content_hash(dataset: Dataset) -> str:

@@ -6,7 +6,7 @@ computes in float32 or wider and returns the student's dtype. NaN in a present e
 
 from .divergences import forward_kl, reverse_kl
 from .minillm import clipped_policy_loss, minillm_returns, mixture_logps
-from .preference import pro_loss, simpo_loss
+from .preference import alphapo_rewards, pro_loss, simpo_loss
 from .ranking import group_relative_loss, ranked_pairs, sample_classes, token_relative_loss
 from .relational import dist_loss, pld_loss, ranknet_loss, rkd_angle_loss, rkd_distance_loss
 from .schedule import alpha_at
@@ -15,6 +15,7 @@ from .soft_labels import doubt_weights, group_soft_label_loss, token_soft_label_
 
 __all__ = [
     "alpha_at",
+    "alphapo_rewards",
     "clipped_policy_loss",
     "dist_loss",
     "doubt_weights",

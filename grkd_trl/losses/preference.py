@@ -6,13 +6,53 @@ import torch.nn.functional as F
 from ._inputs import check, present_of, widen
 
 
+def alphapo_rewards(scores: torch.Tensor, *, alpha: float) -> torch.Tensor:
+    r"""
+    Reward of [AlphaPO](https://huggingface.co/papers/2501.03884), before its scale \\( \beta \\):
+    \\( (1 - e^{-\alpha s}) / \alpha \\), where a score \\( s \\) is the mean log-probability of a completion's tokens;
+    the score itself, which is SimPO's reward, in the limit \\( \alpha = 0 \\).
+
+    Args:
+        scores (`torch.Tensor` of shape `(...)`):
+            Student's scores, in nats per token.
+        alpha (`float`):
+            Shape \\( \alpha \\) of the reward. Above 0 it falls faster than the score, below 0 slower.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: Rewards.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> alphapo_rewards(torch.tensor([0.0, -1.0]), alpha=0.5)  # the second: 2 (1 - e^0.5)
+    tensor([ 0.0000, -1.2974])
+
+    ```
+    """
+    if alpha == 0:
+        return scores
+    return (-torch.expm1(-alpha * widen(scores)) / alpha).to(scores.dtype)
+
+
 def simpo_loss(
-    chosen_scores: torch.Tensor, rejected_scores: torch.Tensor, *, beta: float, gamma: float
+    chosen_scores: torch.Tensor,
+    rejected_scores: torch.Tensor,
+    *,
+    beta: float,
+    gamma: float,
+    label_smoothing: float = 0.0,
+    alpha: float = 0.0,
 ) -> torch.Tensor:
     r"""
     Pairwise logistic loss with a target margin: equation 6 of [SimPO](https://huggingface.co/papers/2405.14734),
-    \\( -\log \sigma(\beta (s_w - s_l) - \gamma) \\), where a score \\( s \\) is the mean log-probability of a
-    completion's tokens.
+    \\( -\log \sigma(m) \\) with the margin \\( m = \beta (s_w - s_l) - \gamma \\), where a score \\( s \\) is the mean
+    log-probability of a completion's tokens.
+
+    With label smoothing \\( \epsilon \\), the probability that a pair is the wrong way round, it is that of [conservative
+    DPO](https://ericmitchell.ai/cdpo.pdf) for this margin:
+    \\( -(1 - \epsilon) \log \sigma(m) - \epsilon \log \sigma(-m) \\). With \\( \alpha \\) the rewards of
+    [`alphapo_rewards`] stand in place of the scores.
 
     Args:
         chosen_scores (`torch.Tensor` of shape `(...)`):
@@ -23,6 +63,10 @@ def simpo_loss(
             Scale \\( \beta \\) of the margin between the scores, per nat.
         gamma (`float`):
             Target margin \\( \gamma \\), after that scale.
+        label_smoothing (`float`, *optional*, defaults to `0.0`):
+            Share \\( \epsilon \\) of the pairs that are taken to be the wrong way round.
+        alpha (`float`, *optional*, defaults to `0.0`):
+            Shape \\( \alpha \\) of the rewards. 0 is SimPO.
 
     Returns:
         `torch.Tensor` of shape `(...)`: Loss of each pair, in nats.
@@ -46,8 +90,12 @@ def simpo_loss(
         )
     if not beta > 0:
         raise ValueError(f"`beta` must be above 0, got {beta}.")
-    margins = widen(chosen_scores) - widen(rejected_scores)
-    return -F.logsigmoid(beta * margins - gamma).to(chosen_scores.dtype)  # eq. 6
+    chosen, rejected = (alphapo_rewards(widen(scores), alpha=alpha) for scores in (chosen_scores, rejected_scores))
+    margins = beta * (chosen - rejected) - gamma
+    losses = -F.logsigmoid(margins)  # eq. 6
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * F.logsigmoid(-margins)
+    return losses.to(chosen_scores.dtype)
 
 
 def pro_loss(

@@ -5,19 +5,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from .packed_rows import PackedRows
 from .shared_prompts import forward_packed
 from .tiles import (
     TiledLogits,
     are_its_own,
-    can_tile,
     core_model,
     keep_head_gathered,
     refuse_tiles,
     takes,
     too_many_on_any_rank,
+    why_at_once,
 )
+
+
+logger = logging.get_logger(__name__)
 
 
 @contextmanager
@@ -82,10 +86,14 @@ def _run(
 
     def hand_over(_, args):
         states = predicting(args[0])
-        if can_tile(model) and too_many_on_any_rank(model, len(states)):
-            keep_head_gathered(model)
-            tiled.append(TiledLogits(model, states))
-            states = states[:1]
+        if too_many_on_any_rank(model, len(states)):
+            reason = why_at_once(model)
+            if reason is None:
+                keep_head_gathered(model)
+                tiled.append(TiledLogits(model, states))
+                states = states[:1]
+            else:
+                logger.warning_once(f"All logits of a batch are in memory at once: {reason}.")
         return (states.unsqueeze(0), *args[1:])
 
     handle = core_model(model).get_output_embeddings().register_forward_pre_hook(hand_over)

@@ -35,12 +35,27 @@ class CompletionScores(NamedTuple):
         aux_loss (`torch.Tensor`, *optional*):
             Load-balancing loss of a mixture of experts over all tokens of all rows, where it was asked for with
             `output_router_logits` and the model has one.
+        entropy (`torch.Tensor` of shape `(M,)`, *optional*):
+            Entropy of the distribution that predicts each of the batch's M completion tokens, in nats. `None` unless
+            asked for.
+        is_top1 (`torch.Tensor` of shape `(M,)`, *optional*):
+            Whether each completion token is the most likely one. `None` unless asked for.
     """
 
     per_token_logps: torch.Tensor
     logits: Any  # so that a method that asked for them need not say so again
     token_losses: dict[str, torch.Tensor]
     aux_loss: torch.Tensor | None
+    entropy: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+
+
+@torch.no_grad()
+def _token_metrics(logits: torch.Tensor, labels: torch.Tensor, nll: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entropy of each row of wide logits, and whether its label is the most likely; `nll` is the label's."""
+    logps = logits - (logits.gather(-1, labels.unsqueeze(-1)) + nll.unsqueeze(-1))
+    logps.clamp_(min=-1e4)  # a masked vocabulary: p log p is 0 there, and not 0 times infinity
+    return -torch.linalg.vecdot(logps.exp(), logps), logits.argmax(-1) == labels
 
 
 def _work(model: torch.nn.Module, num_tokens: int, num_pairs: int) -> int:
@@ -82,6 +97,7 @@ def score_completions(
     prompt_sharing: str = "auto",
     return_logits: bool = False,
     token_losses: Callable[[torch.Tensor, slice], dict[str, torch.Tensor]] | None = None,
+    token_metrics: bool = False,
     **model_kwargs: Any,
 ) -> CompletionScores:
     """
@@ -105,6 +121,8 @@ def score_completions(
             What else to compute of single tokens. Takes their logits `(m, V)` and the slice of the M completion tokens
             that they are of, and returns tensors of shape `(m,)` by name. Where there are too many logits it is called
             tile by tile, and once more in backward, so they never exist at once.
+        token_metrics (`bool`, *optional*, defaults to `False`):
+            Whether to compute `entropy` and `is_top1`, once for each tile: three more passes over the logits.
         **model_kwargs:
             Passed to the model's forward. With `output_router_logits` every row is read, since the load-balancing loss
             counts its tokens; without, it is left out whatever the model's configuration says.
@@ -131,17 +149,23 @@ def score_completions(
 
     targets = batch["input_ids"][:, 1:][mask]
 
+    observed: list[tuple[torch.Tensor, torch.Tensor]] = []
+
     def of_tokens(logits, rows):
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nll = F.cross_entropy(wide, targets[rows].to(wide.device), reduction="none")
+        labels = targets[rows].to(wide.device)
+        nll = F.cross_entropy(wide, labels, reduction="none")
+        num_observed = sum(len(entropy) for entropy, _ in observed)
+        if token_metrics and rows.start == num_observed:  # not again in backward
+            observed.append(_token_metrics(wide, labels, nll))
         return (token_losses(logits, rows) if token_losses else {}) | {"per_token_logps": -nll}
 
     values = map_tiles(of_tokens, logits)
     logps = values.pop("per_token_logps")
     per_token_logps = logps.new_zeros(mask.shape).masked_scatter(mask.to(logps.device), logps)
-    return CompletionScores(
-        per_token_logps, logits if return_logits else None, values, outputs.get("aux_loss") if aux else None
-    )
+    entropy, is_top1 = (torch.cat(parts) for parts in zip(*observed, strict=True)) if observed else (None, None)
+    aux_loss = outputs.get("aux_loss") if aux else None
+    return CompletionScores(per_token_logps, logits if return_logits else None, values, aux_loss, entropy, is_top1)
 
 
 def sequence_scores(per_token_logps: torch.Tensor, completion_mask: torch.Tensor, *, score: str) -> torch.Tensor:

@@ -156,27 +156,30 @@ def _holder(model: torch.nn.Module, head: torch.nn.Module) -> FSDPModule | None:
     return holders[-1] if holders else None  # the innermost
 
 
-def can_tile(model: torch.nn.Module) -> bool:
+def why_at_once(model: torch.nn.Module) -> str | None:
     """
-    Whether the head of a model can be called by itself: not under ZeRO-3 and the first FSDP, where its weight is there
-    during the model's forward alone, nor where an adapter of it is switched off for a while, nor in a model that
-    [`refuse_tiles`] marked.
+    Why the head of a model cannot be called by itself, so that its logits are computed at once.
 
     Args:
         model (`torch.nn.Module`):
             Causal language model, as it is or wrapped.
 
     Returns:
-        `bool`: `True` if it can.
+        `str`, *optional*: The reason. `None` if it can.
     """
     core = core_model(model)
     head = core.get_output_embeddings()
-    if core in _unsuited or isinstance(model, FullyShardedDataParallel) or hasattr(next(head.parameters()), "ds_id"):
-        return False
+    if core in _unsuited:
+        return f"`{type(core).__name__}` changes its logits in a way that is not known here"
+    if isinstance(model, FullyShardedDataParallel) or hasattr(next(head.parameters()), "ds_id"):
+        return "ZeRO-3 and the first FSDP gather the weight of the head during the model's forward alone"
     if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper) and head.disable_adapters:
-        return False
-    # Adapters of the head that are gathered by themselves
-    return not any(isinstance(part, FSDPModule) for part in list(head.modules())[1:])
+        return "the adapter of the head is switched off during this forward alone"
+    if any(isinstance(part, FSDPModule) for part in list(head.modules())[1:]):
+        return "FSDP2 gathers the adapter of the head by itself"
+    if any(isinstance(part, torch.nn.Dropout) and part.p > 0 and part.training for part in head.modules()):
+        return "the adapter of the head draws another dropout in every call"
+    return None
 
 
 def too_many_on_any_rank(model: torch.nn.Module, num_tokens: int) -> bool:
@@ -236,7 +239,7 @@ def are_its_own(logits: TiledLogits, first: torch.Tensor) -> bool:
 
 def refuse_tiles(model: torch.nn.Module) -> None:
     """
-    Mark a model whose logits are not known here, so that [`can_tile`] says `False` from then on.
+    Mark a model whose logits are not known here, so that [`why_at_once`] says so from then on.
 
     Args:
         model (`torch.nn.Module`):

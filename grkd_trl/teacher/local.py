@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +29,7 @@ from ..scoring import (
     sequence_scores,
     to_groups,
 )
+from .loading import hash_tensors
 from .protocol import Completions, TeacherScores, prompt_seeds
 from .retokenize import read_groups, template_columns
 from .writing import pad_token_id, write_completions
@@ -84,11 +86,16 @@ class LocalTeacher:
         Identify this teacher.
 
         Returns:
-            `dict[str, Any]`: Model, revision, dtype, hashes of the tokenizer and of its chat template, and the score.
+            `dict[str, Any]`: Model, revision, dtype, hashes of the tokenizer and of its chat template, and the score; of
+            adapters a hash of their weights, for their base alone has a name.
         """
-        config = self.model.config
+        model: Any = self.model  # or adapters on one
+        config, adapters = model.config, {}
+        if isinstance(model, PeftModel):
+            adapters = get_peft_model_state_dict(model, save_embedding_layers=False)
         return {
             "model": get_config_model_id(config),
+            **({"adapters": hash_tensors(adapters)} if adapters else {}),
             "revision": getattr(config, "_commit_hash", None),  # only what came from a hub has one
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "quantization": str(config.quantization_config) if hasattr(config, "quantization_config") else None,

@@ -11,8 +11,6 @@ from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -22,13 +20,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from .._trl import (
-    create_model_from_path,
     disable_dropout_in_model,
     get_config_model_id,
     prepare_deepspeed,
     prepare_fsdp,
     unset_hf_deepspeed_config,
 )
+from .loading import load_config, load_model, load_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -40,19 +38,19 @@ def load_teacher(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | Non
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
-            Hub id, path, or a model, which is frozen in place.
+            Hub id or path of a model or of an adapter, or a model, which is frozen in place.
         init_kwargs (`dict[str, Any]`, *optional*):
-            For `from_pretrained` where `model` is an id or path; `dtype` defaults to `float32`.
+            For `from_pretrained` where `model` is an id or path; `dtype` defaults to `float32`. See
+            [`~teacher.loading.load_model`].
 
     Returns:
         [`~transformers.PreTrainedModel`]: The teacher.
     """
-    if isinstance(model, str):
-        model = create_model_from_path(model, **(init_kwargs or {}))
-    elif init_kwargs:
+    loaded: Any = load_model(model, init_kwargs) if isinstance(model, str) else model
+    if loaded is model and set(init_kwargs or ()) - {"trust_remote_code"}:  # which the trainers add
         logger.warning("`teacher_model_init_kwargs` is ignored: `teacher_model` is a model already.")
-    disable_dropout(model)
-    return model.requires_grad_(False).eval()
+    disable_dropout(loaded)
+    return loaded.requires_grad_(False).eval()
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
@@ -183,16 +181,20 @@ def _shard_layers(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.
 
 
 def tokenizer_of(
-    model: str | PreTrainedModel | PeftModel, default: PreTrainedTokenizerBase | ProcessorMixin | None = None
+    model: str | PreTrainedModel | PeftModel,
+    default: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    init_kwargs: dict[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
     """
     Tokenizer that stands where a model does.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
-            Hub id, path, or a model that was loaded from one.
+            Hub id or path of a model or of an adapter, or a model that was loaded from one.
         default ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
             For a model that was built in memory, or saved without a tokenizer.
+        init_kwargs (`dict[str, Any]`, *optional*):
+            As for [`load_teacher`], of which `trust_remote_code`, `revision` and the like are used.
 
     Returns:
         [`~transformers.PreTrainedTokenizerBase`]: The tokenizer.
@@ -201,7 +203,7 @@ def tokenizer_of(
         `OSError` or `ValueError`: If there is none, and no default.
     """
     try:
-        return AutoTokenizer.from_pretrained(model if isinstance(model, str) else get_config_model_id(model.config))
+        return load_tokenizer(model if isinstance(model, str) else get_config_model_id(model.config), init_kwargs)
     except (OSError, ValueError):
         if default is None:
             raise
@@ -212,6 +214,9 @@ def shared_vocabulary(
     student: str | PreTrainedModel | PeftModel,
     teacher: str | PreTrainedModel,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    *,
+    student_init_kwargs: dict[str, Any] | None = None,
+    teacher_init_kwargs: dict[str, Any] | None = None,
 ) -> int:
     """
     Number of leading token ids that mean the same to student and teacher. Embeddings padded to different sizes are
@@ -226,6 +231,8 @@ def shared_vocabulary(
             Teacher.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
             Student's tokenizer, read from where the student was loaded if not given.
+        student_init_kwargs, teacher_init_kwargs (`dict[str, Any]`, *optional*):
+            For `from_pretrained` of each, of which `trust_remote_code`, `revision` and the like are used.
 
     Returns:
         `int`: The smaller `vocab_size`.
@@ -233,11 +240,12 @@ def shared_vocabulary(
     Raises:
         `ValueError`: If the tokenizers differ, or either model is too small for the tokenizer.
     """
-    given: Any = tokenizer_of(student) if processing_class is None else processing_class
+    given: Any = tokenizer_of(student, None, student_init_kwargs) if processing_class is None else processing_class
     own = getattr(given, "tokenizer", given)
-    theirs = tokenizer_of(teacher, own)
+    theirs = tokenizer_of(teacher, own, teacher_init_kwargs)
     configs = [
-        AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config for model in (student, teacher)
+        load_config(model, init_kwargs) if isinstance(model, str) else model.config
+        for model, init_kwargs in ((student, student_init_kwargs), (teacher, teacher_init_kwargs))
     ]
     sizes = [config.get_text_config().vocab_size for config in configs]
     if theirs.get_vocab() != own.get_vocab() or min(sizes) < len(own):

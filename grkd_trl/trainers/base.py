@@ -20,18 +20,19 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 
-from .._trl import LengthGroupedSampler
+from .._trl import LengthGroupedSampler, accept_adapters_on_head
 from ..data import DataCollatorForGroups, count_items, prepare_groups, require_rows
 from ..data.repeats import number_rows, reduce_remainder, without_repeats
 from ..data.sampler import GroupedByLength, balance
-from ..scoring import eval_mode, predicted_mask, to_groups
+from ..scoring import eval_mode
 from ..teacher import disable_dropout, is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary
+from ..teacher.loading import check_student, init_kwargs_of, load_adapted_student, with_remote_code
 from .card import add_objective
 from .checkpoints import OrderOfEpoch, prepare_resume
 from .checks import GroupWarnings, check_sampling
 from .compile import compile_layers, take_over_compilation
 from .config import GroupConfig, resolve_args
-from .metrics import RunningMeans, add_length_metrics, add_rank_metrics, peak_memory
+from .metrics import RunningMeans, add_group_metrics, as_predictions, is_logged, peak_memory
 
 
 class GroupTrainer(SFTTrainer):
@@ -41,9 +42,10 @@ class GroupTrainer(SFTTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Student: a hub id or path, loaded in float32 unless `args.model_init_kwargs` says otherwise, or a model.
+            Student: a hub id or path of a model, loaded in float32 unless `args.model_init_kwargs` says otherwise, or of
+            an adapter, which is trained further on its base; or a model.
         teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Teacher: a hub id or path, or a model. Each method says what it is needed for.
+            Teacher: a hub id or path of a model or of an adapter, or a model. Each method says what it is needed for.
         args ([`GroupConfig`], *optional*):
             Configuration, of the method's `config_class`. A default one, writing to `<model>-<method>`, if not given.
         data_collator ([`~transformers.DataCollator`], *optional*):
@@ -83,6 +85,7 @@ class GroupTrainer(SFTTrainer):
 
     # `compute_loss` divides by the groups or tokens of the whole optimizer step, on all processes.
     loss_is_scaled_for_ga = True  # type: ignore[assignment]
+    count_items = staticmethod(count_items)
 
     def __init__(
         self,
@@ -107,22 +110,25 @@ class GroupTrainer(SFTTrainer):
             )
         require_rows(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_sampling(args, train_dataset)
+        check_student(model, peft_config, args)
         self.chosen_first = False
         teacher_model, train_dataset, eval_dataset = self.bring_teacher(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
         )
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        model, processing_class = load_adapted_student(model, processing_class, quantization_config, args)
+        with accept_adapters_on_head():
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         # `SFTTrainer` settles the pad token, so the collator is made after it.
         self.data_collator = data_collator or DataCollatorForGroups(
             pad_token_id=self._tokenizer.pad_token_id,
@@ -157,7 +163,7 @@ class GroupTrainer(SFTTrainer):
                 "Pass a teacher. Without one, `DPOTrainer`, `SimPOTrainer` and `PROTrainer` accept groups with "
                 "`teacher_scores`, and `SeqKDTrainer` completions that the teacher wrote."
             )
-        shared_vocabulary(model, teacher_model, processing_class)  # before either is loaded
+        shared_vocabulary(model, teacher_model, processing_class, **init_kwargs_of(args))  # before either is loaded
         return teacher_model, *datasets
 
     def _place_teacher(self, teacher_model: str | PreTrainedModel) -> tuple[torch.nn.Module, int]:
@@ -165,8 +171,8 @@ class GroupTrainer(SFTTrainer):
         if is_base_of(student, teacher_model, args):
             return student, student.config.get_text_config().vocab_size
         with loading_whole(args) if args.teacher_sharding == "replicated" else nullcontext():
-            teacher = load_teacher(teacher_model, cast(dict | None, args.teacher_model_init_kwargs))
-        vocab_size = shared_vocabulary(student, teacher, self._tokenizer)
+            teacher = load_teacher(teacher_model, with_remote_code(args.teacher_model_init_kwargs, args))
+        vocab_size = shared_vocabulary(student, teacher_model, self._tokenizer, **init_kwargs_of(args))
         compile_layers(teacher, self.compile_plugin)
         return prepare_teacher(teacher, self.accelerator, sharding=args.teacher_sharding), vocab_size
 
@@ -236,7 +242,7 @@ class GroupTrainer(SFTTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             batches[-1] = without_repeats(self.accelerator, batches[-1])
-        return batches, self.accelerator.reduce(count_items(batches).to(device), reduction="sum")
+        return batches, self.accelerator.reduce(self.count_items(batches).to(device), reduction="sum")
 
     def step_counts(self, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
         """
@@ -246,7 +252,7 @@ class GroupTrainer(SFTTrainer):
         each gets its share of the count.
         """
         if num_items_in_batch is None:
-            return count_items([inputs]).clamp(min=1)
+            return self.count_items([inputs]).clamp(min=1)
         return num_items_in_batch.clamp(min=1) / self.accelerator.num_processes
 
     @property
@@ -286,22 +292,19 @@ class GroupTrainer(SFTTrainer):
         """Where `compute_loss` adds what it logs: the means of training or those of evaluation."""
         return self.running_means["train" if self.model.training else "eval"]
 
-    def add_group_metrics(
-        self, inputs: dict[str, torch.Tensor], student_scores: torch.Tensor, teacher_scores: torch.Tensor
-    ) -> None:
-        """Add what is logged of groups whatever the method, ranks and lengths, from a batch and its scores `(P, G)`."""
-        means, group_mask, min_gap = self.means, inputs["group_mask"], getattr(self.args, "min_gap", 0.0)
-        lengths = to_groups(predicted_mask(inputs["completion_mask"]).sum(-1), group_mask)
-        shown = "label" if self.chosen_first else "teacher"
-        add_rank_metrics(means, student_scores, teacher_scores, min_gap=min_gap, mask=group_mask, shown=shown)
-        add_length_metrics(means, lengths, inputs["clipped"], teacher_scores, mask=group_mask)
-        means.add("completions/padding_ratio", inputs["attention_mask"] == 0)
+    @property
+    def token_metrics(self) -> bool:
+        """Whether a step computes entropy and token accuracy: in evaluation, and in training where it is logged."""
+        return not self.model.training or is_logged(self.args, self.state)
+
+    def add_group_metrics(self, inputs, student, student_scores, teacher_scores, rewards=None) -> None:
+        """Add what is logged of groups whatever the method, see [`~trainers.metrics.add_group_metrics`]."""
+        shown, min_gap = "label" if self.chosen_first else "teacher", getattr(self.args, "min_gap", 0.0)
+        kwargs: dict[str, Any] = {"rewards": rewards, "min_gap": min_gap, "training": self.model.training}
+        add_group_metrics(self.means, inputs, student, student_scores, teacher_scores, shown=shown, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """
-        Loss, student's scores and teacher's scores `(P, G)`, -100 where a completion is absent. A method that has no
-        scores of the teacher gives none.
-        """
+        """Loss, student's scores and, where the method has them, teacher's `(P, G)`, -100 where a completion is absent."""
         inputs = self._prepare_inputs(inputs)
         whole_mask = inputs["group_mask"]
         reduce_remainder(self.accelerator, len(whole_mask), inputs.get("row"))
@@ -310,15 +313,8 @@ class GroupTrainer(SFTTrainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
-
-        def padded(values: torch.Tensor | None) -> torch.Tensor | None:
-            if values is None:
-                return None
-            whole = values.new_full(whole_mask.shape, -100.0)  # `Trainer` joins what is alike on every process
-            whole[: len(values)] = values.masked_fill(~inputs["group_mask"], -100.0)
-            return whole
-
-        return loss, padded(outputs["student_scores"]), padded(outputs.get("teacher_scores"))
+        scores = (outputs.get(name) for name in ("student_scores", "teacher_scores"))
+        return loss, *(as_predictions(values, inputs["group_mask"], whole_mask) for values in scores)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -341,6 +337,10 @@ class GroupTrainer(SFTTrainer):
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         resume_from_checkpoint = prepare_resume(self, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        args = (self.processing_class, self.args, False, None, metric_key_prefix)
+        return super().predict(self._prepare_dataset(test_dataset, *args), ignore_keys, metric_key_prefix)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
         super().create_model_card(model_name, dataset_name, tags)

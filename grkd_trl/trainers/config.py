@@ -10,6 +10,7 @@ from trl import SFTConfig
 
 from .._trl import get_config_model_id
 from ..losses import alpha_at
+from ..teacher.loading import read_chat_template
 from .checks import check_launch, resolve_bf16
 
 
@@ -72,7 +73,7 @@ def check_choices(args: Any) -> None:
 
 def check_completion_fields(args: SFTConfig) -> None:
     """
-    Refuse the fields of [`~trl.SFTConfig`] that train on anything but whole completions.
+    Refuse the fields of [`~trl.SFTConfig`] that train on anything but whole completions, or that nothing here reads.
 
     Args:
         args ([`~trl.SFTConfig`]):
@@ -88,7 +89,9 @@ def check_completion_fields(args: SFTConfig) -> None:
         "completion_only_loss": args.completion_only_loss is False,
         "loss_type": args.loss_type not in (None, "nll", "chunked_nll"),  # `None` is the default of TRL before 1.15
         "label_smoothing_factor": args.label_smoothing_factor != 0,
-        "dataset_kwargs": "skip_prepare_dataset" in (args.dataset_kwargs or ()),  # a `dict`, or JSON still unread
+        "eval_packing": args.eval_packing is not None,
+        "dataset_text_field": args.dataset_text_field != "text",
+        "dataset_kwargs": args.dataset_kwargs not in (None, {}, "{}"),  # a `dict`, or JSON still unread
     }
     names = [f"`{name}`" for name, is_set in refused.items() if is_set]
     if names:
@@ -96,6 +99,29 @@ def check_completion_fields(args: SFTConfig) -> None:
             f"{', '.join(names)} of `SFTConfig` cannot be set in `{type(args).__name__}`, which scores whole "
             "completions. Leave it at its default."
         )
+
+
+def check_chat_template(args: Any, annotates: bool) -> None:
+    """
+    Check a chat template for the teacher.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Configuration with `teacher_chat_template`.
+        annotates (`bool`):
+            Whether the method has a teacher that reads groups with a tokenizer of its own.
+
+    Raises:
+        `ValueError`: If it is neither a template nor a file, or nothing would read it.
+    """
+    if args.teacher_chat_template is None:
+        return
+    if not annotates:
+        raise ValueError(
+            f"`teacher_chat_template` cannot be set in `{type(args).__name__}`: this teacher reads the student's tokens. "
+            "Set `chat_template_path`, which is the template of both."
+        )
+    read_chat_template(args.teacher_chat_template)
 
 
 def check_best_metric(args: Any) -> None:
@@ -143,7 +169,12 @@ class GroupConfig(SFTConfig):
         learning_rate (`float`, *optional*, defaults to `1e-6`):
             Initial learning rate, as in [`~trl.DPOConfig`].
         teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path.
+            Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path: `dtype`,
+            `attn_implementation`, `quantization_config`, `revision` and others, which its tokenizer takes too where they
+            say where files are. `trust_remote_code` is the student's unless it is among them.
+        teacher_chat_template (`str`, *optional*):
+            Chat template, as text or as the path of a file, of a teacher that reads the groups with its own tokenizer
+            before training, in place of the one that the tokenizer has. Refused by methods that have no such teacher.
         teacher_sharding (`str`, *optional*, defaults to `"auto"`):
             Where the parameters of a teacher in the training step are on several processes: `"replicated"`, whole on
             each; `"sharded"`, sharded and gathered layer by layer; `"auto"`, sharded where the student is (ZeRO-3, FSDP).
@@ -158,14 +189,21 @@ class GroupConfig(SFTConfig):
 
     > [!NOTE]
     > Fields of [`~trl.SFTConfig`] that would train on anything but whole completions (`packing`, `padding_free`,
-    > `assistant_only_loss`, `completion_only_loss=False`, `loss_type`, `label_smoothing_factor`) are refused.
+    > `assistant_only_loss`, `completion_only_loss=False`, `loss_type`, `label_smoothing_factor`), and those that only
+    > `SFTTrainer` reads (`eval_packing`, `dataset_text_field`, `dataset_kwargs`), are refused.
     """
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
 
+    # Whether the teacher scores or writes the groups before training, with its own tokenizer.
+    annotates = False
+
     learning_rate: float = option(1e-6, "The initial learning rate for AdamW.")
     teacher_model_init_kwargs: dict[str, Any] | str | None = option(
         None, "Keyword arguments for `from_pretrained` of the teacher, when it is an id or a path."
+    )
+    teacher_chat_template: str | None = option(
+        None, "Chat template, text or path, of a teacher that reads the groups with its own tokenizer."
     )
     teacher_sharding: str = option(
         "auto",
@@ -182,6 +220,7 @@ class GroupConfig(SFTConfig):
     def __post_init__(self):
         check_choices(self)
         check_completion_fields(self)
+        check_chat_template(self, self.annotates)
         self.bf16 = resolve_bf16(self)
         super().__post_init__()
 

@@ -22,10 +22,11 @@ from trl import DPOTrainer as TRLTrainer
 
 from ..data import pair_groups, prepare_groups, require_rows
 from ..generation.annotation import rank_datasets
+from ..teacher.loading import check_student, load_adapted_student
 from .card import add_objective
 from .checkpoints import OrderOfEpoch, prepare_resume
 from .checks import check_sampling, resolve_bf16
-from .config import check_choices, option, resolve_args
+from .config import check_chat_template, check_choices, option, resolve_args
 
 
 @dataclass
@@ -40,7 +41,10 @@ class DPOConfig(TRLConfig):
         pairs (`str`, *optional*, defaults to `"best_worst"`):
             Pairs of a group: its `"best_worst"`, or `"all"` of unequal score, each a row of its own.
         teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path.
+            Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path; see
+            [`GroupConfig`].
+        teacher_chat_template (`str`, *optional*):
+            Chat template of the teacher, as text or as the path of a file, in place of the one that its tokenizer has.
     """
 
     _VALID_DICT_FIELDS = TRLConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
@@ -53,9 +57,11 @@ class DPOConfig(TRLConfig):
     teacher_model_init_kwargs: dict[str, Any] | str | None = option(
         None, "Keyword arguments for `from_pretrained` of the teacher, when it is an id or a path."
     )
+    teacher_chat_template: str | None = option(None, "Chat template of the teacher, text or path.")
 
     def __post_init__(self):
         check_choices(self)
+        check_chat_template(self, annotates=True)
         self.bf16 = resolve_bf16(self)
         super().__post_init__()
 
@@ -84,16 +90,18 @@ class DPOTrainer(TRLTrainer):
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Student, as in [`~trl.DPOTrainer`].
-        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Teacher, which may have another tokenizer. It scores the groups before training where they have no
-            `teacher_scores`, and is then freed; it is not loaded otherwise.
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            Reference model, in TRL's place and with TRL's default.
         args ([`DPOConfig`], *optional*):
             Configuration. A default one, writing to `<model>-DPO`, if not given.
         train_dataset, eval_dataset (*optional*):
             Groups or preferences, as in [`GRKDTrainer`].
-        data_collator, processing_class, compute_metrics, callbacks, optimizers, quantization_config, peft_config,
-        ref_model (*optional*):
+        data_collator, processing_class, compute_metrics, callbacks, optimizers, quantization_config,
+        peft_config (*optional*):
             As in [`~trl.DPOTrainer`].
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*, by keyword):
+            Teacher, which may have another tokenizer. It scores the groups before training where they have no
+            `teacher_scores`, and is then freed; it is not loaded otherwise.
 
     > [!NOTE]
     > The loss is TRL's mean over the pairs of a batch. On several processes the last step of an epoch, where it is not
@@ -111,7 +119,7 @@ class DPOTrainer(TRLTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        teacher_model: str | PreTrainedModel | None = None,
+        ref_model: PreTrainedModel | None = None,
         args: DPOConfig | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -122,15 +130,22 @@ class DPOTrainer(TRLTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
-        ref_model: PreTrainedModel | None = None,
+        *,
+        teacher_model: str | PreTrainedModel | None = None,
     ):
+        if isinstance(ref_model, str):
+            raise TypeError(
+                f"`ref_model` must be a model, got {ref_model!r}. As in TRL it is the second argument: pass a teacher by "
+                "keyword, `teacher_model=`."
+            )
         args = resolve_args(args, DPOConfig, model)
         require_rows(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_sampling(args, train_dataset)
+        check_student(model, peft_config, args)
         train_dataset, eval_dataset = rank_datasets(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
         )
-
+        model, processing_class = load_adapted_student(model, processing_class, quantization_config, args)
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -150,6 +165,10 @@ class DPOTrainer(TRLTrainer):
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         resume_from_checkpoint = prepare_resume(self, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
+        return super().predict(dataset, ignore_keys, metric_key_prefix)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
         super().create_model_card(model_name, dataset_name, tags)

@@ -168,7 +168,9 @@ class GRKDTrainer(GroupTrainer):
             say(
                 f"`teacher_model` is used for {' and '.join(used_for) or 'nothing: the data has all that it would give'}."
             )
-        return teacher_model if used_for else None, *datasets
+        if not used_for:
+            return None, *datasets
+        return super().bring_teacher(args, model, teacher_model, processing_class, *datasets)
 
     def read(self, dataset, processing_class, args, name):
         if args.online and dataset.column_names and not {"completions", "chosen"}.intersection(dataset.column_names):
@@ -227,7 +229,9 @@ class GRKDTrainer(GroupTrainer):
             return losses
 
         needed = token_losses if args.needs_teacher_logits else None
-        student = score_completions(model, inputs, token_losses=needed, **sharing, **self.router_kwargs)
+        student = score_completions(
+            model, inputs, token_losses=needed, token_metrics=self.token_metrics, **sharing, **self.router_kwargs
+        )
         check_finite(student=student.per_token_logps, teacher=teacher and teacher.per_token_logps)
         scores = sequence_scores(student.per_token_logps, completion_mask, score=args.score)
         student_scores = to_groups(scores, group_mask)
@@ -255,6 +259,7 @@ class GRKDTrainer(GroupTrainer):
         self.means.add("loss/relative", relative)
         self.means.add("loss/soft", soft)
         self.means.add("alpha", torch.tensor(alpha, dtype=torch.float64))
-        self.add_group_metrics(inputs, student_scores, teacher_scores)
+        rewards = student_scores / args.ranking_temperature if args.relative_level == "completions" else None
+        self.add_group_metrics(inputs, student, student_scores, teacher_scores, rewards)
         outputs = {"student_scores": student_scores, "teacher_scores": teacher_scores}
         return (loss, outputs) if return_outputs else loss

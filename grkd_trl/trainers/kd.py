@@ -115,7 +115,9 @@ class KDTrainer(GroupTrainer):
             kl = forward_kl(student_logits, teacher_logits, temperature=args.temperature)
             return {"soft": args.temperature**2 * kl}
 
-        student = score_completions(model, inputs, token_losses=token_losses, **sharing, **self.router_kwargs)
+        student = score_completions(
+            model, inputs, token_losses=token_losses, token_metrics=self.token_metrics, **sharing, **self.router_kwargs
+        )
         check_finite(student=student.per_token_logps, teacher=teacher.per_token_logps)
         soft = student.token_losses["soft"]
         mask = predicted_mask(completion_mask)
@@ -134,6 +136,6 @@ class KDTrainer(GroupTrainer):
             for scored in (student, teacher)
         )
         teacher_scores = inputs.get("teacher_scores", teacher_scores)
-        self.add_group_metrics(inputs, student_scores, teacher_scores)
+        self.add_group_metrics(inputs, student, student_scores, teacher_scores)
         outputs = {"student_scores": student_scores, "teacher_scores": teacher_scores}
         return (loss, outputs) if return_outputs else loss

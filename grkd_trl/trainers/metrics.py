@@ -5,8 +5,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from transformers import TrainerState, TrainingArguments
 
 from ..losses import ranked_pairs
+from ..scoring import CompletionScores, predicted_mask, sequence_scores, to_groups
 
 
 def peak_memory(accelerator: Accelerator) -> dict[str, float]:
@@ -42,6 +44,7 @@ class RunningMeans:
 
     def __init__(self):
         self._totals: dict[str, torch.Tensor] = {}
+        self._counters: dict[str, float] = {}  # sums since the start of the run
 
     def add(self, name: str, values: torch.Tensor, count: torch.Tensor | int | None = None) -> None:
         """
@@ -60,9 +63,22 @@ class RunningMeans:
         total = torch.stack([values.detach().sum(dtype=dtype), count])
         self._totals[name] = self._totals[name] + total if name in self._totals else total
 
+    def add_total(self, name: str, value: torch.Tensor) -> None:
+        """
+        Add to a sum since the start of the run.
+
+        Args:
+            name (`str`):
+                Name in the log. Every process must add the same names.
+            value (`torch.Tensor`):
+                Values whose sum is added.
+        """
+        self._counters.setdefault(name, 0.0)
+        self.add(name, value, 1)
+
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """
-        Return the means over all processes and start again. Every process must call this.
+        Return the means over all processes, and the sums, and start the means again. Every process must call this.
 
         Args:
             accelerator ([`~accelerate.Accelerator`]):
@@ -77,7 +93,11 @@ class RunningMeans:
         totals = torch.stack([self._totals[name].to(accelerator.device) for name in names])
         self._totals = {}
         totals = accelerator.reduce(totals, reduction="sum").tolist()
-        return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count > 0}
+        means = {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count > 0}
+        for name, (total, _) in zip(names, totals, strict=True):
+            if name in self._counters:
+                means[name] = self._counters[name] = self._counters[name] + total
+        return means
 
 
 def add_rank_metrics(
@@ -160,46 +180,145 @@ def add_length_metrics(
     means.add("completions/clipped_ratio", clipped)
 
 
-def rank_correlation(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+def is_logged(args: TrainingArguments, state: TrainerState) -> bool:
     """
-    Spearman's correlation of student and teacher over the classes of each example, ties at their mean rank.
+    Whether the optimizer step that runs now is one of those that are logged.
 
     Args:
-        student_logits (`torch.Tensor` of shape `(B, C)`):
-            Student's logits.
-        teacher_logits (`torch.Tensor` of shape `(B, C)`):
-            Teacher's logits.
+        args ([`~transformers.TrainingArguments`]):
+            Configuration.
+        state ([`~transformers.TrainerState`]):
+            State of the run.
 
     Returns:
-        `torch.Tensor` of shape `(B,)`: Correlations, 0 where either gives all classes the same logit.
+        `bool`: `True` if it is, and every tenth step where logging does not go by steps.
     """
-
-    def centred_ranks(logits: torch.Tensor) -> torch.Tensor:
-        ordered, logits = logits.sort(-1).values, logits.contiguous()
-        ranks = torch.searchsorted(ordered, logits) + torch.searchsorted(ordered, logits, right=True)
-        return ranks - ranks.float().mean(-1, keepdim=True)
-
-    return torch.nn.functional.cosine_similarity(centred_ranks(student_logits), centred_ranks(teacher_logits), dim=-1)
+    every = state.logging_steps if args.logging_strategy == "steps" else 10
+    first = args.logging_first_step and state.global_step == 0
+    return first or (state.global_step + 1) % max(int(every), 1) == 0
 
 
-def add_class_metrics(
-    means: RunningMeans, student_logits: torch.Tensor, teacher_logits: torch.Tensor, *, correlation: bool
+def add_token_metrics(
+    means: RunningMeans,
+    inputs: dict[str, torch.Tensor],
+    student: CompletionScores,
+    *,
+    training: bool,
+    chosen: torch.Tensor | None = None,
 ) -> None:
     """
-    Add how well the student ranks classes as the teacher does: `rank/agreement` (share of the examples whose first class
-    is the teacher's) and `rank/spearman` (mean over the examples).
+    Add TRL's metrics of tokens, in its names and definitions: `num_tokens`, of all batches so far with their prompts;
+    `entropy`, of the student's distributions at completion tokens, in nats; and `mean_token_accuracy`, the share of
+    completion tokens that are the student's most likely, of the better completions where there are such, as DPO has it,
+    else of all, as SFT has it. The last two read logits, which the step has in hand anyway, and are computed in the steps
+    that are logged, so that the others cost nothing more.
 
     Args:
         means ([`RunningMeans`]):
             Where to add.
-        student_logits (`torch.Tensor` of shape `(B, C)`):
-            Student's logits.
-        teacher_logits (`torch.Tensor` of shape `(B, C)`):
-            Teacher's logits.
-        correlation (`bool`):
-            Whether to add `rank/spearman`, which sorts the classes.
+        inputs (`dict[str, torch.Tensor]`):
+            Batch of groups.
+        student ([`~scoring.CompletionScores`]):
+            The student's scores of it.
+        training (`bool`):
+            Whether the batch is trained on.
+        chosen (`torch.Tensor` of shape `(N,)`, *optional*):
+            `True` for the rows that the accuracy is of.
     """
-    student_logits = student_logits.detach()
-    means.add("rank/agreement", student_logits.argmax(-1) == teacher_logits.argmax(-1))
-    if correlation:
-        means.add("rank/spearman", rank_correlation(student_logits, teacher_logits))
+    if training:
+        means.add_total("num_tokens", inputs["attention_mask"])
+    if student.entropy is None or student.is_top1 is None:
+        return
+    means.add("entropy", student.entropy)
+    correct = student.is_top1
+    if chosen is not None:
+        mask = predicted_mask(inputs["completion_mask"])
+        correct = correct[chosen.unsqueeze(-1).expand_as(mask)[mask].to(correct.device)]
+    means.add("mean_token_accuracy", correct)
+
+
+def add_group_metrics(
+    means: RunningMeans,
+    inputs: dict[str, torch.Tensor],
+    student: CompletionScores,
+    student_scores: torch.Tensor,
+    teacher_scores: torch.Tensor,
+    *,
+    min_gap: float,
+    shown: str,
+    rewards: torch.Tensor | None,
+    training: bool,
+) -> None:
+    """
+    Add what is logged of groups whatever the method: [`add_rank_metrics`], [`add_length_metrics`],
+    [`add_token_metrics`] and `completions/padding_ratio`, the share of the batch that is padding. For a method that prefers
+    completions to others also TRL's metrics of DPO, of the completion that the teacher scores best (chosen) and the one
+    it scores worst (rejected) of each group where these differ: `logps/chosen` and `logps/rejected`, the sums of the
+    student's log-probabilities, `rewards/chosen` and `rewards/rejected`, their difference `rewards/margins`, and
+    `rewards/accuracies`, the share in which it is above 0.
+
+    Args:
+        means ([`RunningMeans`]):
+            Where to add.
+        inputs (`dict[str, torch.Tensor]`):
+            Batch of groups.
+        student ([`~scoring.CompletionScores`]):
+            The student's scores of it.
+        student_scores (`torch.Tensor` of shape `(P, G)`):
+            Student's scores.
+        teacher_scores (`torch.Tensor` of shape `(P, G)`):
+            Teacher's scores.
+        min_gap (`float`):
+            Gap of teacher scores that a pair must exceed.
+        shown (`str`):
+            What the teacher's scores are, as for [`add_rank_metrics`].
+        rewards (`torch.Tensor` of shape `(P, G)`, *optional*):
+            What the loss compares, scaled as in its sigmoid or softmax.
+        training (`bool`):
+            Whether the batch is trained on.
+    """
+    group_mask, mask = inputs["group_mask"], predicted_mask(inputs["completion_mask"])
+    lengths = to_groups(mask.sum(-1), group_mask)
+    add_rank_metrics(means, student_scores, teacher_scores, min_gap=min_gap, mask=group_mask, shown=shown)
+    add_length_metrics(means, lengths, inputs["clipped"], teacher_scores, mask=group_mask)
+    means.add("completions/padding_ratio", inputs["attention_mask"] == 0)
+    if rewards is None:
+        add_token_metrics(means, inputs, student, training=training)
+        return
+    best = teacher_scores.masked_fill(~group_mask, -torch.inf).max(-1, keepdim=True)
+    worst = teacher_scores.masked_fill(~group_mask, torch.inf).min(-1, keepdim=True)
+    pairs = (best.values - worst.values > min_gap).squeeze(-1)
+    logps = to_groups(sequence_scores(student.per_token_logps, inputs["completion_mask"], score="sum"), group_mask)
+    ends = {"chosen": best.indices, "rejected": worst.indices}
+    for name, values in (("logps", logps), ("rewards", rewards)):
+        for end, index in ends.items():
+            means.add(f"{name}/{end}", values.gather(-1, index).squeeze(-1)[pairs])
+    margins = (rewards.gather(-1, best.indices) - rewards.gather(-1, worst.indices)).squeeze(-1)[pairs]
+    means.add("rewards/accuracies", margins > 0)
+    means.add("rewards/margins", margins)
+    is_best = torch.zeros_like(group_mask).scatter(-1, best.indices, True)
+    add_token_metrics(means, inputs, student, training=training, chosen=is_best[group_mask])
+
+
+def as_predictions(
+    values: torch.Tensor | None, group_mask: torch.Tensor, whole_mask: torch.Tensor
+) -> torch.Tensor | None:
+    """
+    Scores of groups as `Trainer` collects them, alike on every process.
+
+    Args:
+        values (`torch.Tensor` of shape `(P, G)`, *optional*):
+            Scores of the groups of this process.
+        group_mask (`torch.Tensor` of shape `(P, G)`):
+            `True` where a group has a completion.
+        whole_mask (`torch.Tensor` of shape `(P', G)`):
+            The same of all groups in the batch, with those that accelerate repeats.
+
+    Returns:
+        `torch.Tensor` of shape `(P', G)`, *optional*: Scores, -100 where there is none.
+    """
+    if values is None:
+        return None
+    whole = values.new_full(whole_mask.shape, -100.0)
+    whole[: len(values)] = values.masked_fill(~group_mask, -100.0)
+    return whole

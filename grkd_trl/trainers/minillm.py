@@ -24,6 +24,7 @@ from ..losses import clipped_policy_loss, minillm_returns, mixture_logps, revers
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
 from .base import GroupTrainer
 from .checks import check_finite
+from .metrics import add_token_metrics
 from .minillm_config import MiniLLMConfig
 
 
@@ -171,7 +172,9 @@ class MiniLLMTrainer(GroupTrainer):
                 losses[name] = wide.log_softmax(-1).gather(-1, tokens[rows].to(own.device)).squeeze(-1)
             return losses
 
-        student = score_completions(model, inputs, token_losses=token_losses, **sharing, **self.router_kwargs)
+        student = score_completions(
+            model, inputs, token_losses=token_losses, token_metrics=self.token_metrics, **sharing, **self.router_kwargs
+        )
         check_finite(student=student.per_token_logps, teacher=teacher.per_token_logps)
         logps, teacher_logps, single_step = (
             student.token_losses[name] for name in ("logps", "teacher_logps", "single_step")
@@ -214,4 +217,5 @@ class MiniLLMTrainer(GroupTrainer):
         means.add("reverse_kl", outputs["student_scores"] - outputs["teacher_scores"])  # one sample of each prompt's
         means.add("completions/mean_length", mask.sum(), num_prompts)
         means.add("completions/clipped_ratio", inputs["clipped"])
+        add_token_metrics(means, inputs, student, training=self.model.training)
         return (loss, outputs) if return_outputs else loss

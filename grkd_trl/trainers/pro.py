@@ -31,6 +31,8 @@ class PROConfig(GroupConfig):
             \\( (n - 1)^2 \\) of a group of n, as in the official code.
     """
 
+    annotates = True
+
     reward_temperature: bool = option(True, "Whether the gaps of teacher scores scale the student's scores.")
     sft_weight: float = option(0.05, "Weight of the best completion's NLL, for each (n - 1)^2 of a group of n.")
 
@@ -108,7 +110,9 @@ class PROTrainer(GroupTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, group_mask, teacher_scores = self.args, inputs["group_mask"], inputs["teacher_scores"]
         completion_mask = inputs["completion_mask"]
-        student = score_completions(model, inputs, prompt_sharing=args.prompt_sharing, **self.router_kwargs)
+        student = score_completions(
+            model, inputs, prompt_sharing=args.prompt_sharing, token_metrics=self.token_metrics, **self.router_kwargs
+        )
         check_finite(student=student.per_token_logps)
         scores, logps = (
             to_groups(sequence_scores(student.per_token_logps, completion_mask, score=score), group_mask)
@@ -131,6 +135,6 @@ class PROTrainer(GroupTrainer):
         means = self.means
         means.add("loss/ranking", ranking)
         means.add("loss/sft", sft)
-        self.add_group_metrics(inputs, scores, teacher_scores)
+        self.add_group_metrics(inputs, student, scores, teacher_scores, rewards=scores)
         outputs = {"student_scores": scores, "teacher_scores": teacher_scores}
         return (loss, outputs) if return_outputs else loss

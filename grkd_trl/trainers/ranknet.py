@@ -25,6 +25,8 @@ class RankNetConfig(GroupConfig):
             Temperature \\( T \\) of the student's and the teacher's preferences, in the unit of the scores.
     """
 
+    annotates = True
+
     temperature: float = option(1.0, "Temperature of both preferences, in the unit of the scores.")
 
     def __post_init__(self):
@@ -83,7 +85,9 @@ class RankNetTrainer(GroupTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, group_mask, teacher_scores = self.args, inputs["group_mask"], inputs["teacher_scores"]
-        student = score_completions(model, inputs, prompt_sharing=args.prompt_sharing, **self.router_kwargs)
+        student = score_completions(
+            model, inputs, prompt_sharing=args.prompt_sharing, token_metrics=self.token_metrics, **self.router_kwargs
+        )
         check_finite(student=student.per_token_logps)
         scores = sequence_scores(student.per_token_logps, inputs["completion_mask"], score="mean")
         student_scores = to_groups(scores, group_mask)
@@ -97,6 +101,7 @@ class RankNetTrainer(GroupTrainer):
         loss = self.add_router_loss(loss, student.aux_loss, num_items_in_batch)
 
         self.means.add("loss/pairs", losses)
-        self.add_group_metrics(inputs, student_scores, teacher_scores)
+        rewards = student_scores / args.temperature
+        self.add_group_metrics(inputs, student, student_scores, teacher_scores, rewards)
         outputs = {"student_scores": student_scores, "teacher_scores": teacher_scores}
         return (loss, outputs) if return_outputs else loss

@@ -8,6 +8,7 @@ from ..scoring import predicted_mask, score_completions, sequence_scores, to_gro
 from .base import GroupTrainer
 from .checks import check_finite
 from .config import GroupConfig, option
+from .metrics import add_token_metrics
 
 
 @dataclass
@@ -30,6 +31,8 @@ class SeqKDConfig(GroupConfig):
         max_completion_length (`int`, *optional*, defaults to `256`):
             Longest completion that the teacher writes, in its tokens.
     """
+
+    annotates = True
 
     decoding: str = option(
         "beam",
@@ -116,7 +119,13 @@ class SeqKDTrainer(GroupTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         group_mask, completion_mask = inputs["group_mask"], inputs["completion_mask"]
-        student = score_completions(model, inputs, prompt_sharing=self.args.prompt_sharing, **self.router_kwargs)
+        student = score_completions(
+            model,
+            inputs,
+            prompt_sharing=self.args.prompt_sharing,
+            token_metrics=self.token_metrics,
+            **self.router_kwargs,
+        )
         check_finite(student=student.per_token_logps)
 
         # The teacher's text as the label: one value a token
@@ -134,4 +143,5 @@ class SeqKDTrainer(GroupTrainer):
         means.add("scores/student", scores, group_mask.sum())
         means.add("completions/mean_length", mask.sum(), group_mask.sum())
         means.add("completions/clipped_ratio", inputs["clipped"])
+        add_token_metrics(means, inputs, student, training=self.model.training)
         return (loss, {"student_scores": scores}) if return_outputs else loss
