@@ -11,7 +11,8 @@ from .minillm_config import MiniLLMConfig
 from .pro import PROConfig, PROTrainer
 from .ranknet import RankNetConfig, RankNetTrainer
 from .seqkd import SeqKDConfig, SeqKDTrainer
-from .simpo import SimPOConfig, SimPOTrainer
+from .simpo import SimPOTrainer
+from .simpo_config import SimPOConfig
 
 
 __all__ = [

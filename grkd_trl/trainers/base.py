@@ -256,9 +256,13 @@ class GroupTrainer(SFTTrainer):
         return num_items_in_batch.clamp(min=1) / self.accelerator.num_processes
 
     @property
-    def router_kwargs(self) -> dict[str, Any]:
-        """What the student's forward is asked for where it is a mixture of experts with a load-balancing loss."""
-        return {"output_router_logits": True} if self.aux_loss_enabled else {}
+    def student_kwargs(self) -> dict[str, Any]:
+        """
+        What the student's forward is asked for beside its log-probabilities: entropy and token accuracy in evaluation and
+        in the steps that are logged, and the load-balancing loss of a mixture of experts that has one.
+        """
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        return {"token_metrics": not self.model.training or is_logged(self.args, self.state), **router}
 
     def add_router_loss(self, loss, aux_loss, num_items_in_batch):
         """
@@ -291,11 +295,6 @@ class GroupTrainer(SFTTrainer):
     def means(self) -> RunningMeans:
         """Where `compute_loss` adds what it logs: the means of training or those of evaluation."""
         return self.running_means["train" if self.model.training else "eval"]
-
-    @property
-    def token_metrics(self) -> bool:
-        """Whether a step computes entropy and token accuracy: in evaluation, and in training where it is logged."""
-        return not self.model.training or is_logged(self.args, self.state)
 
     def add_group_metrics(self, inputs, student, student_scores, teacher_scores, rewards=None) -> None:
         """Add what is logged of groups whatever the method, see [`~trainers.metrics.add_group_metrics`]."""

@@ -74,15 +74,13 @@ class GRKDTrainer(GroupTrainer):
         optimizers, quantization_config, peft_config:
             As in [`~trainers.GroupTrainer`].
         completion_fn (`Callable`, *optional*):
-            Writes online groups in place of student and teacher: `completion_fn(prompts, num_completions, **columns)`
-            gives as many texts for each prompt, or [`~teacher.Completions`], which also say which were cut and hold token ids.
+            Writes online groups: `completion_fn(prompts, num_completions, **columns)` gives as many texts for each prompt,
+            or [`~teacher.Completions`], which also say which were cut and hold token ids.
         score_fn (`Callable`, *optional*):
-            Scores online groups in place of the teacher: `score_fn(prompts, completions, **columns)` gives a number for
-            each completion of each prompt, higher is better. See [`~teacher.CallableScorer`].
+            Scores online groups: `score_fn(prompts, completions, **columns)`, see [`~teacher.CallableScorer`].
 
     Raises:
-        `ValueError`: Before the first step, if a row is no group, if a teacher is missing, or if its vocabulary
-            differs from the student's.
+        `ValueError`: Before the first step, if a row is no group, or a teacher is missing or has another vocabulary.
     """
 
     equation = (
@@ -165,9 +163,7 @@ class GRKDTrainer(GroupTrainer):
             )
         if teacher_model is not None:
             say = logger.info if used_for else logger.warning  # a teacher that is named is expected to do something
-            say(
-                f"`teacher_model` is used for {' and '.join(used_for) or 'nothing: the data has all that it would give'}."
-            )
+            say(f"`teacher_model` is used for {' and '.join(used_for) or 'nothing: the data has all it gives'}.")
         if not used_for:
             return None, *datasets
         return super().bring_teacher(args, model, teacher_model, processing_class, *datasets)
@@ -229,9 +225,7 @@ class GRKDTrainer(GroupTrainer):
             return losses
 
         needed = token_losses if args.needs_teacher_logits else None
-        student = score_completions(
-            model, inputs, token_losses=needed, token_metrics=self.token_metrics, **sharing, **self.router_kwargs
-        )
+        student = score_completions(model, inputs, token_losses=needed, **sharing, **self.student_kwargs)
         check_finite(student=student.per_token_logps, teacher=teacher and teacher.per_token_logps)
         scores = sequence_scores(student.per_token_logps, completion_mask, score=args.score)
         student_scores = to_groups(scores, group_mask)

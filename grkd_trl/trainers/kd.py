@@ -115,9 +115,7 @@ class KDTrainer(GroupTrainer):
             kl = forward_kl(student_logits, teacher_logits, temperature=args.temperature)
             return {"soft": args.temperature**2 * kl}
 
-        student = score_completions(
-            model, inputs, token_losses=token_losses, token_metrics=self.token_metrics, **sharing, **self.router_kwargs
-        )
+        student = score_completions(model, inputs, token_losses=token_losses, **sharing, **self.student_kwargs)
         check_finite(student=student.per_token_logps, teacher=teacher.per_token_logps)
         soft = student.token_losses["soft"]
         mask = predicted_mask(completion_mask)

@@ -172,9 +172,7 @@ class MiniLLMTrainer(GroupTrainer):
                 losses[name] = wide.log_softmax(-1).gather(-1, tokens[rows].to(own.device)).squeeze(-1)
             return losses
 
-        student = score_completions(
-            model, inputs, token_losses=token_losses, token_metrics=self.token_metrics, **sharing, **self.router_kwargs
-        )
+        student = score_completions(model, inputs, token_losses=token_losses, **sharing, **self.student_kwargs)
         check_finite(student=student.per_token_logps, teacher=teacher.per_token_logps)
         logps, teacher_logps, single_step = (
             student.token_losses[name] for name in ("logps", "teacher_logps", "single_step")

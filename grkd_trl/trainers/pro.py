@@ -110,9 +110,7 @@ class PROTrainer(GroupTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, group_mask, teacher_scores = self.args, inputs["group_mask"], inputs["teacher_scores"]
         completion_mask = inputs["completion_mask"]
-        student = score_completions(
-            model, inputs, prompt_sharing=args.prompt_sharing, token_metrics=self.token_metrics, **self.router_kwargs
-        )
+        student = score_completions(model, inputs, prompt_sharing=args.prompt_sharing, **self.student_kwargs)
         check_finite(student=student.per_token_logps)
         scores, logps = (
             to_groups(sequence_scores(student.per_token_logps, completion_mask, score=score), group_mask)

@@ -85,9 +85,7 @@ class RankNetTrainer(GroupTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, group_mask, teacher_scores = self.args, inputs["group_mask"], inputs["teacher_scores"]
-        student = score_completions(
-            model, inputs, prompt_sharing=args.prompt_sharing, token_metrics=self.token_metrics, **self.router_kwargs
-        )
+        student = score_completions(model, inputs, prompt_sharing=args.prompt_sharing, **self.student_kwargs)
         check_finite(student=student.per_token_logps)
         scores = sequence_scores(student.per_token_logps, inputs["completion_mask"], score="mean")
         student_scores = to_groups(scores, group_mask)

@@ -119,13 +119,7 @@ class SeqKDTrainer(GroupTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         group_mask, completion_mask = inputs["group_mask"], inputs["completion_mask"]
-        student = score_completions(
-            model,
-            inputs,
-            prompt_sharing=self.args.prompt_sharing,
-            token_metrics=self.token_metrics,
-            **self.router_kwargs,
-        )
+        student = score_completions(model, inputs, prompt_sharing=self.args.prompt_sharing, **self.student_kwargs)
         check_finite(student=student.per_token_logps)
 
         # The teacher's text as the label: one value a token
@@ -134,8 +128,7 @@ class SeqKDTrainer(GroupTrainer):
 
         # The sum over the micro-batch, divided by the tokens of the whole optimizer step
         _, num_tokens = self.step_counts(inputs, num_items_in_batch)
-        loss = nll.sum() / num_tokens
-        loss = self.add_router_loss(loss, student.aux_loss, num_items_in_batch)
+        loss = self.add_router_loss(nll.sum() / num_tokens, student.aux_loss, num_items_in_batch)
 
         means = self.means
         means.add("loss/nll", nll)
