@@ -46,6 +46,7 @@ class TestTrainedHead:
         torch.testing.assert_close(ours[name], full["lm_head.weight"], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 class TestCompiled:
     """By `aot_eager`, which traces forward and backward as `inductor` does and writes no code, so needs no compiler."""
 

@@ -216,6 +216,7 @@ METRICS = [
     "rank/accuracy",
     "rank/kendall_tau",
     "rank/pairs_per_group",
+    "rank/tied_ratio",
     "completions/mean_length",
     "completions/best_length",
     "completions/worst_length",
