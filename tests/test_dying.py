@@ -129,6 +129,7 @@ class TestTold:
         assert distance(weights(tmp_path), uninterrupted) == 0
 
 
+@pytest.mark.slow
 class TestRankDies:
     @pytest.mark.parametrize("how, error", [("raise", "This step cannot be done"), ("kill", "Signal 9")])
     def test_the_other_ends_within_a_minute(self, models, tmp_path, how, error):

@@ -286,6 +286,7 @@ class TestAllPairsInBlocks:
                 torch.testing.assert_close(gradient[place][present], gradient_of(expected, own))
             torch.testing.assert_close(loss[place], expected)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("loss", ["group_relative_loss", "ranknet_loss"])
     def test_ten_thousand_classes_fit_in_two_gibibytes(self, loss):
         """The peak of a whole process, torch included, forward and backward at batch 32; a (32, C, C) tensor is 12 GiB."""

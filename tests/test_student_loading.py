@@ -130,6 +130,7 @@ class TestAdaptersOnTheHead:
         assert why_at_once(trainer.model.eval()) is None  # it was not marked as unknown either
 
 
+@pytest.mark.slow
 class TestCompiled:
     """By `aot_eager`, which traces forward and backward as `inductor` does and writes no code, so needs no compiler."""
 
