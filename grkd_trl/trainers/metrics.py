@@ -226,13 +226,14 @@ def add_token_metrics(
             `True` for the rows that the accuracy is of.
     """
     if training:
-        means.add_total("num_tokens", inputs["attention_mask"])
+        first = 1 if len(inputs["group_mask"]) == 0 else 0  # a batch without a group keeps a row, see `first_groups`
+        means.add_total("num_tokens", inputs["attention_mask"][first:])
     if student.entropy is None or student.is_top1 is None:
         return
     means.add("entropy", student.entropy)
     correct = student.is_top1
     if chosen is not None:
-        mask = predicted_mask(inputs["completion_mask"])
+        mask = predicted_mask(inputs["completion_mask"])[: len(chosen)]  # none where no group is left
         correct = correct[chosen.unsqueeze(-1).expand_as(mask)[mask].to(correct.device)]
     means.add("mean_token_accuracy", correct)
 
