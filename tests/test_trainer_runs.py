@@ -222,6 +222,15 @@ METRICS = [
     "completions/worst_length",
     "completions/clipped_ratio",
     "completions/padding_ratio",
+    "num_tokens",
+    "entropy",
+    "mean_token_accuracy",
+    "logps/chosen",
+    "logps/rejected",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
 ]
 
 

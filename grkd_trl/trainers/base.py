@@ -143,9 +143,7 @@ class GroupTrainer(SFTTrainer):
         self.compile_plugin = take_over_compilation(self.accelerator, args)
         compile_layers(self.model, self.compile_plugin)
         self.running_means = {"train": RunningMeans(), "eval": RunningMeans()}
-        self.teacher_model, self.vocab_size = None, None
-        if teacher_model is not None:
-            self.teacher_model, self.vocab_size = self._place_teacher(teacher_model)
+        self.teacher_model, self.vocab_size = self._place_teacher(teacher_model)
         self.add_callback(OrderOfEpoch())
         self.group_warnings = GroupWarnings()
         self.add_callback(self.group_warnings)
@@ -163,11 +161,15 @@ class GroupTrainer(SFTTrainer):
                 "Pass a teacher. Without one, `DPOTrainer`, `SimPOTrainer` and `PROTrainer` accept groups with "
                 "`teacher_scores`, and `SeqKDTrainer` completions that the teacher wrote."
             )
-        shared_vocabulary(model, teacher_model, processing_class, **init_kwargs_of(args))  # before either is loaded
+        # Before either is loaded. What is no tokenizer at all is refused by TRL.
+        if isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin | None):
+            shared_vocabulary(model, teacher_model, processing_class, **init_kwargs_of(args))
         return teacher_model, *datasets
 
-    def _place_teacher(self, teacher_model: str | PreTrainedModel) -> tuple[torch.nn.Module, int]:
+    def _place_teacher(self, teacher_model: str | PreTrainedModel | None) -> tuple[torch.nn.Module | None, int | None]:
         args, student = self.args, self.model
+        if teacher_model is None:
+            return None, None
         if is_base_of(student, teacher_model, args):
             return student, student.config.get_text_config().vocab_size
         with loading_whole(args) if args.teacher_sharding == "replicated" else nullcontext():
