@@ -55,6 +55,35 @@ def group_relative(student, teacher, temperature=1.0, min_gap=0.0):
     return sum(-log_sigmoid((student[i] - student[j]) / temperature) for i, j in pairs) / len(pairs)
 
 
+def standardized(values):
+    mean = sum(values) / len(values)
+    deviation = sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+    return [(value - mean) / deviation if deviation else 0.0 for value in values]
+
+
+def pairwise_family(
+    student, teacher, temperature=1.0, target_temperature=1.0, weights=None, min_gap=0.0, standardize=False
+):
+    """Divergence of the student's preference from the teacher's in each pair, beyond the paper; `weights` of the members."""
+    if standardize:
+        student, teacher = standardized(student), [value.real for value in standardized(teacher)]
+    total, share = 0.0, 0.0
+    for i in range(len(teacher)):
+        for j in range(i):
+            gap, margin = teacher[i] - teacher[j], (student[i] - student[j]) / temperature
+            weight = 1.0 if weights is None else weights[i] + weights[j]
+            if abs(gap) < min_gap or target_temperature == 0 and abs(gap) == min_gap:
+                continue
+            share += weight
+            if target_temperature == 0:
+                total += -weight * log_sigmoid(margin if gap > 0 else -margin)
+                continue
+            for sign in (1, -1):
+                target = log_sigmoid(sign * gap / target_temperature)
+                total += weight * exp(target).real * (target - log_sigmoid(sign * margin))
+    return total / share if share else 0.0
+
+
 def group_soft_label(student, teacher, temperature=1.0):
     """Equation 3, a completion as the class. An empty group is worth 0."""
     if not teacher:
@@ -160,18 +189,6 @@ def clipped_policy(logp, sampling_logp, advantage, clip_range=0.2):
 
 
 # Relational rivals of classifiers
-
-
-def ranknet(student, teacher, temperature=1.0):
-    """Equation 3 of RankNet with the teacher's preference, as a mean over the pairs."""
-    total, pairs = 0.0, 0
-    for i in range(len(student)):
-        for j in range(i):
-            margin = (student[i] - student[j]) / temperature
-            target = exp(log_sigmoid((teacher[i] - teacher[j]) / temperature)).real
-            total += -target * log_sigmoid(margin) - (1 - target) * log_sigmoid(-margin)
-            pairs += 1
-    return total / max(pairs, 1)
 
 
 def pld(student, teacher, label, temperature=1.0):

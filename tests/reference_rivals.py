@@ -111,10 +111,11 @@ def ranknet(student, teacher, groups, options, *, temperature=1.0):
         scores, (means, _) = _scores(teacher, group, options), _means_and_sums(student, group, options)
         pairs = [(i, j) for i in range(len(scores)) for j in range(i)]
         for i, j in pairs:
-            preference = 1 / (1 + math.exp((scores[j] - scores[i]) / temperature))
             margin = (means[i] - means[j]) / temperature
-            losses = _minus_log_sigmoid(margin), _minus_log_sigmoid(-margin)
-            total = total + (preference * losses[0] + (1 - preference) * losses[1]) / len(pairs)
+            for sign in (1, -1):
+                preference = 1 / (1 + math.exp(sign * (scores[j] - scores[i]) / temperature))
+                divergence = math.log(preference) + _minus_log_sigmoid(sign * margin)
+                total = total + preference * divergence / len(pairs)
     return total / len(groups)
 
 

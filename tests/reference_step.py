@@ -21,6 +21,9 @@ class Options(NamedTuple):
     soft_label_temperature: float = 1.0
     relative_top_k: int = 8
     min_gap: float = 0.0
+    target_temperature: float = 0.0
+    pair_weights: str = "uniform"
+    standardize: bool = False
     sft_weight: float = 0.0
     max_length: int | None = None
     truncation_mode: str = "keep_start"
@@ -48,14 +51,34 @@ def read_completion(model, prompt_ids, completion_ids, options):
     return score, [row[: options.vocab_size] for row in logits]
 
 
-def pairwise(student, teacher, options):
-    """Equations 1 and 2 over one list."""
-    losses = []
+def pairwise(student, teacher, probability, options):
+    """Equations 1 and 2 over one list, and what the options add to them; `probability` holds the teacher's."""
+    weighs, temperature = options.pair_weights == "probability", options.target_temperature
+    if options.standardize:
+        student, teacher = standardize(student), standardize(teacher)
+    total = share = 0.0
     for i in range(len(teacher)):
         for j in range(len(teacher)):
-            if teacher[i] - teacher[j] > options.min_gap:
-                losses.append(torch.log1p(torch.exp((student[j] - student[i]) / options.ranking_temperature)))
-    return sum(losses) / len(losses) if losses else 0.0
+            gap, disagreement = teacher[i] - teacher[j], (student[j] - student[i]) / options.ranking_temperature
+            weight = probability[i] + probability[j] if weighs else 1.0
+            if temperature == 0 and gap > options.min_gap:
+                total, share = total + weight * torch.log1p(torch.exp(disagreement)), share + weight
+            elif temperature > 0 and i != j and abs(gap) >= options.min_gap:  # each order of a pair is half of it
+                target = 1 / (1 + math.exp(-gap / temperature))
+                total = total + weight * target * (math.log(target) + torch.log1p(torch.exp(disagreement)))
+                share += weight / 2
+    return total / share if share else 0.0
+
+
+def standardize(values):
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / len(values)
+    return [(value - mean) / variance**0.5 if variance else 0.0 for value in values]
+
+
+def softmax(scores):
+    total = sum(math.exp(score) for score in scores)
+    return [math.exp(score) / total for score in scores]
 
 
 def cross_entropy(student, teacher, options):
@@ -95,12 +118,14 @@ def loss_of(student, teacher, groups, options):
                 if options.relative_level == "tokens":
                     top = sorted(range(len(teacher_row)), key=lambda token, row=teacher_row: -row[token])
                     top = top[: options.relative_top_k]
-                    relative.append(pairwise([student_row[v] for v in top], [teacher_row[v] for v in top], options))
+                    probability = softmax(teacher_row)
+                    lists = ([row[v] for v in top] for row in (student_row, teacher_row, probability))
+                    relative.append(pairwise(*lists, options))
                 if options.soft_label == "token":
                     soft.append(cross_entropy(student_row, teacher_row, options))
         teacher_scores = group.get("teacher_scores", teacher_scores)
         if options.relative_level == "completions":
-            relative.append(pairwise(student_scores, teacher_scores, options))
+            relative.append(pairwise(student_scores, teacher_scores, softmax(teacher_scores), options))
         sft.append(-options.sft_weight * student_scores[teacher_scores.index(max(teacher_scores))])
         if options.soft_label == "group":
             soft.append(cross_entropy(student_scores, teacher_scores, options))

@@ -27,9 +27,10 @@ class TestConfig:
         assert make_config(tmp_path, alpha_start=value, alpha_end=value).alpha_end == value
 
     @pytest.mark.parametrize("value", [-0.5, NAN])
-    def test_min_gap(self, tmp_path, value):
-        with pytest.raises(ValueError, match=f"`min_gap` must be 0 or above, got {value}"):
-            make_config(tmp_path, min_gap=value)
+    @pytest.mark.parametrize("name", ["min_gap", "target_temperature"])
+    def test_not_negative(self, tmp_path, name, value):
+        with pytest.raises(ValueError, match=f"`{name}` must be 0 or above, got {value}"):
+            make_config(tmp_path, **{name: value})
 
     @pytest.mark.parametrize("value", [1, 0, -3])
     def test_top_k(self, tmp_path, value):

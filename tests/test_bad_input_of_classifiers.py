@@ -62,6 +62,8 @@ class TestBadInput:
             ({"alpha_schedule": "step"}, "`alpha_schedule` must be one of"),
             ({"ranking_temperature": 0.0}, "`ranking_temperature` must be above 0"),
             ({"min_gap": -1.0}, "`min_gap` must be 0 or above"),
+            ({"target_temperature": -1.0}, "`target_temperature` must be 0 or above"),
+            ({"pair_weights": "doubt"}, "`pair_weights` must be"),
         ],
         ids=str,
     )

@@ -45,7 +45,6 @@ from grkd_trl.losses import (
     group_relative_loss,
     group_soft_label_loss,
     pld_loss,
-    ranknet_loss,
     rkd_angle_loss,
     rkd_distance_loss,
     sample_classes,
@@ -59,6 +58,7 @@ class TestStep:
             {},
             {"hard_label_weight": 0.3, "label_smoothing_factor": 0.1},
             {"ranking_temperature": 0.5, "min_gap": 0.2, "soft_label_temperature": 3.0},
+            {"target_temperature": 2.0, "pair_weights": "probability", "standardize": True},
             {"weigh_by_doubt": True, "hard_label_weight": 0.3, "soft_label_temperature": 0.5},
             {"alpha_start": 1.0, "alpha_schedule": "constant", "alpha_end": 1.0, "hard_label_weight": 1.0},
         ],
@@ -79,7 +79,10 @@ class TestStep:
             logits,
             teacher_logits,
             temperature=given.get("ranking_temperature", 1.0),
+            target_temperature=given.get("target_temperature", 0.0),
+            weights=teacher_logits.softmax(-1) if "pair_weights" in given else None,
             min_gap=given.get("min_gap", 0.0),
+            standardize=given.get("standardize", False),
         )
         soft_temperature = given.get("soft_label_temperature", 1.0)
         soft = group_soft_label_loss(logits, teacher_logits, temperature=soft_temperature)
@@ -108,7 +111,11 @@ class TestStep:
     def test_a_batch_may_be_split(self, tmp_path, trainer_class):
         rows, found = make_rows(8), []
         rival = trainer_class is DistillationForClassificationTrainer
-        loss = {"loss_func": lambda student, teacher, labels: ranknet_loss(student.logits, teacher.logits)}
+        loss = {
+            "loss_func": lambda student, teacher, labels: group_relative_loss(
+                student.logits, teacher.logits, target_temperature=1.0
+            )
+        }
         for size, steps in [(8, 1), (3, 3)]:  # 3 + 3 + 2 rows: micro-batches of different sizes
             seen = Gradients()
             split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
@@ -269,7 +276,7 @@ class TestTeacher:
 
 RIVALS = {
     "soft": lambda s, t, y: group_soft_label_loss(s.logits, t.logits, temperature=2.0),
-    "ranknet": lambda s, t, y: ranknet_loss(s.logits, t.logits),
+    "ranknet": lambda s, t, y: group_relative_loss(s.logits, t.logits, target_temperature=1.0),
     "dist": lambda s, t, y: dist_loss(s.logits, t.logits),
     "pld": lambda s, t, y: pld_loss(s.logits, t.logits, y),
     "rkd_distance": lambda s, t, y: rkd_distance_loss(s.embeddings, t.embeddings),

@@ -1,5 +1,7 @@
 """Entries that are -inf to student and teacher: a masked vocabulary is the vocabulary without them, in value and gradient."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,7 +12,6 @@ from grkd_trl.losses import (
     group_soft_label_loss,
     pld_loss,
     ranking,
-    ranknet_loss,
     reverse_kl,
     token_relative_loss,
     token_soft_label_loss,
@@ -39,7 +40,7 @@ LOSSES = {
     "reverse_kl": reverse_kl,
     "group_relative": group_relative_loss,
     "token_relative": lambda student, teacher: token_relative_loss(student, teacher, top_k=6),
-    "ranknet": ranknet_loss,
+    "ranknet": partial(group_relative_loss, target_temperature=1.0),
     "pld": lambda student, teacher: pld_loss(student, teacher, torch.tensor([0, 1, 0])),
     "top 3": from_top(3),
     "top 5": from_top(5),

@@ -1,9 +1,7 @@
-"""The rivals of a classifier against `reference.py`, the blocked path of the relative loss, sampling and weights."""
+"""The rivals of a classifier against `reference.py`, sampling and weights."""
 
 import itertools
 import math
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -12,13 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from grkd_trl.losses import (
-    _pair_blocks,
     dist_loss,
     doubt_weights,
     group_relative_loss,
     pld_loss,
-    ranking,
-    ranknet_loss,
     rkd_angle_loss,
     rkd_distance_loss,
     sample_classes,
@@ -39,18 +34,12 @@ def gradient_of(values, student):
     return torch.autograd.grad(values.sum(), student)[0]
 
 
-def by_row(loop):
-    return lambda students, teachers: [loop(*rows) for rows in zip(students, teachers, strict=True)]
-
-
 def pld_rows(students, teachers):
     return [reference.pld(*rows) for rows in zip(students, teachers, LABELS.tolist(), strict=True)]
 
 
 # Ours, and the loop: a list of rows to a value for each
 BATCH_LOSSES = {
-    "ranknet": (ranknet_loss, by_row(reference.ranknet)),
-    "ranknet, softer": (partial(ranknet_loss, temperature=3.0), by_row(partial(reference.ranknet, temperature=3.0))),
     "pld": (partial(pld_loss, labels=LABELS), pld_rows),
     "dist": (dist_loss, reference.dist),
     "dist, softer and weighed": (
@@ -102,25 +91,6 @@ class TestRivals:
         wide = ours(student.float(), teacher.float())
         torch.testing.assert_close(ours(student, teacher), wide.bfloat16(), rtol=0, atol=0)
 
-    @pytest.mark.parametrize("fill", [0.0, NAN, INF])
-    def test_ranknet_removes_what_is_masked(self, fill):
-        student, teacher = draw(3, 5)
-        mask = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
-        rubbish = [scores.detach().masked_fill(mask == 0, fill) for scores in (student, teacher)]
-        values = ranknet_loss(*rubbish, mask=mask)
-        for row, present in enumerate(mask.bool()):
-            expected = ranknet_loss(student[row, present], teacher[row, present])
-            torch.testing.assert_close(values[row], expected, rtol=1e-12, atol=1e-12)
-
-    def test_ranknet_of_a_sure_teacher_is_the_relative_loss(self):
-        student, teacher = draw(6, 7)
-        torch.testing.assert_close(ranknet_loss(student, teacher * 1e6), group_relative_loss(student, teacher))
-
-    def test_ranknet_of_a_teacher_who_ties_pulls_the_classes_together(self):
-        student, _ = draw(2, 4)
-        gradient = gradient_of(ranknet_loss(student, torch.zeros(2, 4, dtype=torch.float64)), student)
-        assert (student.detach().argsort(-1) == gradient.argsort(-1)).all()  # highest falls, lowest rises
-
     def test_pld_of_a_sure_teacher_is_cross_entropy(self):
         student, _ = draw(4, 5)
         teacher = 1e3 * F.one_hot(LABELS, 5).double()
@@ -168,131 +138,12 @@ class TestRivals:
         ):
             loss(torch.zeros(2, 3), None)
 
-    @pytest.mark.parametrize("loss", [ranknet_loss, dist_loss, partial(pld_loss, labels=LABELS)])
+    @pytest.mark.parametrize("loss", [dist_loss, partial(pld_loss, labels=LABELS)])
     def test_errors(self, loss):
         with pytest.raises(ValueError, match="same shape"):
             loss(torch.zeros(4, 3), torch.zeros(4, 5))
         with pytest.raises(ValueError, match="`temperature` must be above 0"):
             loss(torch.zeros(4, 5), torch.zeros(4, 5), temperature=0.0)
-
-
-PEAK = """
-import re, torch
-from grkd_trl.losses import LOSS as loss
-torch.set_num_threads(1)
-student = torch.randn(32, 10_000, requires_grad=True)
-loss(student, torch.randn(32, 10_000)).mean().backward()
-assert student.grad.isfinite().all() and (student.grad != 0).any(-1).all()
-print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024)  # its own, not the parent's
-"""
-
-
-class TestAllPairsInBlocks:
-    @pytest.fixture(params=[4, 60, 300, 2**18])
-    def blocked(self, request, monkeypatch):
-        """Everything in blocks, of one pair up to the whole batch."""
-        monkeypatch.setattr(ranking, "_MAX_DENSE", -1)
-        monkeypatch.setattr(_pair_blocks, "_BLOCK", {"cpu": request.param})
-
-    @staticmethod
-    def given(dtype):
-        student, teacher = draw(3, 2, 37, dtype=dtype)
-        teacher = teacher.mul(4).round().div(4)  # ties
-        teacher[0, 0, 3:5], teacher[0, 1, 5] = INF, -INF
-        mask = torch.rand(3, 2, 37, generator=torch.Generator().manual_seed(5)) < 0.7
-        mask[1, 0], mask[1, 1] = False, torch.arange(37) == 8
-        return student, teacher, mask
-
-    @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
-    @pytest.mark.parametrize("min_gap", [0.0, 0.3, 5.0, 99.0])
-    def test_same_value_and_gradient(self, blocked, monkeypatch, min_gap, dtype, tolerance):
-        student, teacher, mask = self.given(dtype)
-        weights = torch.randn(3, 2, dtype=dtype, generator=torch.Generator().manual_seed(6))
-        found = []
-        for limit in (-1, 2**40):
-            monkeypatch.setattr(ranking, "_MAX_DENSE", limit)
-            loss = group_relative_loss(student, teacher, temperature=0.7, min_gap=min_gap, mask=mask)
-            found.append((loss, gradient_of(loss * weights, student)))
-        for blocks, dense in zip(*found, strict=True):
-            torch.testing.assert_close(blocks, dense, rtol=tolerance, atol=tolerance)
-
-    @pytest.mark.parametrize("fill", [NAN, INF, 1e30])
-    def test_masked_is_removed(self, blocked, fill):
-        student, teacher, mask = self.given(torch.float64)
-        expected = group_relative_loss(student, teacher, mask=mask)
-        rubbish = [scores.detach().masked_fill(~mask, fill).requires_grad_() for scores in (student, teacher)]
-        loss = group_relative_loss(*rubbish, mask=mask)
-        torch.testing.assert_close(loss, expected)
-        assert (gradient_of(loss, rubbish[0])[~mask] == 0).all()
-
-    def test_a_block_of_pairs_alone_may_hold_none_that_are_masked(self, blocked):
-        student, teacher = draw(2, 24)
-        mask = torch.arange(24).remainder(5).ne(3).expand(2, -1)
-        loss = group_relative_loss(student, teacher, mask=mask)
-        expected = group_relative_loss(student[:, mask[0]], teacher[:, mask[0]])
-        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
-
-    @pytest.mark.parametrize("side", [0, 1])
-    def test_nan_stays_in_its_group(self, blocked, side):
-        given = [scores.detach().clone() for scores in draw(3, 9)]
-        expected = group_relative_loss(*given)
-        given[side][1, 4] = NAN
-        loss = group_relative_loss(*given)
-        assert loss[1].isnan()
-        torch.testing.assert_close(loss[[0, 2]], expected[[0, 2]])
-
-    def test_negative_gap_is_refused(self, blocked):
-        with pytest.raises(ValueError, match="`min_gap` must be 0 or above, got -1.0"):
-            group_relative_loss(torch.zeros(2, 9), torch.zeros(2, 9), min_gap=-1.0)
-
-    @pytest.mark.parametrize("size", [77, 200])
-    def test_equals_the_loops_of_the_paper(self, size):
-        student, teacher = draw(1600 // size, size)
-        assert student.numel() * size > 2**14
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ranking, "_MAX_DENSE", -1)
-            loss = group_relative_loss(student, teacher, temperature=0.5, min_gap=0.1)
-            gradient = gradient_of(loss, student)
-        for row in range(0, len(student), 4):
-            lists = student[row].tolist(), teacher[row].tolist()
-            assert loss[row].item() == pytest.approx(reference.group_relative(*lists, 0.5, 0.1).real, rel=1e-10)
-            for index in (0, size // 2, size - 1):
-                shifted = [value + 1e-30j * (position == index) for position, value in enumerate(lists[0])]
-                slope = reference.group_relative(shifted, lists[1], 0.5, 0.1).imag / 1e-30
-                assert gradient[row, index].item() == pytest.approx(slope, rel=1e-10, abs=1e-14)
-
-    def test_gradcheck(self, blocked):
-        student, teacher = draw(2, 6)
-        assert torch.autograd.gradcheck(lambda values: group_relative_loss(values, teacher), student)
-
-    def test_large_groups_are_chosen_by_size(self, monkeypatch):
-        monkeypatch.setattr(ranking, "ranked_pairs", None)  # the dense path
-        assert group_relative_loss(*draw(2, 600)).isfinite().all()
-        with pytest.raises(TypeError):
-            group_relative_loss(*draw(2, 300))
-
-    def test_ranknet_has_the_same_value_and_gradient(self, blocked):
-        (student, teacher), mask = draw(3, 2, 37), self.given(torch.float64)[2]
-        loss = ranknet_loss(student, teacher, temperature=0.7, mask=mask)
-        gradient = gradient_of(loss, student)
-        for place in itertools.product(range(3), range(2)):
-            present = mask[place]
-            own = student.detach()[place][present].requires_grad_()
-            pairs = torch.combinations(torch.arange(len(own)))
-            expected = torch.zeros((), dtype=torch.float64)
-            if len(pairs):
-                margins, target = ((s[pairs[:, 0]] - s[pairs[:, 1]]) / 0.7 for s in (own, teacher[place][present]))
-                expected = F.binary_cross_entropy_with_logits(margins, target.sigmoid())
-                torch.testing.assert_close(gradient[place][present], gradient_of(expected, own))
-            torch.testing.assert_close(loss[place], expected)
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("loss", ["group_relative_loss", "ranknet_loss"])
-    def test_ten_thousand_classes_fit_in_two_gibibytes(self, loss):
-        """The peak of a whole process, torch included, forward and backward at batch 32; a (32, C, C) tensor is 12 GiB."""
-        command = [sys.executable, "-c", PEAK.replace("LOSS", loss)]
-        peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert int(peak) < 2 * 2**30
 
 
 class TestSampledClasses:

@@ -5,9 +5,9 @@ import torch
 from grkd_trl.losses import (
     dist_loss,
     forward_kl,
+    group_relative_loss,
     group_soft_label_loss,
     pld_loss,
-    ranknet_loss,
     rkd_angle_loss,
     rkd_distance_loss,
 )
@@ -31,7 +31,7 @@ def of_embeddings(loss, size=32):
 RIVALS = {
     "kd": lambda t: of_logits(forward_kl, scale=t**2, temperature=t),
     "listnet": lambda t: of_logits(group_soft_label_loss, temperature=t),
-    "ranknet": lambda t: of_logits(ranknet_loss, temperature=t),
+    "ranknet": lambda t: of_logits(group_relative_loss, temperature=t, target_temperature=t),
     "dist": lambda t: of_logits(dist_loss, temperature=t),
     "pld": lambda t: lambda student, teacher, labels: pld_loss(student.logits, teacher.logits, labels, temperature=t),
     "rkd_distance": lambda t: of_embeddings(rkd_distance_loss),

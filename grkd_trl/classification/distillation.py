@@ -68,7 +68,7 @@ class DistillationForClassificationTrainer(ClassifierTrainer):
     |---|---|
     | Standard KD (T = 4) | `lambda student, teacher, labels: 16 * group_soft_label_loss(student.logits, teacher.logits, temperature=4.0)` |
     | ListNet | `lambda student, teacher, labels: group_soft_label_loss(student.logits, teacher.logits)` |
-    | RankNet, DIST | the same of `ranknet_loss` and `dist_loss` |
+    | RankNet, DIST | the same of `dist_loss`, and of `group_relative_loss` with its two temperatures equal |
     | PLD | `lambda student, teacher, labels: pld_loss(student.logits, teacher.logits, labels)`, `hard_label_weight=0.0` |
     | RKD | `lambda student, teacher, labels: rkd_distance_loss(student.embeddings, teacher.embeddings)` |
 

@@ -75,9 +75,7 @@ class GRKDForClassificationTrainer(ClassifierTrainer):
                 generator=self.step_generator(teacher_logits.device),
             )
             ranked, ranked_teacher = logits.gather(-1, drawn), teacher_logits.gather(-1, drawn)
-        relative = group_relative_loss(
-            ranked, ranked_teacher, temperature=args.ranking_temperature, min_gap=args.min_gap
-        )
+        relative = group_relative_loss(ranked, ranked_teacher, **args.ranking(ranked_teacher))
 
         # Equation 3
         soft = group_soft_label_loss(logits, teacher_logits, temperature=args.soft_label_temperature)

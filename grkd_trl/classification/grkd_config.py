@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
+from ..losses import probability_weights
 from ..trainers.config import check_best_metric, check_choices, option
 
 
@@ -33,6 +35,16 @@ class GRKDForClassificationConfig(TrainingArguments):
             Temperature \\( \tau \\), in the unit of the logits.
         min_gap (`float`, *optional*, defaults to `0.0`):
             Gap of teacher logits that a pair must exceed.
+        target_temperature (`float`, *optional*, defaults to `0.0`):
+            Temperature of the teacher's preference, which is the target of each pair, in the unit of the logits;
+            beyond the paper. At 0 the teacher is sure of every pair, as in the paper. At `ranking_temperature` it is
+            RankNet with the teacher's preferences, see [`~losses.group_relative_loss`].
+        pair_weights (`str`, *optional*, defaults to `"uniform"`):
+            `"uniform"`: every pair weighs the same, as in the paper. `"probability"`: a pair weighs the sum of the
+            teacher's probabilities of its two classes; beyond the paper.
+        standardize (`bool`, *optional*, defaults to `False`):
+            Whether to rank by scores of mean 0 and standard deviation 1 over the classes, on each side;
+            beyond the paper. Temperatures and `min_gap` are then in standard deviations.
 
         > Parameters that control the soft labels (equation 3)
 
@@ -69,6 +81,15 @@ class GRKDForClassificationConfig(TrainingArguments):
     sampling_temperature: float = option(1.0, "Temperature of the distribution that classes are drawn from.")
     ranking_temperature: float = option(1.0, "Temperature of the relative loss, in the unit of the logits.")
     min_gap: float = option(0.0, "Gap of teacher logits that a pair must exceed.")
+    target_temperature: float = option(
+        0.0, "Temperature of the teacher's preference in each pair; 0 is the paper's, sure of every pair."
+    )
+    pair_weights: str = option(
+        "uniform",
+        "What a pair weighs: 'uniform', or the teacher's 'probability' of its two.",
+        choices=["uniform", "probability"],
+    )
+    standardize: bool = option(False, "Whether to rank by scores of mean 0 and standard deviation 1.")
     soft_label_temperature: float = option(1.0, "Temperature that softens both sides of the soft labels.")
     alpha_start: float = option(0.0, "Share of the relative loss at the start of the run.")
     alpha_end: float = option(0.6, "Share of the relative loss at the end of the run.")
@@ -88,9 +109,21 @@ class GRKDForClassificationConfig(TrainingArguments):
         for name in ("alpha_start", "alpha_end", "hard_label_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is a share and must lie in 0..1, got {getattr(self, name)}.")
-        if not self.min_gap >= 0:
-            raise ValueError(f"`min_gap` must be 0 or above, got {self.min_gap}.")
+        for name in ("min_gap", "target_temperature"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must be 0 or above, got {getattr(self, name)}.")
         if self.sampled_classes is not None and self.sampled_classes < 2:
             raise ValueError(f"`sampled_classes` must be at least 2 to make a pair, got {self.sampled_classes}.")
         super().__post_init__()
         check_best_metric(self)
+
+    def ranking(self, teacher: torch.Tensor) -> dict[str, Any]:
+        """Options of the relative loss for the teacher's logits."""
+        weights = probability_weights(teacher) if self.pair_weights == "probability" else None
+        return {
+            "temperature": self.ranking_temperature,
+            "target_temperature": self.target_temperature,
+            "weights": weights,
+            "min_gap": self.min_gap,
+            "standardize": self.standardize,
+        }

@@ -7,8 +7,14 @@ computes in float32 or wider and returns the student's dtype. NaN in a present e
 from .divergences import forward_kl, reverse_kl
 from .minillm import clipped_policy_loss, minillm_returns, mixture_logps
 from .preference import alphapo_rewards, pro_loss, simpo_loss
-from .ranking import group_relative_loss, ranked_pairs, sample_classes, token_relative_loss
-from .relational import dist_loss, pld_loss, ranknet_loss, rkd_angle_loss, rkd_distance_loss
+from .ranking import (
+    group_relative_loss,
+    probability_weights,
+    ranked_pairs,
+    sample_classes,
+    token_relative_loss,
+)
+from .relational import dist_loss, pld_loss, rkd_angle_loss, rkd_distance_loss
 from .schedule import alpha_at
 from .soft_labels import doubt_weights, group_soft_label_loss, token_soft_label_loss, topk_soft_label_loss
 
@@ -26,8 +32,8 @@ __all__ = [
     "mixture_logps",
     "pld_loss",
     "pro_loss",
+    "probability_weights",
     "ranked_pairs",
-    "ranknet_loss",
     "reverse_kl",
     "rkd_angle_loss",
     "rkd_distance_loss",

@@ -1,73 +1,15 @@
 """
-Relational rivals of GRKD for classifiers: RankNet, PLD, DIST and RKD. ListNet is [`group_soft_label_loss`].
+Relational rivals of GRKD for classifiers: PLD, DIST and RKD. ListNet is [`group_soft_label_loss`], RankNet
+[`group_relative_loss`] with a target temperature.
 
-RankNet and PLD look at the classes of one example. DIST and RKD relate the examples of a batch to each other, so their
+PLD looks at the classes of one example. DIST and RKD relate the examples of a batch to each other, so their
 values depend on which examples share it; each is given one value an example, whose mean is the loss of the paper.
 """
 
 import torch
 import torch.nn.functional as F
 
-from ._inputs import check, members_of, widen
-from ._pair_blocks import pairs_at_once
-from .ranking import group_relative_loss
-
-
-def ranknet_loss(
-    student_scores: torch.Tensor,
-    teacher_scores: torch.Tensor,
-    *,
-    temperature: float = 1.0,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    r"""
-    Pairwise cross-entropy of [RankNet](https://dl.acm.org/doi/10.1145/1102351.1102363), equation 3, with the teacher's
-    own preference as the target: for each pair,
-    \\( -\bar P_{ij} \log \sigma(m_{ij}) - (1 - \bar P_{ij}) \log \sigma(-m_{ij}) \\) with the student's margin
-    \\( m_{ij} = (s^S_i - s^S_j) / T \\) and \\( \bar P_{ij} = \sigma((s^T_i - s^T_j) / T) \\). The mean over the pairs.
-
-    [`group_relative_loss`] is its limit of a sure teacher, \\( \bar P_{ij} \\) 0 or 1. As there, memory grows with G and not
-    with its square.
-
-    Args:
-        student_scores (`torch.Tensor` of shape `(..., G)`):
-            Student's scores.
-        teacher_scores (`torch.Tensor` of shape `(..., G)`):
-            Teacher's scores.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature \\( T \\) of both, in the unit of the scores.
-        mask (`torch.Tensor` of shape `(..., G)`, *optional*):
-            1 where a member is present. A masked member is removed, whatever its scores.
-
-    Returns:
-        `torch.Tensor` of shape `(...)`: Loss of each group, in nats; 0 for a group of fewer than two.
-
-    Raises:
-        `ValueError`: If shapes differ or `temperature` is not above 0.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> ranknet_loss(torch.tensor([0.0, 0.0]), torch.tensor([5.0, 1.0]))  # log 2
-    tensor(0.6931)
-
-    ```
-    """
-    check(student_scores, teacher_scores, temperature)
-    present = members_of(student_scores, teacher_scores, mask)
-    student = widen(student_scores).masked_fill(~present, 0.0) / temperature
-    teacher = widen(teacher_scores).masked_fill(~present, 0.0) / temperature
-    # With i the teacher's choice of each pair, -log sigmoid(m) + (1 - P) m: the relative loss and a term linear in m.
-    order = teacher.masked_fill(~present, -torch.inf).argsort(-1, descending=True)
-    ranks = order.argsort(-1)
-    relative = group_relative_loss(student, -ranks.to(student.dtype), mask=present)
-    with torch.no_grad():
-        slope = _doubt(torch.where(present, teacher, -torch.inf).gather(-1, order)).gather(-1, ranks)
-        num_present = present.sum(-1)
-        num_pairs = (num_present * (num_present - 1) / 2).clamp(min=1)
-    loss = relative + (slope * student).masked_fill(~present, 0.0).sum(-1) / num_pairs
-    return loss.to(student_scores.dtype)
+from ._inputs import check, widen
 
 
 def pld_loss(
@@ -237,22 +179,6 @@ def rkd_angle_loss(student_embeddings: torch.Tensor, teacher_embeddings: torch.T
     losses = F.smooth_l1_loss(_cosines(student), _cosines(teacher), reduction="none")
     loss = torch.where(angles, losses, 0.0).sum((1, 2)) / max((size - 1) * (size - 2), 1)
     return loss.to(student_embeddings.dtype)
-
-
-def _doubt(ranked: torch.Tensor) -> torch.Tensor:
-    """
-    Of scores `(..., G)`, best first: the sum of the chances that a lower member is the better one, less the sum of the
-    chances to be better than a higher member. A member of score -inf adds nothing to the others.
-    """
-    size = ranked.shape[-1]
-    step = max(pairs_at_once(ranked.device) // max(ranked.numel(), 1), 1)
-    total = torch.zeros_like(ranked)
-    for start in range(0, size, step):
-        rest = ranked[..., start:]
-        doubt = torch.sigmoid(rest.unsqueeze(-2) - rest[..., :step].unsqueeze(-1)).triu_(1)
-        total[..., start : start + step] += doubt.sum(-1)
-        total[..., start:] -= doubt.sum(-2)
-    return total
 
 
 def _pearson(a: torch.Tensor, b: torch.Tensor, dim: int) -> torch.Tensor:

@@ -208,8 +208,7 @@ class GRKDTrainer(GroupTrainer):
                 teacher = score_completions(teacher_model, inputs, return_logits=args.needs_teacher_logits, **sharing)
             scores = sequence_scores(teacher.per_token_logps, completion_mask, score=args.score)
             teacher_scores = to_groups(scores, group_mask) if teacher_scores is None else teacher_scores
-        ranking: dict[str, Any] = {"temperature": args.ranking_temperature, "min_gap": args.min_gap}
-        softening, top = {"temperature": args.soft_label_temperature}, {"top_k": args.relative_top_k}
+        softening: dict[str, Any] = {"temperature": args.soft_label_temperature}
 
         # Equations 1 to 3 at the level of tokens: one value a completion token, of which these are `rows`
         def token_losses(logits, rows):
@@ -219,7 +218,8 @@ class GRKDTrainer(GroupTrainer):
             student_logits, losses = logits[:, : self.vocab_size], {}
             teacher_logits = teacher.logits[rows, : self.vocab_size].to(logits.device)
             if args.relative_level == "tokens":
-                losses["relative"] = token_relative_loss(student_logits, teacher_logits, **ranking, **top)
+                ranking = args.ranking(teacher_logits) | {"top_k": args.relative_top_k}
+                losses["relative"] = token_relative_loss(student_logits, teacher_logits, **ranking)
             if args.soft_label == "token":
                 losses["soft"] = token_soft_label_loss(student_logits, teacher_logits, **softening)
             return losses
@@ -233,6 +233,7 @@ class GRKDTrainer(GroupTrainer):
         # At the level of completions: one value a group
         losses = student.token_losses
         if args.relative_level == "completions":
+            ranking = args.ranking(teacher_scores, group_mask)
             losses["relative"] = group_relative_loss(student_scores, teacher_scores, mask=group_mask, **ranking)
         if args.soft_label == "group":
             losses["soft"] = group_soft_label_loss(student_scores, teacher_scores, mask=group_mask, **softening)

@@ -1,7 +1,11 @@
 """Configuration of Group Relative Knowledge Distillation (https://huggingface.co/papers/2504.20482)."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+
+from ..losses import probability_weights
 from .config import GroupConfig, check_best_metric, option
 
 
@@ -30,6 +34,16 @@ class GRKDConfig(GroupConfig):
             Temperature \\( \tau \\), in the unit of the scores (of the logits, at the level of tokens).
         min_gap (`float`, *optional*, defaults to `0.0`):
             Gap of teacher scores that a pair must exceed.
+        target_temperature (`float`, *optional*, defaults to `0.0`):
+            Temperature of the teacher's preference, which is the target of each pair, in the unit of the scores;
+            beyond the paper. At 0 the teacher is sure of every pair, as in the paper. At `ranking_temperature` it is
+            RankNet with the teacher's preferences, see [`~losses.group_relative_loss`].
+        pair_weights (`str`, *optional*, defaults to `"uniform"`):
+            `"uniform"`: every pair weighs the same, as in the paper. `"probability"`: a pair weighs the sum of the
+            teacher's probabilities of its two members of the list; beyond the paper.
+        standardize (`bool`, *optional*, defaults to `False`):
+            Whether to rank by scores of mean 0 and standard deviation 1 over the members of the list, on each side;
+            beyond the paper. Temperatures and `min_gap` are then in standard deviations.
 
         > Parameters that control the soft labels (equation 3)
 
@@ -104,6 +118,15 @@ class GRKDConfig(GroupConfig):
     relative_top_k: int = option(8, "Number of next tokens to rank, at the level of tokens.")
     ranking_temperature: float = option(1.0, "Temperature of the relative loss, in the unit of the scores.")
     min_gap: float = option(0.0, "Gap of teacher scores that a pair must exceed.")
+    target_temperature: float = option(
+        0.0, "Temperature of the teacher's preference in each pair; 0 is the paper's, sure of every pair."
+    )
+    pair_weights: str = option(
+        "uniform",
+        "What a pair weighs: 'uniform', or the teacher's 'probability' of its two.",
+        choices=["uniform", "probability"],
+    )
+    standardize: bool = option(False, "Whether to rank by scores of mean 0 and standard deviation 1.")
     soft_label: str = option(
         "token",
         "'token': next-token distributions. 'group': softmax of the scores over a group. 'none': no soft labels.",
@@ -148,8 +171,9 @@ class GRKDConfig(GroupConfig):
                 raise ValueError(f"`{name}` is a share and must lie in 0..1, got {getattr(self, name)}.")
         if not self.sft_weight >= 0:
             raise ValueError(f"`sft_weight` must be 0 or above, got {self.sft_weight}.")
-        if not self.min_gap >= 0:
-            raise ValueError(f"`min_gap` must be 0 or above, got {self.min_gap}.")
+        for name in ("min_gap", "target_temperature"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must be 0 or above, got {getattr(self, name)}.")
         if self.relative_top_k < 2:
             raise ValueError(f"`relative_top_k` must be at least 2 to make a pair, got {self.relative_top_k}.")
         self._check_online()
@@ -183,6 +207,17 @@ class GRKDConfig(GroupConfig):
     def online(self) -> bool:
         """Whether groups are made while training."""
         return self.completion_source != "dataset"
+
+    def ranking(self, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> dict[str, Any]:
+        """Options of the relative loss for the teacher's scores or logits."""
+        weights = probability_weights(teacher, mask=mask) if self.pair_weights == "probability" else None
+        return {
+            "temperature": self.ranking_temperature,
+            "target_temperature": self.target_temperature,
+            "weights": weights,
+            "min_gap": self.min_gap,
+            "standardize": self.standardize,
+        }
 
     @property
     def needs_teacher_logits(self) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..data import require_scores
 from ..generation.annotation import rank_datasets
-from ..losses import ranknet_loss
+from ..losses import group_relative_loss
 from ..scoring import score_completions, sequence_scores, to_groups
 from .base import GroupTrainer
 from .checks import check_finite
@@ -90,8 +90,14 @@ class RankNetTrainer(GroupTrainer):
         scores = sequence_scores(student.per_token_logps, inputs["completion_mask"], score="mean")
         student_scores = to_groups(scores, group_mask)
 
-        # Equation 3, one value a group: the mean over its pairs
-        losses = ranknet_loss(student_scores, teacher_scores, temperature=args.temperature, mask=group_mask)
+        # Equation 3 less the entropy of the teacher's preferences, one value a group: the mean over its pairs
+        losses = group_relative_loss(
+            student_scores,
+            teacher_scores,
+            temperature=args.temperature,
+            target_temperature=args.temperature,
+            mask=group_mask,
+        )
 
         # The sum over the micro-batch, divided by the groups of the whole optimizer step
         num_groups, _ = self.step_counts(inputs, num_items_in_batch)
