@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from trl import DistillationTrainer
 
 from grkd_trl.data import DataCollatorForGroups
 
@@ -77,6 +78,36 @@ def trainer_fields(folder):
     """Of every trainer that is measured."""
     fields = {"output_dir": folder, "bf16": DEVICE == "cuda", "use_cpu": DEVICE == "cpu"}
     return fields | {"report_to": "none", "gradient_checkpointing": False, "disable_tqdm": True}
+
+
+def step_of(trainer, rows):
+    """A function that takes one optimizer step on the first rows."""
+    examples = [trainer.train_dataset[index] for index in range(rows)]
+    inputs = examples
+    if not isinstance(trainer, DistillationTrainer):
+        inputs = dict(trainer._prepare_inputs(trainer.data_collator(examples)))
+    optimizer = trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+
+    def step():
+        trainer.model.train()
+        trainer.training_step(trainer.model, inputs, None)
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def in_place_of_samples(groups, tokenizer):
+    """What TRL's `DistillationTrainer` has after sampling: the completions of our tokenized groups, a row each."""
+    rows = [(group["prompt_ids"], ids) for group in groups for ids in group["completion_ids"]]
+    padded = {}
+    for name, column, side in (("prompt", 0, "left"), ("completion", 1, "right")):
+        ids = {"input_ids": [row[column] for row in rows]}
+        batch = tokenizer.pad(ids, padding=True, padding_side=side, return_tensors="pt")
+        padded |= {f"{name}_ids": batch["input_ids"].to(DEVICE), f"{name}_mask": batch["attention_mask"].to(DEVICE)}
+    return padded | {"num_items_in_batch": padded["completion_mask"].sum()}
 
 
 def interleaved(functions, rounds):

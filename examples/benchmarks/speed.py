@@ -31,6 +31,7 @@ from grkd_trl import GRKDConfig, GRKDTrainer
 from grkd_trl.examples.benchmarks.common import (
     DEVICE,
     batch_of,
+    in_place_of_samples,
     interleaved,
     make_groups,
     make_model,
@@ -38,40 +39,12 @@ from grkd_trl.examples.benchmarks.common import (
     make_tokenizer,
     ratio,
     report,
+    step_of,
     trainer_fields,
 )
 from grkd_trl.examples.benchmarks.memory import memory
 from grkd_trl.losses import group_relative_loss
 from grkd_trl.scoring import score_completions, sequence_scores, to_groups
-
-
-def step_of(trainer, rows):
-    """A function that takes one optimizer step on the first rows."""
-    examples = [trainer.train_dataset[index] for index in range(rows)]
-    inputs = examples
-    if not isinstance(trainer, DistillationTrainer):
-        inputs = dict(trainer._prepare_inputs(trainer.data_collator(examples)))
-    optimizer = trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1
-
-    def step():
-        trainer.model.train()
-        trainer.training_step(trainer.model, inputs, None)
-        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def in_place_of_samples(groups, tokenizer):
-    """What TRL's `DistillationTrainer` has after sampling: the completions of our groups, a row each."""
-    texts = [(group["prompt"], text + "<eos>") for group in groups for text in group["completions"]]
-    padded = {}
-    for name, column, side in (("prompt", 0, "left"), ("completion", 1, "right")):
-        rows = tokenizer([text[column] for text in texts], padding=True, padding_side=side, return_tensors="pt")
-        padded |= {f"{name}_ids": rows["input_ids"].to(DEVICE), f"{name}_mask": rows["attention_mask"].to(DEVICE)}
-    return padded | {"num_items_in_batch": padded["completion_mask"].sum()}
 
 
 def against_trl(args):
@@ -100,7 +73,14 @@ def against_trl(args):
             data["train_dataset"] = Dataset.from_list(groups)
             distillation = DistillationConfig(**shared, beta=0.0, per_device_train_batch_size=len(groups))
             trainers["distillation"] = DistillationTrainer(model(), teacher, args=distillation, **data)
-            samples = in_place_of_samples(groups, tokenizer)
+            tokenized = [
+                {
+                    "prompt_ids": tokenizer(group["prompt"])["input_ids"],
+                    "completion_ids": [tokenizer(text + "<eos>")["input_ids"] for text in group["completions"]],
+                }
+                for group in groups
+            ]
+            samples = in_place_of_samples(tokenized, tokenizer)
             trainers["distillation"]._generate_and_score_completions = lambda _, samples=samples: samples
             for name, soft_label, sharing in [
                 ("grkd", "none", "auto"),
