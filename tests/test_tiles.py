@@ -31,10 +31,16 @@ def biased():
     return model
 
 
-def with_lora():
+def with_lora(target_modules=("o_proj", "lm_head"), **kwargs):
     torch.manual_seed(3)
-    config = LoraConfig(r=4, init_lora_weights=False, target_modules=["o_proj", "lm_head"], task_type="CAUSAL_LM")
-    return get_peft_model(head_model(), config)
+    config = LoraConfig(r=4, init_lora_weights=False, target_modules=list(target_modules), task_type="CAUSAL_LM")
+    return get_peft_model(head_model(**kwargs), config)
+
+
+def with_frozen_head(name):
+    model = head_model(name)
+    model.get_output_embeddings().requires_grad_(False)
+    return model
 
 
 def checkpointed():
@@ -45,6 +51,9 @@ def checkpointed():
 
 MODELS = {name: lambda name=name: head_model(name) for name in HEADS}
 MODELS |= {"bias": biased, "lora": with_lora, "checkpointing": checkpointed}
+FROZEN = {f"{name}, frozen": lambda name=name: with_frozen_head(name) for name in ("llama, tied", "gemma2", "granite")}
+FROZEN["lora, frozen"] = lambda: with_lora(["o_proj"])
+MODELS |= FROZEN
 
 
 def run(model, teacher, batch, monkeypatch, *, rows_per_tile, **kwargs):
@@ -176,6 +185,34 @@ class TestLogits:
             with torch.no_grad():
                 score_completions(model, batch, prompt_sharing="off")
             assert len(calls) == 2 + num_tiles  # two for the first token: the model's forward and a tile, compared
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_only_a_trained_head_is_read_again_in_backward(self, frozen, monkeypatch):
+        model, batch, calls = with_frozen_head("llama") if frozen else head_model(), make_batch(), []
+        use_tiles(monkeypatch.setattr, 5 * VOCAB)
+        model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+        logps = score_completions(model, batch, token_losses=lambda logits, rows: {}).per_token_logps
+        in_forward = len(calls)
+        logps.sum().backward()
+        assert (len(calls) == in_forward) == frozen
+
+    def test_what_fits_beside_the_gradients_is_kept(self, monkeypatch):
+        model, batch, calls = head_model(), make_batch([(5, [40, 40])]), []
+        use_tiles(monkeypatch.setattr, 5 * VOCAB)
+        model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+        found = {}
+        for rows in (0, 30, 99):
+            num_trained = rows * 4 * VOCAB
+            monkeypatch.setattr(
+                tiles.TiledLogits, "num_trained", property(lambda _, n=num_trained: n, lambda *_: None), raising=False
+            )
+            calls.clear(), model.zero_grad()
+            score_completions(model, batch, prompt_sharing="off").per_token_logps.sum().backward()
+            found[rows] = len(calls) - 2, [parameter.grad for parameter in model.parameters()]
+        # 80 tokens in tiles of 5, read twice; one tile of 30 and then tiles of 5, read twice; one tile.
+        assert [found[rows][0] for rows in found] == [16 + 16, 1 + 10 + 10, 1]
+        for rows in (30, 99):
+            torch.testing.assert_close(found[rows][1], found[0][1], rtol=1e-5, atol=1e-5)
 
 
 class Halving(LlamaForCausalLM):

@@ -89,8 +89,8 @@ def token_soft_label_loss(
     ```
     """
     check(student_logits, teacher_logits, temperature)
-    log_p = (widen(student_logits) / temperature).log_softmax(-1)
-    loss = _cross_entropy((widen(teacher_logits) / temperature).softmax(-1), log_p)  # eq. 3
+    log_p = _soften(student_logits, temperature).log_softmax(-1)
+    loss = _cross_entropy(_soften(teacher_logits, temperature).softmax(-1), log_p)  # eq. 3
     return loss.to(student_logits.dtype)
 
 
@@ -149,6 +149,10 @@ def topk_soft_label_loss(
         teacher = torch.cat([teacher, torch.log1p(-mass).masked_fill(none_left, -torch.inf)], -1)
     loss = _cross_entropy((teacher / temperature).softmax(-1), (student / temperature).log_softmax(-1))
     return loss.to(student_logits.dtype)  # eq. 3 over k + 1 classes
+
+
+def _soften(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return widen(logits) if temperature == 1 else widen(logits) / temperature  # a pass over a vocabulary saved
 
 
 def _cross_entropy(p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

@@ -160,7 +160,7 @@ def score_completions(
             observed.append(_token_metrics(wide, labels, nll))
         return (token_losses(logits, rows) if token_losses else {}) | {"per_token_logps": -nll}
 
-    values = map_tiles(of_tokens, logits)
+    values = map_tiles(of_tokens, logits, keep=token_losses is None)
     logps = values.pop("per_token_logps")
     per_token_logps = logps.new_zeros(mask.shape).masked_scatter(mask.to(logps.device), logps)
     entropy, is_top1 = (torch.cat(parts) for parts in zip(*observed, strict=True)) if observed else (None, None)

@@ -1,6 +1,7 @@
 """The head of a model on some tokens at a time, so that the logits of a batch never exist at once.
 
-Values of single tokens are computed tile by tile, and once more in backward, where a tile's logits are needed again.
+Values of single tokens are computed tile by tile, and where the head is trained once more in backward, which needs a tile's
+logits again. Under a frozen head (LoRA) the gradient is computed with the values, and each tile is read once.
 TRL's fused head does so for log-probabilities; soft labels and ranked tokens need the logits of two models side by side,
 so here any function of logits is put in its place.
 """
@@ -18,7 +19,9 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
@@ -128,6 +131,10 @@ class TiledLogits:
             "dtype": torch.get_autocast_dtype(device_type),
         }
         self._with_gradient = torch.is_grad_enabled()
+        self.is_frozen = not any(parameter.requires_grad for parameter in self._head.parameters())
+        self.num_trained = (
+            sum(_local(p).numel() for p in core.parameters() if p.requires_grad) if self._with_gradient else 0
+        )
 
     def of(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
@@ -148,6 +155,10 @@ class TiledLogits:
         rows, *columns = key if isinstance(key, tuple) else (key,)
         logits = self.of(self.hidden_states[rows])
         return logits[(slice(None), *columns)] if columns else logits
+
+
+def _local(parameter: torch.nn.Parameter) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _holder(model: torch.nn.Module, head: torch.nn.Module) -> FSDPModule | None:
@@ -257,17 +268,59 @@ def refuse_tiles(model: torch.nn.Module) -> None:
         )
 
 
+class _ThroughFrozenHead(torch.autograd.Function):
+    """
+    Values of a tile whose head is not trained. Each value depends on its own token alone, so its gradient by that token's
+    hidden state is known up to a factor, which backward brings: it is computed while the logits are there.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, names, function):
+        with torch.enable_grad():
+            states = hidden_states.detach().requires_grad_()
+            values = function(states)
+            names += values
+            with_gradient = [value.requires_grad for value in values.values()]
+            needed = sum(with_gradient)
+            gradients = []
+            for value in values.values():
+                if value.requires_grad:
+                    needed -= 1
+                    gradients += torch.autograd.grad(value.sum(), states, retain_graph=needed > 0)
+        ctx.save_for_backward(*gradients)
+        ctx.with_gradient = with_gradient
+        outputs = tuple(value.detach() for value in values.values())
+        ctx.mark_non_differentiable(*(v for v, kept in zip(outputs, with_gradient, strict=True) if not kept))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *slopes):
+        slopes = [slope for slope, kept in zip(slopes, ctx.with_gradient, strict=True) if kept]
+        pulls = zip(slopes, ctx.saved_tensors, strict=True)
+        total = sum(slope.unsqueeze(-1) * gradient for slope, gradient in pulls)  # in the dtype of the values
+        return total.to(ctx.saved_tensors[0].dtype), None, None
+
+
 def map_tiles(
-    function: Callable[[torch.Tensor, slice], dict[str, torch.Tensor]], logits: torch.Tensor | TiledLogits
+    function: Callable[[torch.Tensor, slice], dict[str, torch.Tensor]],
+    logits: torch.Tensor | TiledLogits,
+    *,
+    keep: bool = False,
 ) -> dict[str, torch.Tensor]:
     """
     Values of single tokens from their logits.
+
+    With a trained head the first tokens may be kept for backward instead of read again: as many as need no more memory
+    than the gradients of the trained parameters, which are not there yet.
 
     Args:
         function (`Callable`):
             Takes logits `(m, V)` and the slice of the M tokens that they are of; returns tensors of shape `(m,)`.
         logits (`torch.Tensor` of shape `(M, V)` or [`TiledLogits`]):
             Logits. Those of a tensor are one tile.
+        keep (`bool`, *optional*, defaults to `False`):
+            Whether to keep what fits, for a function that needs at most four tensors of the logits' size with its backward.
 
     Returns:
         `dict[str, torch.Tensor]`: The function's values for all M tokens, each `(M,)`.
@@ -276,11 +329,22 @@ def map_tiles(
     if isinstance(logits, torch.Tensor):
         return function(logits, slice(0, num_tokens))
     num_rows = max(min(LOGITS_PER_TILE // vocab_size, -(-num_tokens // MIN_TILES)), 1)
-    tiles = []
-    for number, hidden_states in enumerate(logits.hidden_states.split(num_rows)):
-        rows = slice(number * num_rows, number * num_rows + len(hidden_states))
-        tile = checkpoint(
-            lambda states, rows: function(logits.of(states), rows), hidden_states, rows, use_reentrant=False
-        )
-        tiles.append(tile)
+    trains = logits.hidden_states.requires_grad and torch.is_grad_enabled()
+    num_kept = logits.num_trained // (4 * vocab_size) if keep and trains and not logits.is_frozen else 0
+    tiles, start = [], 0
+    while start < num_tokens:
+        rows = slice(start, min(start + (num_rows if start else max(num_kept, num_rows)), num_tokens))
+        states, start = logits.hidden_states[rows], rows.stop
+
+        def read(states, rows=rows):
+            return function(logits.of(states), rows)
+
+        if trains and logits.is_frozen:
+            names: list[str] = []
+            values = _ThroughFrozenHead.apply(states, names, read)
+            tiles.append(dict(zip(names, values, strict=True)))
+        elif rows.stop <= num_kept:
+            tiles.append(read(states))
+        else:
+            tiles.append(checkpoint(read, states, use_reentrant=False))
     return {name: torch.cat([tile[name] for tile in tiles]) for name in tiles[0]}
