@@ -6,7 +6,8 @@ GSM8K needs no judge:
     python examples/evaluate.py --benchmark gsm8k --model_name_or_path out --output_dir out/gsm8k
 
 For the others the answers are written in the official tool's format, and the command stops with the official command
-that judges them. Run that, then this again with its judgments; the answers are not written twice:
+that judges them. Run that, then this again with its judgments; the answers are not written twice, also where a run was
+stopped between them:
 
     python examples/evaluate.py --benchmark alpaca_eval2 --model_name_or_path out --output_dir out/alpaca_eval2 \
         --judgments out/alpaca_eval2/weighted_alpaca_eval_gpt4_turbo/annotations.json
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 from grkd_trl.evaluation.alpaca_eval2 import ALPACA_EVAL2_DIFFICULTY, ALPACA_EVAL2_GAMED_BASELINES
@@ -89,7 +90,7 @@ def load(args: EvaluateArguments):
 
 
 def main(args: EvaluateArguments):
-    folder, benchmark = Path(args.output_dir), BENCHMARKS[args.benchmark]
+    folder, benchmark = Path(args.output_dir).expanduser(), BENCHMARKS[args.benchmark]
     folder.mkdir(parents=True, exist_ok=True)
     name = args.model_id or Path(args.adapter_name_or_path or args.model_name_or_path).resolve().name
     answers = folder / benchmark.file_name.format(model=name)
@@ -101,11 +102,12 @@ def main(args: EvaluateArguments):
         questions = read_rows(args.questions or benchmark.questions)[: args.limit]
         part = answers.with_suffix(".part")
         part.touch()  # a place that cannot be written to is found before the model is asked
+        written = answers.with_suffix(".written.jsonl")
         settings = {"max_new_tokens": args.max_new_tokens or benchmark.max_new_tokens, "batch_size": args.batch_size}
         model, tokenizer = load(args)
-        set_seed(args.seed)
-        benchmark.answer(model, tokenizer, questions, part, name, **settings)
+        benchmark.answer(model, tokenizer, questions, part, name, seed=args.seed, cache_path=written, **settings)
         part.rename(answers)
+        written.unlink()
         print(f"Wrote {len(questions)} answers to {answers}")
 
     # Scores, or what is missing for them

@@ -87,7 +87,7 @@ def announce(args: JudgeArguments, client: JudgeClient, conversations: list) -> 
 
 def rate(args: JudgeArguments, client: JudgeClient) -> dict:
     """MT-Bench: each turn of each answer by itself."""
-    data = Path(args.mt_bench_data)
+    data = Path(args.mt_bench_data).expanduser()
     questions, answers = read_rows(data / "mt_bench/question.jsonl"), read_rows(args.answers)
     answered = {row["question_id"] for row in answers}
     subset = [row for row in questions if row["question_id"] in answered]
@@ -116,7 +116,7 @@ def compare(args: JudgeArguments, client: JudgeClient) -> dict:
 
 
 def main(args: JudgeArguments):
-    folder = Path(args.output_dir)
+    folder = Path(args.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     client = JudgeClient(
         args.judge_model, folder / "replies.jsonl", base_url=args.base_url, num_workers=args.num_workers

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import resource
 
 import numpy as np
 import pyarrow as pa
@@ -378,6 +379,43 @@ class TestAnswers:
         second = [*first, {"role": "assistant", "content": turns[0][0]}, {"role": "user", "content": "bb"}]
         assert write_answers(model, tokenizer, [second], max_new_tokens=4, progress=False) == [turns[0][1]]
 
+    def test_stopped_and_resumed(self, model, tmp_path):
+        """Sampled answers: alone, in other batches, and after a stop in the middle of a line."""
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = CHAT_TEMPLATES["plain"]
+        conversations = [[{"role": "user", "content": "a" * (1 + index % 3)}] for index in range(6)]
+        settings = {"max_new_tokens": 8, "temperature": 1.0, "progress": False}
+        path = tmp_path / "made/answers.jsonl"
+        whole = write_answers(model, tokenizer, conversations, batch_size=2, cache_path=path, **settings)
+        assert len(set(whole)) == 6  # the same prompt again is another draw
+        lines = path.read_text().splitlines()
+        assert len(lines) == 6
+        path.write_text("\n".join([*lines[:3], lines[3][:20]]))
+        assert write_answers(model, tokenizer, conversations, batch_size=3, cache_path=path, **settings) == whole
+        assert path.read_text().splitlines() == [*lines[:3], lines[3][:20], *lines[3:]]
+        assert write_answers(model, tokenizer, conversations, **settings) == whole
+        assert write_answers(model, tokenizer, conversations, seed=1, cache_path=path, **settings) != whole
+        other = tiny_model("llama", len(tokenizer), seed=1)
+        theirs = write_answers(other, tokenizer, conversations, cache_path=path, **settings)
+        assert theirs == write_answers(other, tokenizer, conversations, **settings) != whole
+
+    def test_full_disk(self, model, tmp_path):
+        """The second batch cannot be written: the first is kept, and the message says so."""
+        conversations = [[{"role": "user", "content": "a" * (index + 1)}] for index in range(4)]
+        settings = {"max_new_tokens": 8, "batch_size": 2, "progress": False}
+        path = tmp_path / "answers.jsonl"
+        write_answers(model, byte_tokenizer(), conversations[:2], cache_path=path, **settings)
+        first, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(first) + 30, limits[1]))
+        try:
+            with pytest.raises(OSError, match="answers.jsonl .*What was written to it before is kept"):
+                write_answers(model, byte_tokenizer(), conversations, cache_path=path, **settings)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_bytes().startswith(first)
+        answers = write_answers(model, byte_tokenizer(), conversations, cache_path=path, **settings)
+        assert answers == write_answers(model, byte_tokenizer(), conversations, **settings)
+
     def test_without_a_chat_template(self, model):
         conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         (answer,) = write_answers(model, byte_tokenizer(), [conversation], max_new_tokens=3, progress=False)
@@ -385,6 +423,13 @@ class TestAnswers:
 
 
 class TestFiles:
+    @pytest.mark.parametrize("name", ["a[1].jsonl", "a*?.jsonl", "a::b.jsonl", "~/home.jsonl.gz"])
+    def test_paths_are_no_patterns(self, tmp_path, monkeypatch, name):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        path = tmp_path / name.removeprefix("~/")
+        (gzip.open if name.endswith(".gz") else open)(path, "wt").write('{"a": 1}\n')
+        assert read_rows(name if name[0] == "~" else path) == [{"a": 1}]
+
     def test_kinds(self, tmp_path):
         rows = [{"a": 1, "b": "x\u2028y"}, {"a": 2, "b": "é"}]
         (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from transformers.utils import logging
 
 from ..teacher.http import ServerClient, ServerError, ServerRequest, UnusableAnswer
+from .files import append_rows, read_appended
 
 
 logger = logging.get_logger(__name__)
@@ -72,6 +73,7 @@ class JudgeClient:
     Raises:
         `ValueError`: If the environment has no key and the server is not on this machine, or an argument lies outside
             its range.
+        `OSError`: If the file of replies cannot be written to.
     """
 
     def __init__(
@@ -105,16 +107,13 @@ class JudgeClient:
             )
         self.model, self.max_tokens = model, max_tokens
         self._limit_name, self._takes_temperature = "max_tokens", True
-        self._cache_path = Path(cache_path)
+        self._cache_path = Path(cache_path).expanduser()
         self._replies: dict[str, str] = {}
-        if self._cache_path.exists():
-            for line in self._cache_path.read_text(encoding="utf-8").split("\n"):
-                try:
-                    row = json.loads(line)
-                    if row["reply"].strip():
-                        self._replies[row["key"]] = row["reply"]
-                except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-                    continue  # the line that a killed process left: it is asked again
+        for row in read_appended(self._cache_path):
+            key, reply = row.get("key"), row.get("reply")
+            if isinstance(key, str) and isinstance(reply, str) and reply.strip():
+                self._replies[key] = reply
+        append_rows(self._cache_path, [])  # a file that cannot be written to is found before a reply is paid
 
     def _key(self, messages: list[dict[str, str]]) -> str:
         asked = json.dumps([self._base_url.rstrip("/") + "/", self.model, self.max_tokens, messages])
@@ -204,11 +203,7 @@ class JudgeClient:
 
     def _keep(self, key: str, reply: str) -> None:
         self._replies[key] = reply
-        self._cache_path.parent.mkdir(parents=True, exist_ok=True)
-        with self._cache_path.open("ab+") as file:
-            file.seek(0, os.SEEK_END)
-            torn = file.tell() and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n"
-            file.write((b"\n" if torn else b"") + json.dumps({"key": key, "reply": reply}).encode() + b"\n")
+        append_rows(self._cache_path, [{"key": key, "reply": reply}])
 
 
 def warn_of_unread(replies: Sequence[str], read: Sequence[bool], what: str) -> None:

@@ -36,6 +36,8 @@ def mt_bench_turns(
     *,
     max_new_tokens: int = 1024,
     batch_size: int = 16,
+    seed: int = 0,
+    cache_path: str | Path | None = None,
     progress: bool = True,
 ) -> list[list[str]]:
     """
@@ -53,6 +55,10 @@ def mt_bench_turns(
             Longest answer of a turn, in tokens.
         batch_size (`int`, *optional*, defaults to `16`):
             Questions in a batch.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of sampled answers.
+        cache_path (`str` or `Path`, *optional*):
+            File that keeps the answers as they are written: see [`~grkd_trl.evaluation.answers.write_answers`].
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -76,6 +82,8 @@ def mt_bench_turns(
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 batch_size=batch_size,
+                seed=seed,
+                cache_path=cache_path,
                 progress=progress,
             )
             for index, answer in zip(rows, answers, strict=True):

@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .files import append_rows
 
 _FIELDS = {
     "task": str,
@@ -54,20 +54,10 @@ metric. A list, or the path of a JSON list relative to the results file, or `Non
 
     Raises:
         `ValueError`: If a field is missing, unknown, of another type, or not finite.
+        `OSError`: If the file cannot be written to. The runs before it are kept.
     """
     row = check_result(row)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-    with path.open("ab+") as file:
-        file.seek(0, os.SEEK_END)
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                line = b"\n" + line  # a process died within its line
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    append_rows(Path(path).expanduser(), [row])
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
