@@ -47,6 +47,7 @@ def test_gsm8k(folder):
     command = [sys.executable, ROOT / "examples/evaluate.py", *arguments(folder, "gsm8k", *more)]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert run.returncode == 0, run.stderr
+    assert {path.name for path in (folder / "gsm8k").iterdir()} == {"adapter.jsonl", "scores.json"}
     rows = read_rows(folder / "gsm8k/adapter.jsonl")
     assert [row["question"] for row in rows] == ["1 + 1?", "2 + 2?"]
     scores = json.loads((folder / "gsm8k/scores.json").read_text())

@@ -10,6 +10,7 @@ import numpy as np
 
 from .files import append_rows
 
+
 _FIELDS = {
     "task": str,
     "method": str,
