@@ -1,9 +1,11 @@
-"""Figures of a report, as PNG files that depend on nothing but their numbers."""
+"""Figures of a report, as PNG files that depend on nothing but their numbers. Their letters can be read on a phone."""
 
-import re
+import math
+import textwrap
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -11,21 +13,12 @@ from matplotlib.figure import Figure
 from .summary import TaskSummary
 
 
-_COLORS = (
-    "#3b6fb6",
-    "#c8553d",
-    "#4b9b5f",
-    "#8a62b0",
-    "#b5892b",
-    "#4aa3b8",
-    "#d0709a",
-    "#767676",
-    "#9a5b3c",
-    "#6b8e23",
-)
+_WIDTH, _COLUMNS = 4.5, 2  # inches, in which letters have 10 points: at 358 pixels these are 11 pixels high
+_OWN, _OTHERS, _REFERENCE = "#3b6fb6", "#c9ced4", "black"
+_POINTS = 500  # of a method in the figure of lengths
 
 
-def draw_figures(summary: TaskSummary, folder: Path) -> list[tuple[Path, str]]:
+def draw_figures(summary: TaskSummary, folder: Path, stem: str) -> list[tuple[Path, str]]:
     """
     Draw what the runs of a task hold: scores, learning curves, scores against lengths.
 
@@ -34,91 +27,157 @@ def draw_figures(summary: TaskSummary, folder: Path) -> list[tuple[Path, str]]:
             The task.
         folder (`Path`):
             Where the files go.
+        stem (`str`):
+            What their names begin with, another for each task.
 
     Returns:
         `list[tuple[Path, str]]`: Paths and captions.
     """
     if not summary.methods:
         return []
-    names = sorted(method.method for method in summary.methods)
-    # The reference is black in every figure, the others keep their colour by name.
-    others = [name for name in names if name != summary.reference]
-    colors = {name: _COLORS[index % len(_COLORS)] for index, name in enumerate(others)} | {summary.reference: "black"}
-    done = [row for row in summary.rows if row["status"] == "done"]
-    stem = re.sub(r"[^\w-]+", "_", summary.task)
-    figures = [(_scores(summary, colors), "scores", f"{summary.metric} with 95 % intervals")]
-    if any(row.get("curve") for row in done):
-        caption = f"{summary.metric} against steps and seconds, mean over seeds with the lowest and the highest"
-        figures.append((_curves(summary, done, colors), "curves", caption))
-    if any("score" in sample for row in done for sample in row.get("samples", [])):
-        figures.append((_lengths(done, colors), "lengths", "Scores of completions against their lengths"))
     written = []
-    for figure, kind, caption in figures:
-        path = folder / f"{stem}_{kind}.png"
-        FigureCanvasAgg(figure)
-        figure.savefig(path, dpi=144, metadata={"Software": None})  # no version in the file
-        written.append((path, caption))
+    with rc_context({"font.size": 10, "axes.titlesize": 10}):
+        figures = [(_scores(summary), "scores", f"{summary.metric} with 95 % intervals")]
+        if curves := _mean_curves(summary):
+            figures.append((_curves(summary, curves), "curves", _about_curves(summary)))
+        if points := _scored_lengths(summary):
+            figures.append((_lengths(summary, points), "lengths", "Scores of completions against their lengths"))
+        for figure, kind, caption in figures:
+            path = folder / f"{stem}_{kind}.png"
+            FigureCanvasAgg(figure)
+            figure.savefig(path, dpi=180, metadata={"Software": None})  # no version in the file
+            written.append((path, caption))
     return written
 
 
-def _axes(figure: Figure, *position: int) -> Axes:
-    axes = figure.add_subplot(*position)
+def _style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3, linewidth=0.6)
-    return axes
 
 
-def _scores(summary: TaskSummary, colors: dict[str, str]) -> Figure:
-    figure = Figure(figsize=(7, 1 + 0.34 * len(summary.methods)), layout="constrained")
-    axes = _axes(figure)
-    for place, method in enumerate(reversed(summary.methods)):
-        mean, low, high, _ = map(float, method.score)
-        if np.isfinite(low):
-            axes.plot([low, high], [place, place], color=colors[method.method], linewidth=2)
-        axes.plot(mean, place, "o", color=colors[method.method], markersize=6)
-    axes.set_yticks(range(len(summary.methods)), [_label(method.method) for method in reversed(summary.methods)])
-    axes.set_ylim(-0.6, len(summary.methods) - 0.4)
-    axes.set_xlabel(_label(summary.metric))
+def _scores(summary: TaskSummary) -> Figure:
+    rows = [(method.method, method.score, _OWN) for method in summary.methods]
+    rows = [(name, score, _REFERENCE if name == summary.reference else color) for name, score, color in rows]
+    rows += [(other.name, other.score, "#8a6d00") for other in summary.references]
+    labels = [_label(name, 20) for name, _, _ in rows]
+    heights = [0.17 * (1 + label.count("\n")) + 0.12 for label in labels]
+    places = -np.cumsum(heights) + np.array(heights) / 2
+    figure = Figure(figsize=(_WIDTH, 0.7 + sum(heights)), layout="constrained")
+    axes = figure.add_subplot()
+    _style(axes)
+    for place, (name, score, color) in zip(places, rows, strict=True):
+        mean, low, high, _ = map(float, score)
+        trained = any(method.method == name for method in summary.methods)
+        if math.isfinite(low):
+            axes.plot([low, high], [place, place], color=color, linewidth=2)
+        axes.plot(
+            mean, place, "o" if trained else "D", color=color, markersize=6, fillstyle="full" if trained else "none"
+        )
+        if not trained:
+            axes.axvline(mean, color=color, linewidth=0.8, linestyle=":")
+    axes.set_yticks(places, labels)
+    axes.set_ylim(-sum(heights), 0)
+    axes.set_xlabel(_label(summary.metric, 40))
     return figure
 
 
-def _curves(summary: TaskSummary, done: list[dict], colors: dict[str, str]) -> Figure:
-    figure = Figure(figsize=(7, 7), layout="constrained")
-    panels = [_axes(figure, 2, 1, 1), _axes(figure, 2, 1, 2)]
-    for name in sorted({row["method"] for row in done if row.get("curve")}):
+_Curves = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]]
+
+
+def _mean_curves(summary: TaskSummary) -> _Curves:
+    """Steps, mean, lowest and highest over the seeds, and the mean seconds at the end, of each method."""
+    found: _Curves = {}
+    for method in summary.methods:
         points: dict[float, list[tuple[float, float]]] = {}
-        for row in done:
-            for point in row.get("curve", []) if row["method"] == name else []:
+        for curve in summary.runs[method.method].curves.values():
+            for point in curve:
                 if summary.metric in point:
                     points.setdefault(point["step"], []).append((point["seconds"], point[summary.metric]))
-        steps = sorted(points)
-        seconds = [np.mean([second for second, _ in points[step]]) for step in steps]
-        scores = [[score for _, score in points[step]] for step in steps]
-        lowest, highest, means = (np.array([edge(found) for found in scores]) for edge in (min, max, np.mean))
-        for axes, positions in zip(panels, (np.array(steps), np.array(seconds)), strict=True):
-            axes.plot(positions, means, color=colors[name], label=_label(name))
-            axes.fill_between(positions, lowest, highest, color=colors[name], alpha=0.1)
-    for axes, unit in zip(panels, ("steps", "seconds"), strict=True):
-        axes.set_xlabel(unit)
-        axes.set_ylabel(_label(summary.metric))
-    panels[0].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        if points:
+            steps = sorted(points)
+            scores = [[score for _, score in points[step]] for step in steps]
+            mean, low, high = (np.array([edge(values) for values in scores]) for edge in (np.mean, min, max))
+            end = float(np.mean([seconds for seconds, _ in points[steps[-1]]]))
+            found[method.method] = (np.array(steps), mean, low, high, end)
+    return found
+
+
+def _about_curves(summary: TaskSummary) -> str:
+    """What the curves measure, and whether they end where the table does."""
+    measured = sorted({items for runs in summary.runs.values() for items in runs.curve_items})
+    gaps = []
+    for method in summary.methods:
+        runs = summary.runs[method.method]
+        known = dict(zip(runs.seeds(), runs.column("value"), strict=True))
+        for seed, curve in runs.curves.items():
+            if summary.metric in curve[-1]:
+                gaps.append(abs(curve[-1][summary.metric] - known[seed]))
+    caption = (
+        f"{summary.metric} on {' and '.join(measured)} in the course of training: mean, lowest and highest over seeds."
+    )
+    if max(gaps, default=0) > 1e-6:
+        caption += (
+            f" The curves end up to {max(gaps):.3f} from the table's values of the same runs, since they are measured on "
+            "other items."
+        )
+    return caption
+
+
+def _panels(num: int) -> tuple[Figure, list[Axes]]:
+    rows = math.ceil(num / _COLUMNS)
+    figure = Figure(figsize=(_WIDTH, 0.4 + 1.55 * rows), layout="constrained")
+    grid = figure.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False)
+    panels = list(grid.flat)
+    for axes in panels:
+        _style(axes)
+    for axes in panels[num:]:
+        axes.set_visible(False)
+    for axes in panels[max(num - _COLUMNS, 0) : num]:
+        axes.xaxis.set_tick_params(labelbottom=True)
+    return figure, panels
+
+
+def _curves(summary: TaskSummary, curves: _Curves) -> Figure:
+    figure, panels = _panels(len(curves))
+    for axes, (name, (steps, mean, low, high, seconds)) in zip(panels, curves.items(), strict=False):
+        color = _REFERENCE if name == summary.reference else _OWN
+        for other_steps, others, *_ in curves.values():
+            axes.plot(other_steps, others, color=_OTHERS, linewidth=0.8)
+        axes.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
+        axes.plot(steps, mean, color=color, linewidth=1.8)
+        axes.set_title(_label(name, 26))
+        end = f"{mean[-1]:.3f}" + (f", {seconds:.0f} s" if seconds >= 0.5 else "")
+        axes.annotate(end, (0.97, 0.05), xycoords="axes fraction", ha="right", color=color, fontsize=9)
+    figure.supxlabel("steps", fontsize=10)
+    figure.supylabel(_label(summary.metric, 40), fontsize=10)
     return figure
 
 
-def _lengths(done: list[dict], colors: dict[str, str]) -> Figure:
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = _axes(figure)
-    for name in sorted({row["method"] for row in done}):
-        samples = [sample for row in done if row["method"] == name for sample in row.get("samples", [])]
-        samples = [sample for sample in samples if "score" in sample]
-        lengths = [len(sample["completion"]) for sample in samples]
-        scores = [sample["score"] for sample in samples]
-        axes.plot(lengths, scores, ".", color=colors[name], alpha=0.6, label=_label(name))
-    axes.set_xlabel("characters")
-    axes.set_ylabel("score")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+def _scored_lengths(summary: TaskSummary) -> dict[str, tuple[list[int], list[float]]]:
+    found = {}
+    for method in summary.methods:
+        runs = summary.runs[method.method].samples
+        samples = [sample for seed in sorted(runs) for sample in runs[seed] if "score" in sample][:_POINTS]
+        if samples:
+            found[method.method] = (
+                [len(str(sample["completion"])) for sample in samples],
+                [sample["score"] for sample in samples],
+            )
+    return found
+
+
+def _lengths(summary: TaskSummary, points: dict[str, tuple[list[int], list[float]]]) -> Figure:
+    figure, panels = _panels(len(points))
+    for axes, (name, (lengths, scores)) in zip(panels, points.items(), strict=False):
+        color = _REFERENCE if name == summary.reference else _OWN
+        axes.plot(lengths, scores, ".", color=color, alpha=0.5, markersize=4, markeredgewidth=0)
+        axes.set_title(_label(name, 26))
+    figure.supxlabel("characters", fontsize=10)
+    figure.supylabel("score", fontsize=10)
     return figure
 
 
-def _label(text: str) -> str:
-    return text.replace("$", r"\$")[:40]  # "$" would start a formula
+def _label(text: str, width: int) -> str:
+    text = "".join(sign if sign.isprintable() else " " for sign in text)
+    lines = textwrap.wrap(text, width, max_lines=2, placeholder="…") or [" "]
+    return "\n".join(lines).replace("$", r"\$")  # "$" would start a formula

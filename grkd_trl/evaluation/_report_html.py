@@ -4,7 +4,7 @@ import base64
 from html import escape
 from pathlib import Path
 
-from ._report_tables import HOW_TO_READ, about, failed_table, score_table, settings_table, win_table
+from ._report_tables import HOW_TO_READ, about, cautions, failed_table, score_table, settings_table, win_table
 from .summary import TaskSummary
 
 
@@ -12,9 +12,10 @@ _SAMPLE_CHARACTERS, _SAMPLES = 2000, 3
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --faint: #5b6470; --line: #d9dee4; --raised: #f5f7f9; \
---mark: #1f5fae; }
+--mark: #1f5fae; --shade: #8c96a199; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ec; --paper: #14171a; --faint: #9aa4af; --line: #32383f; --raised: #1d2126; --mark: #7db4f5; }
+  :root { --ink: #e6e9ec; --paper: #14171a; --faint: #9aa4af; --line: #32383f; --raised: #1d2126; --mark: #7db4f5;
+    --shade: #000c; }
   img { filter: invert(0.92) hue-rotate(180deg); }
 }
 * { box-sizing: border-box; }
@@ -25,13 +26,21 @@ h2 { font-size: 1.25rem; margin: 2.5rem 0 .25rem; padding-top: 1rem; border-top:
 h3 { font-size: 1rem; margin: 1.75rem 0 .5rem; }
 p { margin: .25rem 0 1rem; color: var(--faint); max-width: 46rem; }
 nav a { margin-right: 1rem; color: var(--mark); }
+p.caution { color: var(--ink); border-left: 4px solid #c8860d; padding-left: .7rem; font-weight: 600; }
+.frame { position: relative; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
+.hint { display: none; color: var(--mark); font-size: .85rem; margin: 0 0 .25rem; }
+.more .hint { display: block; }
+.more::after { content: ""; position: absolute; right: 1px; bottom: 1px; top: 1.6rem; width: 2.2rem; pointer-events: none;
+  background: linear-gradient(to right, transparent, var(--shade)); border-radius: 0 6px 6px 0; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .65rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 tbody tr:last-child td { border-bottom: 0; }
 th { background: var(--raised); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--raised); }
 td:first-child { font-weight: 600; }
+th:first-child, td:first-child { white-space: normal; min-width: 6.5rem; max-width: 11rem; }
+@media (max-width: 40rem) { th, td { padding: .4rem .5rem; } th:first-child, td:first-child { max-width: 7.5rem; } }
 table.text td, table.text th { text-align: left; }
 table.text td:last-child { white-space: normal; min-width: 14rem; width: 100%; }
 th button { all: unset; cursor: pointer; }
@@ -40,7 +49,7 @@ th[aria-sort="ascending"] button::after { content: " \\2191"; }
 th[aria-sort="descending"] button::after { content: " \\2193"; }
 tr.reference td { color: var(--mark); }
 figure { margin: 1.25rem 0; }
-img { width: 46rem; max-width: 100%; height: auto; display: block; border-radius: 6px; }
+img { width: 34rem; max-width: 100%; height: auto; display: block; border-radius: 6px; }
 figcaption { color: var(--faint); font-size: .85rem; margin-top: .35rem; }
 details { margin: .5rem 0; border: 1px solid var(--line); border-radius: 6px; padding: .4rem .8rem; }
 summary { cursor: pointer; font-weight: 600; }
@@ -49,6 +58,13 @@ pre { white-space: pre-wrap; background: var(--raised); padding: .6rem .8rem; bo
 """
 
 _SCRIPT = """
+for (const frame of document.querySelectorAll(".frame")) {
+  const scroll = frame.querySelector(".scroll");
+  const cue = () => frame.classList.toggle("more", scroll.scrollLeft + scroll.clientWidth < scroll.scrollWidth - 2);
+  scroll.addEventListener("scroll", cue);
+  new ResizeObserver(cue).observe(scroll);
+  cue();
+}
 for (const table of document.querySelectorAll("table.sortable")) {
   table.querySelectorAll("thead button").forEach((button, column) => button.addEventListener("click", () => {
     const header = button.parentElement;
@@ -89,6 +105,7 @@ def html_page(title: str, summaries: list[TaskSummary], figures: dict[str, list[
         body.append(f"<nav>{''.join(links)}</nav>")
     for index, summary in enumerate(summaries):
         body += [f'<h2 id="task{index}">{escape(summary.task)}</h2>', f"<p>{escape(about(summary))}</p>"]
+        body += [f'<p class="caution">{escape(sentence)}</p>' for sentence in cautions(summary)]
         if summary.methods:
             body.append(_table(*score_table(summary), kind="sortable", reference=summary.reference))
             body += [_figure(path, caption) for path, caption in figures[summary.task]]
@@ -117,7 +134,8 @@ def _table(header: list[str], rows: list[list[str]], *, kind: str = "", referenc
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     body = "\n".join(lines)
     table = f'<table class="{kind}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
-    return f'<div class="scroll" tabindex="0">{table}</div>'
+    hint = '<p class="hint">More columns to the right: scroll the table sideways \u2192</p>'
+    return f'<div class="frame">{hint}<div class="scroll" tabindex="0">{table}</div></div>'
 
 
 def _figure(path: Path, caption: str) -> str:
@@ -129,10 +147,12 @@ def _figure(path: Path, caption: str) -> str:
 
 def _samples(summary: TaskSummary) -> list[str]:
     parts = []
-    for method in sorted({row["method"] for row in summary.rows if row.get("samples")}):
-        rows = [row for row in summary.rows if row["method"] == method and row.get("samples")]
-        shown = [f"<details><summary>{escape(method)}: completions of seed {rows[0]['seed']}</summary>"]
-        for sample in rows[0]["samples"][:_SAMPLES]:
+    for method, runs in sorted(summary.runs.items()):
+        if not runs.samples:
+            continue
+        seed = min(runs.samples)
+        shown = [f"<details><summary>{escape(method)}: completions of seed {seed}</summary>"]
+        for sample in runs.samples[seed][:_SAMPLES]:
             shown += [
                 f"<pre>{escape(_cut(str(sample.get(name, '')))) or '(empty)'}</pre>"
                 for name in ("prompt", "completion")

@@ -14,7 +14,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-from .results import append_result, check_result, read_results
+from .results import append_result, check_result, decisive_metric, read_results
 
 
 _BUDGETS = ("max_steps", "max_tokens", "max_seconds")
@@ -71,7 +71,7 @@ def compare(
             By method, the settings to choose from, as many for each method.
         tune (`int`, *optional*, defaults to `0`):
             Trials for each method: points of its search space, the same points in each, drawn once. Each is run with
-            `tuning_seed` on the validation split, and the one with the best first metric goes into the comparison.
+            `tuning_seed` on the validation split, and the one with the best metric that decides goes into the comparison.
         tuning_seed (`int`, *optional*, defaults to `1000`):
             Seed of the trials, none of `seeds`.
         num_workers (`int`, *optional*, defaults to `1`):
@@ -143,9 +143,8 @@ def _tuned(
             # Every trial failed: the comparison shows the method as failed, with the first trial's settings.
             best[method] = rows[f"{method} trial 0"]["settings"]
             continue
-        best[method] = max(done, key=lambda row: next(iter(row["metrics"].values())))[
-            "settings"
-        ]  # the first of equals
+        chosen = max(done, key=lambda row: row["metrics"][decisive_metric(row)])  # the first of equals
+        best[method] = chosen["settings"]
     return best
 
 

@@ -6,7 +6,7 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 import pyarrow.parquet as pq
@@ -47,7 +47,7 @@ def read_rows(source: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _open(source: str | Path) -> IO[bytes]:
+def _open(source: str | Path) -> Any:
     if "://" not in str(source):  # fsspec would take `[`, `*`, `?` and `::` of a path as patterns and chains
         path = Path(source).expanduser()
         return gzip.open(path) if path.suffix == ".gz" else path.open("rb")

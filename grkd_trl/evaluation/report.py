@@ -1,12 +1,14 @@
 """The report of a comparison: from a `results.jsonl` to Markdown, one HTML page and figures."""
 
+import re
 from pathlib import Path
 
 from ._report_figures import draw_figures
 from ._report_html import html_page
-from ._report_tables import HOW_TO_READ, about, failed_table, score_table, settings_table, win_table
-from .results import read_results
-from .summary import TaskSummary, summarize
+from ._report_tables import HOW_TO_READ, about, cautions, failed_table, score_table, settings_table, win_table
+from .collection import collect
+from .results import iterate_results
+from .summary import TaskSummary, summarize_runs
 
 
 def write_report(
@@ -32,13 +34,14 @@ def write_report(
     Raises:
         `ValueError`: If the file holds no run, or runs that cannot be compared.
     """
-    rows = read_results(results)
-    if not rows:
-        raise ValueError(f"{results} holds no run: nothing to report.")
-    summaries = [summarize(rows, task, reference=reference) for task in sorted({row["task"] for row in rows})]
-    folder = Path(output_dir)
+    folder = Path(output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {summary.task: draw_figures(summary, folder) for summary in summaries}
+    tasks = collect(iterate_results(results))
+    if not tasks:
+        raise ValueError(f"{results} holds no run: nothing to report.")
+    summaries = [summarize_runs(tasks[task], task, reference=reference) for task in sorted(tasks)]
+    stems = _file_stems([summary.task for summary in summaries])
+    figures = {summary.task: draw_figures(summary, folder, stems[summary.task]) for summary in summaries}
     pages = {
         "report.md": markdown_page(title, summaries, figures),
         "report.html": html_page(title, summaries, figures),
@@ -47,6 +50,21 @@ def write_report(
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
     drawn = [path for task_figures in figures.values() for path, _ in task_figures]
     return [*(folder / name for name in pages), *drawn]
+
+
+def _file_stems(tasks: list[str]) -> dict[str, str]:
+    """A file name for each task, no two the same even where case does not count."""
+    stems: dict[str, str] = {}
+    taken: set[str] = set()
+    for task in tasks:
+        name = stem = re.sub(r"[^\w-]+", "_", task)[:80]
+        number = 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{stem}_{number}"
+        taken.add(name.lower())
+        stems[task] = name
+    return stems
 
 
 def markdown_page(title: str, summaries: list[TaskSummary], figures: dict[str, list[tuple[Path, str]]]) -> str:
@@ -67,7 +85,8 @@ def markdown_page(title: str, summaries: list[TaskSummary], figures: dict[str, l
     parts = [f"# {_plain(title)}", HOW_TO_READ]
     for summary in summaries:
         parts.append(f"## {_plain(summary.task)}")
-        parts.append(about(summary))
+        parts.append(_plain(about(summary)))
+        parts += [f"> **{_plain(sentence)}**" for sentence in cautions(summary)]
         if summary.methods:
             parts.append(_table(*score_table(summary)))
             parts += [f"![{_plain(caption)}]({path.name})" for path, caption in figures[summary.task]]
@@ -81,7 +100,7 @@ def markdown_page(title: str, summaries: list[TaskSummary], figures: dict[str, l
 def _plain(text: str) -> str:
     """Text of others within a line of Markdown."""
     text = " ".join(text.split())
-    for mark in "\\`*_[]<>|#!":
+    for mark in "\\`*_[]<>|#!$&~":
         text = text.replace(mark, "\\" + mark)
     return text if len(text) <= 500 else text[:500] + " (cut)"
 

@@ -7,6 +7,9 @@ from scipy import stats
 from scipy.special import expit, logit
 
 
+_MOST_RESAMPLED = 20_000  # means of more seeds or items do not lean, by the central limit theorem
+
+
 class Estimate(NamedTuple):
     """
     A mean and what is known about it. Numbers, or arrays where several comparisons were given.
@@ -97,9 +100,11 @@ def _of_numbers(values: np.ndarray, confidence: float, num_resamples: int, seed:
     squared_error, freedom = _squared_error(values)
     known = (squared_error > 0) & (np.ptp(values, axis=(-2, -1)) > 0)  # the mean of equal numbers is rounded
     error = np.where(known, np.sqrt(squared_error), np.nan)
-    resampled = _resampled_means(values, num_resamples, seed)
     tail = (1 - confidence) / 2
-    below, above = np.abs(np.quantile(resampled, [tail, 1 - tail], axis=-1) - mean)
+    below = above = np.zeros_like(mean)
+    if max(values.shape[-2:]) <= _MOST_RESAMPLED:
+        resampled = _resampled_means(values, num_resamples, seed)
+        below, above = np.abs(np.quantile(resampled, [tail, 1 - tail], axis=-1) - mean)
     width = 2 * stats.t.ppf(1 - tail, freedom) * error
     with np.errstate(divide="ignore", invalid="ignore"):
         lean = np.where(below + above > 0, below / (below + above), 0.5)
