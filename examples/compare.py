@@ -31,7 +31,7 @@ from pathlib import Path
 from grkd_trl.evaluation import compare
 from grkd_trl.evaluation.report import write_report
 from grkd_trl.examples.comparison import classes
-from grkd_trl.examples.comparison.run import METHODS, run
+from grkd_trl.examples.comparison.run import METHODS, run, test_models
 from grkd_trl.examples.comparison.space import search_space
 from grkd_trl.examples.comparison.tasks import TASKS
 
@@ -46,8 +46,9 @@ def compare_task(args: argparse.Namespace, task: str, budget: dict[str, float]) 
     shared |= {"learning_rate": args.learning_rate or 1e-3, "batch_size": args.batch_size or 16}
     if task != "groups":
         shared["work_dir"] = str(args.output_dir / "models")
-        for seed in args.seeds + ([1000] if args.tune else []):
-            TASKS[task](shared, seed)  # models and groups, once, before the runs that share them
+    for seed in args.seeds + ([1000] if args.tune else []):
+        made = TASKS[task](shared, seed)  # models and groups, once, before the runs that share them
+    test_models(args.output_dir / "results.jsonl", task, made)
     return compare(
         run,
         args.output_dir,

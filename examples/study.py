@@ -12,11 +12,9 @@ not repeated. `--parts` does a part of it. Each part has a folder with `results.
 import argparse
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from grkd_trl.evaluation import compare
 from grkd_trl.evaluation.report import write_report
-from grkd_trl.examples.comparison.run import run
+from grkd_trl.examples.comparison.run import run, test_models
 from grkd_trl.examples.comparison.space import search_space
 from grkd_trl.examples.comparison.tasks import TASKS
 
@@ -78,11 +76,7 @@ def main() -> None:
             settings = shared | own[task]
             common = {"task": task, "budget": {"max_steps": args.max_steps}, "num_workers": args.num_workers}
             made = TASKS[task](settings, TUNING_SEED)  # models, once, before the runs that share them
-            for role in ("teacher", "student"):
-                path = getattr(made, role)
-                model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-                right, _ = made.test(model, tokenizer, made.splits["test"])
-                print(f"{task}, {role} before: {sum(right) / len(right):.4f} of {len(right)} items", flush=True)
+            test_models(args.output_dir / part / "results.jsonl", task, made)
             if part == "methods":
                 results = compare(
                     run,

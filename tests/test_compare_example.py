@@ -157,7 +157,11 @@ def test_the_command(settings, folder, monkeypatch, capsys):
         command += [f"--{name}", str(settings[name])]
     monkeypatch.setattr(sys, "argv", ["compare.py", *command])
     runpy.run_path(str(EXAMPLES / "compare.py"), run_name="__main__")
-    (row,) = read_results(out / "results.jsonl")
+    row, *models = read_results(out / "results.jsonl")
+    assert [(model["method"], model["role"]) for model in models] == [
+        ("student before", "before"),
+        ("teacher", "teacher"),
+    ]
     assert (row["method"], row["status"]) == ("sft", "done"), row.get("error")
     assert str(out / "report/report.html") in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["compare.py", *command[:-10], "--task", "groups"])

@@ -1,5 +1,6 @@
 """Groups made offline: what is kept and dropped, and that nothing which happens on the way changes the result."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -246,17 +247,45 @@ class TestResuming:
         assert again.to_list() == groups.to_list()
         assert files(folder) == before
 
-    @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+    @pytest.mark.parametrize("damage", ["cut", "flip 5", "flip 30", "flip -9", "empty", "another's"])
     def test_a_damaged_shard_is_made_again(self, made, damage):
         folder, _ = made
         before = files(folder)
-        shard = sorted((folder / "data").iterdir())[3]
-        content = bytearray(shard.read_bytes())
-        if damage == "flip":
-            content[30] ^= 0xFF  # in a page of data
-        shard.write_bytes({"cut": content[: len(content) // 2], "flip": content, "empty": b""}[damage])
+        checksums = json.loads((folder / "manifest.json").read_text())["checksums"]
+        assert checksums == {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "data").iterdir()
+        }
+        shards = sorted((folder / "data").iterdir())
+        content = bytearray(shards[3].read_bytes())
+        if damage.startswith("flip"):  # in a page's header, in its data, and in the last footer
+            content[int(damage.split()[1])] ^= 1
+        whole = {"cut": content[: len(content) // 2], "empty": b"", "another's": shards[4].read_bytes()}
+        shards[3].write_bytes(whole.get(damage, content))
         generate_groups(make_prompts(), config(folder), student=make_teacher(0), teacher=make_teacher(1))
         assert files(folder) == before
+
+    @pytest.mark.parametrize("content", ["", '{"parameters": {"tem', "[]"])
+    def test_a_cut_manifest_is_named(self, made, content):
+        path, whole = made[0] / "manifest.json", (made[0] / "manifest.json").read_bytes()
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f"The manifest {path} is damaged"):
+            generate_groups(make_prompts(), config(made[0]), student=make_teacher(0), teacher=make_teacher(1))
+        path.write_bytes(whole)
+
+    @pytest.mark.parametrize("name", ["a[1]", "a*", "a?", "a::b"])
+    def test_paths_that_datasets_reads_as_patterns_are_refused(self, tmp_path, name):
+        with pytest.raises(ValueError, match="reads as a pattern"):
+            config(tmp_path / name)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_home_that_cannot_be_written_to_is_found_before_the_work(self, tmp_path, monkeypatch):
+        (tmp_path / "file").touch()
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "file/cache"))
+        with pytest.raises(OSError, match="Cannot write to .*file/cache .*HF_DATASETS_CACHE"):
+            generate_groups(make_prompts(), config(tmp_path / "out"), student=make_teacher(0), teacher=make_teacher(1))
+        assert not (tmp_path / "out").exists()
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert config("~/out").output_dir == str(tmp_path / "out")
 
     @pytest.mark.parametrize(
         "change, named",

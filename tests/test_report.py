@@ -5,12 +5,14 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from grkd_trl.evaluation._report_tables import about, cautions, score_table
 from grkd_trl.evaluation.report import write_report
 from grkd_trl.evaluation.results import append_result, read_results
 from grkd_trl.evaluation.summary import summarize
@@ -84,6 +86,49 @@ class TestNumbers:
         assert all(method.difference is None for method in summarize(runs, "scan").methods)
         assert summarize(runs, "scan", reference="dpo").methods[0].difference.mean > 0
 
+    def test_models_that_no_method_trained_stand_beside(self):
+        runs = [row for row in rows(seeds=2) if row["task"] == "scan"]
+        untrained = runs[0] | {"method": "student before", "role": "before", "per_item": [1, 0] * 20}
+        without, summary = summarize(runs, "scan"), summarize([*runs, untrained], "scan")
+        assert str(summary.methods) == str(without.methods) and str(summary.wins) == str(without.wins)
+        (before,) = summary.references
+        assert (before.name, before.role, before.score.mean) == ("student before", "before", 0.5)
+        assert before.score.low < 0.5 < before.score.high
+        assert score_table(summary)[1][-1][:6] == [
+            "student before",
+            *"–––",
+            "0.500",
+            f"{before.score.low:.3f} to {before.score.high:.3f}",
+        ]
+        with pytest.raises(ValueError, match="different roles"):
+            summarize([*runs, runs[0] | {"seed": 9, "role": "teacher"}], "scan")
+
+    def test_last_row_of_a_run_counts(self):
+        first, second, *_ = [row for row in rows() if row["task"] == "scan" and row["method"] == "grkd"]
+        failed = first | {"status": "failed", "metrics": {}, "per_item": None, "error": "no memory"}
+        assert summarize([first, second, failed], "scan").failed == [("grkd", 0, "no memory")]
+        assert str(summarize([failed, second, first], "scan").methods) == str(
+            summarize([first, second], "scan").methods
+        )
+
+    @pytest.mark.parametrize(
+        ("seeds", "num_items", "said"),
+        [(5, 100, []), (4, 100, ["Few seeds (4)"]), (1, 40, ["One seed", "Few items (40)"])],
+    )
+    def test_cautions(self, seeds, num_items, said):
+        runs = [row for row in rows(num_items, seeds) if row["status"] == "done" and row["method"] in ("grkd", "dpo")]
+        found = cautions(summarize(runs, "scan"))
+        assert [sentence[: len(start)] for sentence, start in zip(found, said, strict=True)] == said
+        whole = [row | {"per_item": None} for row in runs]
+        assert any("No values by item" in sentence for sentence in cautions(summarize(whole, "scan")))
+
+    def test_equal_results_are_no_interval(self):
+        (run, *_) = rows(seeds=1)
+        runs = [run | {"seed": seed, "per_item": None, "metrics": {"score": 3.5}} for seed in range(5)]
+        summary = summarize([*runs, *(row | {"method": "twin"} for row in runs)], "scan")
+        assert score_table(summary)[1][1][:6] == ["twin", "0.000", "none", "–", "3.500", "none"]
+        assert "equal results" in about(summary)
+
     def test_equal_runs_share_the_win(self):
         (run, *_) = rows(seeds=1)
         summary = summarize([run, run | {"method": "twin"}], "scan")
@@ -106,7 +151,7 @@ class TestFiles:
         text = (report[0] / "report/report.md").read_text()
         assert "| method | minus grkd | 95 % interval | p (Holm) | accuracy | 95 % interval | seeds |" in text
         assert "<script" not in text.replace("\\<script", "")
-        assert "![accuracy with 95 % intervals](scan_scores.png)" in text
+        assert "![scan_scores](scan_scores.png)\n\naccuracy with 95 % intervals" in text
         assert (report[0] / "report/scan_scores.png").exists()
         assert "18 runs" not in text
         assert text.count("9 runs, 1 of them failed") == 2
@@ -114,6 +159,33 @@ class TestFiles:
         for line in text.split("\n"):
             cells = re.findall(r"(?<!\\)\|", line)
             assert not cells or len(cells) in (3, 4, 5, 11), line[:200]
+
+    def test_curves_say_what_they_measure(self, report):
+        text = (report[0] / "report/report.md").read_text()
+        assert text.count("accuracy on validation items in the course of training") == 2
+        ends = [
+            abs(0.7 - row["metrics"]["accuracy"])
+            for row in rows()
+            if row["status"] == "done" and row["task"] == "scan"
+        ]
+        assert f"end up to {max(ends):.3f} from the table's values of the same runs, since" in text
+
+    def test_a_figure_each_where_names_differ_in_a_space(self, tmp_path):
+        for task in ("a b", "a_b", "A  b", "a_b_2"):
+            for row in rows(seeds=1):
+                append_result(tmp_path / "results.jsonl", row | {"task": task})
+        written = write_report(tmp_path / "results.jsonl", tmp_path)
+        assert len({path.name.lower() for path in written}) == len(written) == 2 + 4 * 3
+
+    @pytest.mark.parametrize("name", ["$x^2$ & ~y~", "*a* | `b`", "<b>[a](b)"])
+    def test_names_are_escaped_in_markdown(self, tmp_path, name):
+        for row in rows(seeds=1):
+            row = {"method": row["method"].replace("dpo", name), "metrics": {name: row["metrics"].get("accuracy", 0)}}
+            append_result(tmp_path / "results.jsonl", next(rows()) | row | {"curve": [], "task": name})
+        text = write_report(tmp_path / "results.jsonl", tmp_path, title=name)[0].read_text()
+        escaped = re.sub(r"([$&~*|`<>\[\]_])", r"\\\1", name)
+        assert text.count(escaped) >= 6  # title, task, metric in a line, in a header and a caption, method
+        assert name not in text
 
     def test_page_is_self_contained_and_escaped(self, report):
         text = (report[0] / "report/report.html").read_text()
@@ -148,6 +220,34 @@ class TestFiles:
         (tmp_path / "results.jsonl").touch()
         with pytest.raises(ValueError, match="holds no run"):
             write_report(tmp_path / "results.jsonl", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_million_lines(tmp_path):
+    """In half a minute of a core, and little memory beyond what the imports need."""
+    with (tmp_path / "results.jsonl").open("w") as file:
+        (row, *_) = rows(seeds=1)
+        row |= {"per_item": None, "samples": [], "curve": []}
+        for index in range(1_000_000):
+            row |= {
+                "method": f"m{index % 20}",
+                "seed": index // 20,
+                "metrics": {"accuracy": index * 7919 % 1000 / 1000},
+            }
+            file.write(json.dumps(row) + "\n")
+    script = """
+import resource, sys, time
+from grkd_trl.evaluation.report import write_report
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before, start = peak(), time.process_time()
+write_report(sys.argv[1], sys.argv[2], reference="m0")
+print(time.process_time() - start, peak() - before)
+"""
+    command = [sys.executable, "-c", script, tmp_path / "results.jsonl", tmp_path / "report"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    seconds, megabytes = map(float, run.stdout.split())
+    assert seconds < 30 and megabytes < 400, run.stderr
+    assert "1000000 runs" in (tmp_path / "report/report.md").read_text()
 
 
 class TestBrowser:
@@ -195,3 +295,20 @@ class TestBrowser:
             return [wide.length, document.querySelector("table.sortable").scrollWidth > 390];
         """
         assert self.open(report[0], script, width=500) == [0, True]  # the table scrolls within its own frame
+
+    def test_a_phone_shows_the_difference_and_that_there_is_more(self, report):
+        script = """
+            document.body.style.width = "390px";
+            const frame = document.querySelector(".frame"), scroll = frame.querySelector(".scroll");
+            const cells = frame.querySelectorAll("thead th"), edge = scroll.getBoundingClientRect().right;
+            const seen = [...cells].filter(cell => cell.getBoundingClientRect().right <= edge).map(cell => cell.textContent);
+            scroll.dispatchEvent(new Event("scroll"));
+            const cue = getComputedStyle(frame.querySelector(".hint")).display;
+            scroll.scrollLeft = scroll.scrollWidth;
+            scroll.dispatchEvent(new Event("scroll"));
+            const image = document.images[0].getBoundingClientRect().width;
+            return [seen, cue, getComputedStyle(frame.querySelector(".hint")).display, image > 300 && image < 390];
+        """
+        seen, cue, at_the_end, fits = self.open(report[0], script, width=500)
+        assert seen[:3] == ["method", "minus grkd", "95 % interval"]
+        assert (cue, at_the_end, fits) == ("block", "none", True)

@@ -5,8 +5,9 @@ import pytest
 from scipy import stats
 from scipy.special import expit
 
-from grkd_trl.evaluation.results import append_result, read_results, values_by_method
+from grkd_trl.evaluation.results import append_result, decisive_metric, read_results
 from grkd_trl.evaluation.statistics import bootstrap_estimate, holm_p_values, paired_difference
+from grkd_trl.evaluation.summary import summarize
 
 
 def studies(num, seeds, items, *, of_seeds, of_items, of_cells, rng=0, mean=0.0):
@@ -225,22 +226,29 @@ class TestResults:
         (tmp_path / "items.json").write_text("[1, 0, 1]")
         append_result(tmp_path / "results.jsonl", result(per_item="items.json"))
         assert read_results(tmp_path / "results.jsonl")[0]["per_item"] == [1, 0, 1]
-        with pytest.raises(FileNotFoundError):
-            append_result(tmp_path / "results.jsonl", result(per_item="absent.json"))
-            read_results(tmp_path / "results.jsonl")
+        for name, text, message in (
+            ("absent", None, "absent"),
+            ("cut", "[1, ", "be read"),
+            ("no", "7", "hold a list"),
+        ):
+            if text:
+                (tmp_path / f"{name}.json").write_text(text)
+            path = tmp_path / f"{name}.jsonl"
+            append_result(path, result(per_item=f"{name}.json"))
+            with pytest.raises((FileNotFoundError, ValueError), match=f"line 1: `per_item` names .*{message}"):
+                read_results(path)
 
-    def test_values(self):
-        rows = [result(), result(seed=1, per_item=[1, 1], metrics={"accuracy": 1.0, "length": 7})]
-        rows.append(result(method="dpo", status="failed", metrics={}, per_item=None))
-        ((seeds, values),) = values_by_method(rows, "scan").values()
-        assert seeds == [0, 1]
-        assert values.tolist() == [[1, 0], [1, 1]]
-        assert values_by_method(rows[1:], "scan", "length")["grkd"][1].tolist() == [[7]]
-        assert values_by_method(rows, "absent") == {}
-        with pytest.raises(ValueError, match=r"missing from the runs \['grkd seed 0'\]"):
-            values_by_method(rows, "scan", "length")
+    def test_the_metric_that_decides(self):
+        rows = [result(), result(seed=1, per_item=[1, 1], metrics={"length": 7, "accuracy": 1.0})]
+        assert summarize(rows, "scan").metric == "accuracy"
+        assert summarize(rows, "scan").methods[0].score.mean == 0.75
+        of_length = [row | {"metric": "length", "metrics": {"length": 7}, "per_item": None} for row in rows]
+        assert summarize(of_length, "scan").methods[0].score.mean == 7
+        assert decisive_metric(result(metrics={"z": 1, "a": 2}, metric="a")) == "a"
+        with pytest.raises(ValueError, match=r"differ in the metric that decides, \['accuracy', 'length'\]"):
+            summarize([rows[0], of_length[1]], "scan")
         with pytest.raises(ValueError, match=r"tested on \[2, 3\] items"):
-            values_by_method([rows[0], result(seed=2, per_item=[1, 0, 1])], "scan")
+            summarize([rows[0], result(seed=2, per_item=[1, 0, 1])], "scan")
 
     @pytest.mark.parametrize(
         "row, message",
@@ -254,6 +262,14 @@ class TestResults:
             (result(metrics={}), "`metrics` is empty"),
             (result(metrics={"accuracy": float("nan")}), "finite numbers, got nan for 'accuracy'"),
             (result(per_item=[1, None]), "got None for item 1"),
+            (result(metrics={"a": 1, "b": 2}), r"holds \['a', 'b'\]: name the one that decides"),
+            (result(metric="f1"), "`metric` is 'f1'"),
+            (result(role="best"), "`role` must be one of"),
+            (result(seconds=float("inf")), "`seconds` must be finite"),
+            (result(curve=[{"step": 1}]), "point 0 of `curve`"),
+            (result(curve=[{"step": 1, "seconds": None}]), "point 0 of `curve`"),
+            (result(samples=["text"]), "sample 0 must be an object"),
+            (result(samples=[{"completion": "a", "score": "b"}]), "`score` of sample 0"),
         ],
     )
     def test_refuses(self, tmp_path, row, message):

@@ -180,6 +180,7 @@ def run(request_path: str, result_path: str) -> None:
     right = found.predictions.argmax(-1) == found.label_ids
     result = {
         "metrics": {name: round(metrics[name], 6) for name in METRICS if name in metrics},
+        "metric": METRICS[0],
         "per_item": right.astype(int).tolist() if request["split"] == "test" else None,
         "seconds": round(seconds, 3),
         "tokens": None,

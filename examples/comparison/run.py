@@ -37,6 +37,7 @@ from grkd_trl import (
     SimPOConfig,
     SimPOTrainer,
 )
+from grkd_trl.evaluation.results import append_result, read_results
 from grkd_trl.examples.comparison.tasks import TASKS, Task, best_completions
 from grkd_trl.examples.demonstration.models import training
 from grkd_trl.teacher import LocalTeacher
@@ -177,15 +178,36 @@ def run(request_path: str, result_path: str) -> None:
                 samples[-1]["score"] = score
     result = {
         "metrics": metrics,
+        "metric": task.metric,
         "per_item": values,
         "seconds": round(budget.seconds, 3),
         "tokens": budget.tokens,
         "peak_memory_bytes": peak,
-        "versions": {name: version(name) for name in ("grkd_trl", "torch", "transformers", "trl")},
+        "versions": _versions(),
         "curve": budget.curve,
+        "curve_items": f"the first {len(watched)} validation items",
         "samples": samples,
     }
     Path(result_path).write_text(json.dumps(result))
+
+
+def test_models(path: Path, name: str, task: Task) -> None:
+    """Add the teacher and the student before training to the results of a task, where they are not there yet."""
+    known = {(row["task"], row["method"]) for row in read_results(path)} if path.exists() else set()
+    for method, role, model in (("teacher", "teacher", task.teacher), ("student before", "before", task.student)):
+        if (name, method) in known:
+            continue
+        values, _ = task.test(
+            AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model), task.splits["test"]
+        )
+        row = {"task": name, "method": method, "seed": 0, "settings": {}, "status": "done", "role": role}
+        row |= {"metrics": {task.metric: sum(values) / len(values)}, "metric": task.metric, "per_item": values}
+        row |= {"seconds": 0, "tokens": None, "peak_memory_bytes": None, "versions": _versions()}
+        append_result(path, row)
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("grkd_trl", "torch", "transformers", "trl")}
 
 
 if __name__ == "__main__":

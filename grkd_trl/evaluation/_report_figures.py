@@ -139,6 +139,7 @@ def _panels(num: int) -> tuple[Figure, list[Axes]]:
 
 def _curves(summary: TaskSummary, curves: _Curves) -> Figure:
     figure, panels = _panels(len(curves))
+    middle = np.mean([edge(values) for edge in (np.min, np.max) for _, *values, _ in curves.values()])
     for axes, (name, (steps, mean, low, high, seconds)) in zip(panels, curves.items(), strict=False):
         color = _REFERENCE if name == summary.reference else _OWN
         for other_steps, others, *_ in curves.values():
@@ -147,7 +148,8 @@ def _curves(summary: TaskSummary, curves: _Curves) -> Figure:
         axes.plot(steps, mean, color=color, linewidth=1.8)
         axes.set_title(_label(name, 26))
         end = f"{mean[-1]:.3f}" + (f", {seconds:.0f} s" if seconds >= 0.5 else "")
-        axes.annotate(end, (0.97, 0.05), xycoords="axes fraction", ha="right", color=color, fontsize=9)
+        height = 0.86 if mean[0] <= middle else 0.05  # where the curve does not begin
+        axes.annotate(end, (0.04, height), xycoords="axes fraction", color=color, fontsize=9)
     figure.supxlabel("steps", fontsize=10)
     figure.supylabel(_label(summary.metric, 40), fontsize=10)
     return figure

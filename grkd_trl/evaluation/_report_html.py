@@ -48,8 +48,9 @@ th button:hover, th button:focus-visible { color: var(--mark); text-decoration: 
 th[aria-sort="ascending"] button::after { content: " \\2191"; }
 th[aria-sort="descending"] button::after { content: " \\2193"; }
 tr.reference td { color: var(--mark); }
-figure { margin: 1.25rem 0; }
-img { width: 34rem; max-width: 100%; height: auto; display: block; border-radius: 6px; }
+.figures { display: flex; flex-wrap: wrap; gap: 0 1.5rem; align-items: start; }
+figure { margin: 1.25rem 0; flex: 0 1 33rem; }
+img { width: 100%; height: auto; display: block; border-radius: 6px; }
 figcaption { color: var(--faint); font-size: .85rem; margin-top: .35rem; }
 details { margin: .5rem 0; border: 1px solid var(--line); border-radius: 6px; padding: .4rem .8rem; }
 summary { cursor: pointer; font-weight: 600; }
@@ -108,7 +109,8 @@ def html_page(title: str, summaries: list[TaskSummary], figures: dict[str, list[
         body += [f'<p class="caution">{escape(sentence)}</p>' for sentence in cautions(summary)]
         if summary.methods:
             body.append(_table(*score_table(summary), kind="sortable", reference=summary.reference))
-            body += [_figure(path, caption) for path, caption in figures[summary.task]]
+            drawn = "".join(_figure(path, caption) for path, caption in figures[summary.task])
+            body.append(f'<div class="figures">{drawn}</div>')
             body += ["<h3>Share of the seeds on which the row beats the column</h3>", _table(*win_table(summary))]
             body += ["<h3>Settings</h3>", _table(*settings_table(summary), kind="text")]
         if summary.failed:
@@ -134,7 +136,7 @@ def _table(header: list[str], rows: list[list[str]], *, kind: str = "", referenc
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     body = "\n".join(lines)
     table = f'<table class="{kind}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
-    hint = '<p class="hint">More columns to the right: scroll the table sideways \u2192</p>'
+    hint = '<p class="hint">Scroll sideways for more columns \u2192</p>'
     return f'<div class="frame">{hint}<div class="scroll" tabindex="0">{table}</div></div>'
 
 

@@ -6,7 +6,7 @@ from .statistics import Estimate
 from .summary import TaskSummary
 
 
-_FEW_SEEDS, _FEW_ITEMS = 3, 100
+_FEW_SEEDS, _FEW_ITEMS = 5, 100
 _MOST_ROWS, _MOST_VALUES = 100, 20
 HOW_TO_READ = (
     "Means with 95 % intervals over seeds and test items. Differences are paired by seed and item; their p-values are "
@@ -16,7 +16,7 @@ HOW_TO_READ = (
 
 def about(summary: TaskSummary) -> str:
     """
-    One line about a task.
+    A line about a task.
 
     Args:
         summary ([`TaskSummary`]):
@@ -26,7 +26,12 @@ def about(summary: TaskSummary) -> str:
         `str`: The line.
     """
     items = f" on {summary.num_items} items" if summary.num_items > 1 else ""
-    return f"Metric: {summary.metric or 'none'}{items}. {summary.num_runs} runs, {len(summary.failed)} of them failed."
+    line = f"Metric: {summary.metric or 'none'}{items}. {summary.num_runs} runs, {len(summary.failed)} of them failed."
+    estimates = [method.score for method in summary.methods] + [other.score for other in summary.references]
+    estimates += [method.difference for method in summary.methods if method.difference is not None]
+    if any(math.isnan(estimate.low) for estimate in estimates):
+        line += ' "none" stands where equal results, or a single one, say nothing of an interval.'
+    return line
 
 
 def cautions(summary: TaskSummary) -> list[str]:
@@ -50,10 +55,6 @@ def cautions(summary: TaskSummary) -> list[str]:
         found.append("No values by item: the intervals say nothing of what other test items would give.")
     elif 1 < summary.num_items < _FEW_ITEMS:
         found.append(f"Few items ({summary.num_items}): only large differences can be told from chance.")
-    estimates = [method.score for method in summary.methods] + [other.score for other in summary.references]
-    estimates += [method.difference for method in summary.methods if method.difference is not None]
-    if any(math.isnan(estimate.low) for estimate in estimates):
-        found.append('"none" stands where equal results, or a single one, say nothing of an interval.')
     return found
 
 

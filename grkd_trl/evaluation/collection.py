@@ -30,29 +30,32 @@ class MethodRuns:
         self._metrics, self._settings = array("L"), array("L")
         self._items: dict[int, np.ndarray] = {}
 
-    def add(self, row: dict[str, Any], metric: int, settings: int) -> None:
+    def add(self, row: dict[str, Any], metric: str, metric_number: int, settings_number: int) -> None:
         """
         Add a run.
 
         Args:
             row (`dict[str, Any]`):
                 Row of [`~grkd_trl.evaluation.results.iterate_results`].
-            metric, settings (`int`):
-                Numbers of the metric that decides and of the settings.
+            metric (`str`):
+                The metric that decides.
+            metric_number, settings_number (`int`):
+                Numbers of this metric and of the settings.
         """
         seed = row["seed"]
-        for known in (self.failed, self.curves, self.samples, self._items):
-            known.pop(seed, None)
+        if seed in self._places or seed in self.failed:
+            for known in (self.failed, self.curves, self.samples, self._items):
+                known.pop(seed, None)
         if row["status"] != "done":
             self._places.pop(seed, None)
             self.failed[seed] = row.get("error", "no message")
             return
         self._places[seed] = len(self._metrics)
-        numbers = row | {"value": row["metrics"][decisive_metric(row)]}
         for name, column in self._columns.items():
-            column.append(np.nan if numbers[name] is None else numbers[name])
-        self._metrics.append(metric)
-        self._settings.append(settings)
+            number = row["metrics"][metric] if name == "value" else row[name]
+            column.append(np.nan if number is None else number)
+        self._metrics.append(metric_number)
+        self._settings.append(settings_number)
         if row["per_item"]:
             values = np.asarray(row["per_item"], dtype=float)
             with np.errstate(invalid="ignore"):
@@ -141,19 +144,22 @@ def collect(rows: Iterable[dict[str, Any]]) -> dict[str, TaskRuns]:
         `ValueError`: If a method's rows differ in their `role`.
     """
     tasks: dict[str, TaskRuns] = {}
+    last: tuple[TaskRuns | None, dict, int] = (None, {}, 0)  # settings seldom change from one line to the next
     for row in rows:
-        task = tasks.setdefault(row["task"], TaskRuns())
-        runs = task.methods.setdefault(row["method"], MethodRuns(row.get("role")))
+        if row["task"] not in tasks:
+            tasks[row["task"]] = TaskRuns()
+        task = tasks[row["task"]]
+        if row["method"] not in task.methods:
+            task.methods[row["method"]] = MethodRuns(row.get("role"))
+        runs = task.methods[row["method"]]
         if runs.role != row.get("role"):
             raise ValueError(
                 f"Rows of {row['method']!r} on {row['task']!r} have different roles, {runs.role!r} and "
                 f"{row.get('role')!r}: give a model that was not trained a name of its own."
             )
+        if last[0] is not task or last[1] != row["settings"]:
+            settings = json.dumps(row["settings"], sort_keys=True)
+            last = (task, row["settings"], task.settings.setdefault(settings, len(task.settings)))
         metric = decisive_metric(row) if row["status"] == "done" else ""
-        settings = json.dumps(row["settings"], sort_keys=True)
-        runs.add(
-            row,
-            task.metrics.setdefault(metric, len(task.metrics)),
-            task.settings.setdefault(settings, len(task.settings)),
-        )
+        runs.add(row, metric, task.metrics.setdefault(metric, len(task.metrics)), last[2])
     return tasks

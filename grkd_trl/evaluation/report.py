@@ -89,7 +89,7 @@ def markdown_page(title: str, summaries: list[TaskSummary], figures: dict[str, l
         parts += [f"> **{_plain(sentence)}**" for sentence in cautions(summary)]
         if summary.methods:
             parts.append(_table(*score_table(summary)))
-            parts += [f"![{_plain(caption)}]({path.name})" for path, caption in figures[summary.task]]
+            parts += [f"![{path.stem}]({path.name})\n\n{_plain(caption)}" for path, caption in figures[summary.task]]
             parts += ["Share of the seeds on which the row beats the column:", _table(*win_table(summary))]
             parts += ["Settings:", _table(*settings_table(summary))]
         if summary.failed:

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .files import append_rows
 
 
@@ -159,48 +157,6 @@ def decisive_metric(row: dict[str, Any], where: str = "`row`") -> str:
     return name
 
 
-def values_by_method(
-    rows: list[dict[str, Any]], task: str, metric: str | None = None
-) -> dict[str, tuple[list[int], np.ndarray]]:
-    """
-    Values of a task's finished runs, as [`~grkd_trl.evaluation.statistics.bootstrap_estimate`] takes them.
-
-    Args:
-        rows (`list[dict[str, Any]]`):
-            Rows of [`read_results`].
-        task (`str`):
-            The task.
-        metric (`str`, *optional*):
-            Name of the metric; by default the one that decides ([`decisive_metric`]), with its values for each item
-            where all runs have them.
-
-    Returns:
-        `dict[str, tuple[list[int], np.ndarray]]`: For each method its seeds and their values, `(S, I)` or `(S, 1)`.
-
-    Raises:
-        `ValueError`: If runs were tested on different numbers of items, or lack the metric.
-    """
-    done = [row for row in rows if row["task"] == task and row["status"] == "done"]
-    deciding = {decisive_metric(row) for row in done}
-    if metric is None and len(deciding) > 1:
-        raise ValueError(
-            f"The runs of {task} differ in the metric that decides, {sorted(deciding)}: name one as `metric`."
-        )
-    metric = metric or next(iter(deciding), None)
-    if lacking := [f"{row['method']} seed {row['seed']}" for row in done if metric not in row["metrics"]]:
-        raise ValueError(f"`metric` {metric!r} is missing from the runs {lacking} of {task}.")
-    sizes = {len(row["per_item"] or []) for row in done}
-    by_item = deciding == {metric} and 0 not in sizes
-    if by_item and len(sizes) > 1:
-        raise ValueError(f"The runs of {task} were tested on {sorted(sizes)} items: test all on the same.")
-    values: dict[str, tuple[list[int], list]] = {}
-    for row in sorted(done, key=lambda row: (row["method"], row["seed"])):
-        seeds, found = values.setdefault(row["method"], ([], []))
-        seeds.append(row["seed"])
-        found.append(row["per_item"] if by_item else [row["metrics"][metric]])
-    return {method: (seeds, np.array(found, dtype=float)) for method, (seeds, found) in values.items()}
-
-
 def check_result(row: Any, where: str = "`row`") -> dict[str, Any]:
     """
     Check that a row is as [`append_result`] describes it.
@@ -219,9 +175,11 @@ def check_result(row: Any, where: str = "`row`") -> dict[str, Any]:
     """
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a result is a JSON object, got {type(row).__name__}.")
-    if missing := _FIELDS.keys() - row.keys():
+    if not _FIELDS.keys() <= row.keys():
+        missing = _FIELDS.keys() - row.keys()
         raise ValueError(f"{where} lacks {sorted(missing)}: a result has {list(_FIELDS)}.")
-    if unknown := row.keys() - _FIELDS.keys() - _OPTIONAL.keys():
+    if not row.keys() <= _KINDS.keys():
+        unknown = row.keys() - _KINDS.keys()
         raise ValueError(f"{where} has {sorted(unknown)}: beside {list(_FIELDS)} it may have {list(_OPTIONAL)}.")
     for name, value in row.items():
         kind = _KINDS[name]

@@ -107,8 +107,8 @@ class TaskSummary(NamedTuple):
 
     @property
     def num_runs(self) -> int:
-        """Runs, those that failed among them."""
-        return sum(len(runs.seeds()) + len(runs.failed) for runs in self.runs.values())
+        """Runs of the methods, those that failed among them."""
+        return sum(len(runs.seeds()) + len(runs.failed) for runs in self.runs.values() if runs.role is None)
 
 
 def summarize(rows: Iterable[dict[str, Any]], task: str, *, reference: str = "grkd") -> TaskSummary:

@@ -23,7 +23,7 @@ from ..teacher import CalibratedTeacher, LocalTeacher, Scorer, ServerTeacher, Te
 from .card import summary, write_card
 from .core import add_scores, keep, write_groups
 from .select import drop_repeats, select_diverse
-from .shards import Shards
+from .shards import Shards, readable_folder
 
 
 logger = logging.get_logger(__name__)
@@ -39,7 +39,8 @@ class GroupsConfig:
 
     Parameters:
         output_dir (`str`):
-            Folder of the groups. Resumes if it already holds groups made with the same parameters.
+            Folder of the groups, in which `~` is the home folder. Resumes if it already holds groups made with the same
+            parameters.
         completion_source (`str`, *optional*, defaults to `"student"`):
             Who writes: `"student"`, `"teacher"`, `"mixed"` (both), or `"dataset"` (its `completions`, all kept).
         num_completions (`int`, *optional*, defaults to `4`):
@@ -84,6 +85,7 @@ class GroupsConfig:
             message = "`prompts_per_unit` is now `prompts_per_shard`; the old name will be removed in 0.3."
             warnings.warn(message, FutureWarning, stacklevel=3)
             self.prompts_per_shard, self.prompts_per_unit = self.prompts_per_unit, None
+        self.output_dir = str(readable_folder(self.output_dir))
         sources = ("student", "teacher", "mixed", "dataset")
         if self.completion_source not in sources:
             raise ValueError(f"`completion_source` must be one of {sources}, got {self.completion_source!r}.")

@@ -1,20 +1,46 @@
 """A folder of groups that survives interruptions: Parquet shards, each complete or absent, and a manifest."""
 
+import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features
+from datasets import Dataset, Features, config
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
 
 _COUNTS = b"grkd_trl.counts"
+
+
+def readable_folder(folder: str | Path) -> Path:
+    """
+    A folder that `datasets` can read.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder, in which `~` is the home folder.
+
+    Returns:
+        `Path`: Its absolute path.
+
+    Raises:
+        `ValueError`: If its path holds what `datasets` reads as a pattern.
+    """
+    path = Path(folder).expanduser().absolute()
+    if found := [mark for mark in ("*", "?", "[", "]", "::") if mark in str(path)]:
+        raise ValueError(
+            f"The path {path} holds {', '.join(map(repr, found))}, which `datasets` reads as a pattern, so that the groups "
+            "could be written and not read. Choose another `output_dir`."
+        )
+    return path
 
 
 def differences(made_with: Any, given: Any, name: str = "") -> list[str]:
@@ -42,7 +68,7 @@ def differences(made_with: Any, given: Any, name: str = "") -> list[str]:
 class Shards:
     """
     The shards of a folder. A shard is complete or absent: it is written under another name, flushed to disk and renamed.
-    What was dropped and counted while it was made is stored in it.
+    What was dropped and counted while it was made is stored in it, and its checksum beside it, then in the manifest.
 
     Args:
         folder (`str` or `Path`):
@@ -54,8 +80,9 @@ class Shards:
     """
 
     def __init__(self, folder: str | Path, num_shards: int, manifest: dict[str, Any]):
-        self.folder, self.num_shards = Path(folder), num_shards
+        self.folder, self.num_shards = readable_folder(folder), num_shards
         self.manifest = json.loads(json.dumps(manifest, default=str))
+        self._closed: dict[str, str] | None = None
 
     def path(self, shard: int) -> Path:
         """
@@ -75,14 +102,16 @@ class Shards:
         Start the folder, or resume in it.
 
         Raises:
-            `ValueError`: If it was created with different parameters; the message names them.
-            `OSError`: If it cannot be written to.
+            `ValueError`: If it was created with different parameters, which the message names, or its manifest is damaged.
+            `OSError`: If it, or the cache of `datasets`, cannot be written to.
         """
+        _check_cache()
         path = self.folder / "manifest.json"
         try:
             if path.exists():
-                made_with = json.loads(path.read_text(encoding="utf-8"))
+                made_with = self._read_manifest()
                 made_with.pop("counts", None)
+                made_with.pop("checksums", None)
                 differing = differences(made_with, self.manifest)
                 if differing:
                     raise ValueError(
@@ -109,7 +138,7 @@ class Shards:
             shard (`int`):
                 Number of the shard.
             verify (`bool`, *optional*, defaults to `True`):
-                Whether to read the whole shard and verify its checksums.
+                Whether to read the whole shard and compare its checksum with the recorded one.
 
         Returns:
             `Counter`, *optional*: `None` if the shard is absent or damaged.
@@ -118,10 +147,10 @@ class Shards:
         if not path.exists():
             return None
         try:
-            if verify:
-                pq.read_table(path, page_checksum_verification=True)
+            if verify and _checksum(path.read_bytes()) != self._recorded_checksum(shard):
+                raise ValueError("its checksum is not the one that was recorded when it was written")
             return Counter(json.loads(pq.read_schema(path).metadata[_COUNTS]))
-        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             logger.warning(f"{path} is damaged and will be made again: {error}")
             return None
 
@@ -150,20 +179,32 @@ class Shards:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
         try:
-            self._write_whole(self.path(shard), sink.getvalue())
+            content = sink.getvalue().to_pybytes()
+            record = self._record(shard)
+            record.parent.mkdir(exist_ok=True)
+            self._write_whole(record, _checksum(content).encode())  # first: a shard without one counts as damaged
+            self._write_whole(self.path(shard), content)
         except OSError as error:
             raise self._explain(error) from error
 
     def finish(self, counts: Counter) -> None:
         """
-        Close the manifest.
+        Close the manifest, with the checksum of each shard.
 
         Args:
             counts (`Counter`):
                 What all shards counted.
+
+        Raises:
+            `OSError`: If it cannot be written to. All shards are kept.
         """
-        closed = self.manifest | {"counts": dict(sorted(counts.items()))}
-        self._write_whole(self.folder / "manifest.json", (json.dumps(closed, indent=2) + "\n").encode())
+        checksums = {self.path(shard).name: self._recorded_checksum(shard) for shard in range(self.num_shards)}
+        closed = self.manifest | {"counts": dict(sorted(counts.items())), "checksums": checksums}
+        try:
+            self._write_whole(self.folder / "manifest.json", (json.dumps(closed, indent=2) + "\n").encode())
+        except OSError as error:
+            raise self._explain(error) from error
+        shutil.rmtree(self._record(0).parent, ignore_errors=True)
 
     def load(self) -> Dataset:
         """
@@ -173,6 +214,31 @@ class Shards:
             [`~datasets.Dataset`]: Group after group, in the order of the prompts.
         """
         return Dataset.from_parquet([str(self.path(shard)) for shard in range(self.num_shards)])
+
+    def _record(self, shard: int) -> Path:
+        """Where the checksum of a shard is until the manifest is closed."""
+        return self.folder / ".checksums" / f"{self.path(shard).name}.sha256"
+
+    def _recorded_checksum(self, shard: int) -> str | None:
+        record = self._record(shard)
+        if record.exists():
+            return record.read_text(encoding="utf-8")
+        if self._closed is None:
+            self._closed = self._read_manifest().get("checksums", {})
+        return self._closed.get(self.path(shard).name)
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.folder / "manifest.json"
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            manifest = error
+        if not isinstance(manifest, dict):
+            raise ValueError(
+                f"The manifest {path} is damaged ({manifest if isinstance(manifest, ValueError) else 'it is no JSON object'}), so what the shards beside it were made with is not known. "
+                "Restore it, or choose another `output_dir`."
+            )
+        return manifest
 
     def _write_whole(self, path: Path, content: Any) -> None:
         part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -193,3 +259,22 @@ class Shards:
             f"Cannot write to {self.folder} ({error.strerror or error}). {done} of {self.num_shards} shards are "
             "finished and kept. Free some space or choose a folder that can be written to, then rerun to resume",
         )
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _check_cache() -> None:
+    """Refuse, before anything is generated, a cache that `datasets` could not read the groups into."""
+    cache = Path(config.HF_DATASETS_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"Cannot write to {cache} ({error.strerror or error}), into which `datasets` reads the groups. Set the "
+            "environment variable HF_HOME or HF_DATASETS_CACHE to a folder that can be written to",
+        ) from error
