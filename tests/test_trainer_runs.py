@@ -1,12 +1,13 @@
 """Runs of the trainer: resuming, adapters, the log, the progress bar and the model card."""
 
+import resource
 from importlib.metadata import version
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from runs import TOKENIZER, Recorder, logged, make_rows, make_student, make_teacher, make_trainer, train, weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from grkd_trl import GRKDConfig
 
@@ -63,10 +64,11 @@ class TestCutOff:
 
     FIELDS = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
 
-    def run(self, folder, checkpoint=None):
+    def run(self, folder, checkpoint=None, callback=None):
         models = {"model": make_student(dtype=torch.float32), "teacher_model": make_teacher(dtype=torch.float32)}
         recorder = Recorder()
-        trainer = make_trainer(folder, make_rows(8), **models, **self.FIELDS, callbacks=[recorder])
+        callbacks = [recorder] if callback is None else [recorder, callback]
+        trainer = make_trainer(folder, make_rows(8), **models, **self.FIELDS, callbacks=callbacks)
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer, len(recorder.gradients)
 
@@ -83,6 +85,28 @@ class TestCutOff:
         for name, value in weights(whole.model).items():
             assert torch.equal(resumed.model.get_parameter(name), value), name
         assert self.run(tmp_path, True)[1] == 0  # it is whole now
+
+    @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
+    def test_a_full_disk(self, tmp_path, file):
+        """From the third checkpoint on files cannot become as large as one of its files: the second is resumed from."""
+        whole, _ = self.run(tmp_path / "whole")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        class Full(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == 3:
+                    size = (tmp_path / "whole/checkpoint-3" / file).stat().st_size
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 50, limits[1]))
+
+        try:
+            with pytest.raises(
+                OSError, match="Cannot write the checkpoint .*-3 .*checkpoint-2 is complete and intact"
+            ):
+                self.run(tmp_path / "full", callback=Full())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        resumed, steps = self.run(tmp_path / "full", True)
+        assert steps == 2 and logged(resumed, "loss") == logged(whole, "loss")
 
     def test_errors(self, tmp_path):
         self.run(tmp_path)

@@ -23,7 +23,7 @@ from transformers import (
 from .._trl import create_model_from_path
 from ..data.repeats import num_without_repeats, number_rows, reduce_remainder
 from ..teacher import load_teacher, prepare_teacher
-from ..trainers.checkpoints import OrderOfEpoch, prepare_resume
+from ..trainers.checkpoints import OrderOfEpoch, prepare_resume, saving_explained
 from ..trainers.config import resolve_args
 from ..trainers.metrics import RunningMeans
 from .checks import check_rows, check_same_classes
@@ -253,7 +253,8 @@ class ClassifierTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         resume_from_checkpoint = prepare_resume(self, resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with saving_explained(self):
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
 
 def _load_student(

@@ -44,7 +44,7 @@ def compare(
 
     A request is `{"task", "method", "seed", "split", "settings"}`, where `split` is `"test"`, or `"validation"` while
     tuning. A result holds `metrics`, `per_item`, `seconds`, `tokens`, `peak_memory_bytes`, `versions`, and perhaps
-    `curve` and `samples`, as in [`~grkd_trl.evaluation.results.append_result`]. A process that ends with another status
+    `curve`, `curve_items` and `samples`, as in [`~grkd_trl.evaluation.results.append_result`]. A process that ends with another status
     than 0, or without a result, makes a failed row with the end of what it printed.
 
     Runs that are in the file are not repeated, so a comparison that was stopped, even killed, goes on when it is started
@@ -88,7 +88,7 @@ def compare(
         raise ValueError(f"`budget` must be one of {_BUDGETS}, above 0 and the same for all methods, got {budget}.")
     if not methods or len(set(methods)) < len(methods) or not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"`methods` and `seeds` must each hold something, once, got {methods} and {seeds}.")
-    folder = Path(output_dir)
+    folder = Path(output_dir).expanduser()
     given = {method: (shared or {}) | budget | (settings or {}).get(method, {}) for method in methods}
     if tune:
         given = _tuned(start, folder, task, given, search_space or {}, tune, tuning_seed, seeds, num_workers)

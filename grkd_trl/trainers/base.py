@@ -28,7 +28,7 @@ from ..scoring import eval_mode
 from ..teacher import disable_dropout, is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary
 from ..teacher.loading import check_student, init_kwargs_of, load_adapted_student, with_remote_code
 from .card import add_objective
-from .checkpoints import OrderOfEpoch, prepare_resume
+from .checkpoints import OrderOfEpoch, prepare_resume, saving_explained
 from .checks import GroupWarnings, check_sampling
 from .compile import compile_layers, take_over_compilation
 from .config import GroupConfig, resolve_args
@@ -337,7 +337,8 @@ class GroupTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         resume_from_checkpoint = prepare_resume(self, resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with saving_explained(self):
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         args = (self.processing_class, self.args, False, None, metric_key_prefix)

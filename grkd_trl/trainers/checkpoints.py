@@ -1,8 +1,12 @@
 """From which checkpoint a run resumes, and whether this launch can read it."""
 
+import errno
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -10,6 +14,16 @@ from .._trl import sort_checkpoints
 
 
 logger = logging.get_logger(__name__)
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of torch and of safetensors
+_WRITE_FAILED = ("PytorchStreamWriter", "write failed", "unexpected pos", "iostream error", "I/O error", "os error")
+    "PytorchStreamWriter",
+    "write failed",
+    "unexpected pos",
+    "I/O error",
+    "os error",
+)  # torch, safetensors
 
 
 def prepare_resume(trainer: Trainer, resume_from_checkpoint: str | bool | None) -> str | bool | None:
@@ -33,6 +47,38 @@ def prepare_resume(trainer: Trainer, resume_from_checkpoint: str | bool | None) 
         _prepare_deepspeed(trainer, Path(checkpoint))
         return checkpoint
     return resume_from_checkpoint
+
+
+@contextmanager
+def saving_explained(trainer: Trainer) -> Iterator[None]:
+    """
+    Say what is kept where a checkpoint cannot be written, which torch and safetensors report without its path. Older
+    checkpoints are deleted after a new one is complete, so they are intact.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer that trains within this.
+
+    Raises:
+        `OSError`: In place of the error of saving.
+    """
+    output_dir = trainer.args.output_dir or ""
+    before = set(sort_checkpoints(output_dir))
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        begun = [path for path in sort_checkpoints(output_dir) if path not in before and not _is_complete(path)]
+        full = isinstance(error, OSError) and error.errno in _DISK_FULL
+        if not full and not (begun and any(words in str(error) for words in _WRITE_FAILED)):
+            raise
+        complete = [path for path in sort_checkpoints(output_dir) if _is_complete(path)]
+        kept = f"{complete[-1]} is complete and intact" if complete else "No earlier checkpoint is there"
+        failed = begun[-1] if begun else output_dir
+        raise OSError(
+            error.errno if isinstance(error, OSError) else errno.ENOSPC,
+            f"Cannot write the checkpoint {failed} ({error}). {kept}. Free some space (a checkpoint that is incomplete can be "
+            "deleted), then resume with `resume_from_checkpoint=True`, which finds the last complete one",
+        ) from error
 
 
 def find_checkpoint(resume_from_checkpoint: str | bool, output_dir: str) -> str | None:

@@ -24,7 +24,7 @@ from ..data import pair_groups, prepare_groups, require_rows
 from ..generation.annotation import rank_datasets
 from ..teacher.loading import check_student, load_adapted_student
 from .card import add_objective
-from .checkpoints import OrderOfEpoch, prepare_resume
+from .checkpoints import OrderOfEpoch, prepare_resume, saving_explained
 from .checks import check_sampling, resolve_bf16
 from .config import check_chat_template, check_choices, option, resolve_args
 
@@ -164,7 +164,8 @@ class DPOTrainer(TRLTrainer):
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         resume_from_checkpoint = prepare_resume(self, resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with saving_explained(self):
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
