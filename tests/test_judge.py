@@ -1,6 +1,7 @@
 """The judge against a real HTTP server on the loopback, which fails as servers do."""
 
 import json
+import resource
 import runpy
 import shutil
 import sys
@@ -189,6 +190,22 @@ class TestClient:
         assert len(server.bodies) == 2  # the others were not sent
         assert judge_pairs(client(server, tmp_path), ["?", "!"], ["aa", "bb"], ["c", "d"]) == [1, 1]
         assert len(server.bodies) == 2 + 3
+
+    def test_a_file_that_cannot_be_written_to_is_found_before_a_reply_is_paid(self, serve, tmp_path, monkeypatch):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("OPENAI_API_KEY", "x")
+        with pytest.raises(OSError, match="Cannot write to .*replies.jsonl"):
+            JudgeClient("judge", tmp_path / "file/replies.jsonl", base_url="http://127.0.0.1:9/v1")
+        server, limits = serve(longer_is_better), resource.getrlimit(resource.RLIMIT_FSIZE)
+        judge = JudgeClient("judge", tmp_path / "replies.jsonl", base_url=server.url, num_workers=1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        try:
+            with pytest.raises(OSError, match="replies.jsonl .*run again to resume"):
+                judge_pairs(judge, ["?", "!"], ["aa", "bb"], ["c", "d"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert len(server.bodies) == 1  # nothing is asked whose reply could not be kept
+        assert judge_pairs(judge, ["?", "!"], ["aa", "bb"], ["c", "d"]) == [1, 1]
 
     def test_a_server_that_is_not_there(self, serve, tmp_path, monkeypatch):
         monkeypatch.setenv("OPENAI_API_KEY", "x")

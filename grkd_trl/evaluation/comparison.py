@@ -1,9 +1,11 @@
 """Compare methods under equal budgets: every run in a process of its own, resumed where it was stopped."""
 
+import hashlib
 import json
 import multiprocessing
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -190,7 +192,10 @@ def _run_all(
 
 
 def _run(start: Sequence[str] | Callable[[str, str], None], request: dict[str, Any], logs: Path) -> dict[str, Any]:
-    name = "_".join(str(request[part]) for part in ("task", "method", "seed")).replace(" ", "_").replace(os.sep, "_")
+    parts = [str(request[part]) for part in ("task", "method", "seed")]
+    name = re.sub(r"[^\w+.-]+", "_", "_".join(parts))[:120]
+    if name != "_".join(parts):  # other names may become the same
+        name += f"_{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]}"
     row = {name: request[name] for name in ("task", "method", "seed", "settings")}
     with tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch) / "request.json", Path(scratch) / "result.json"

@@ -18,12 +18,6 @@ logger = logging.get_logger(__name__)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Of torch and of safetensors
 _WRITE_FAILED = ("PytorchStreamWriter", "write failed", "unexpected pos", "iostream error", "I/O error", "os error")
-    "PytorchStreamWriter",
-    "write failed",
-    "unexpected pos",
-    "I/O error",
-    "os error",
-)  # torch, safetensors
 
 
 def prepare_resume(trainer: Trainer, resume_from_checkpoint: str | bool | None) -> str | bool | None:
@@ -58,6 +52,9 @@ def saving_explained(trainer: Trainer) -> Iterator[None]:
     Args:
         trainer ([`~transformers.Trainer`]):
             Trainer that trains within this.
+
+    Yields:
+        `None`: To the training.
 
     Raises:
         `OSError`: In place of the error of saving.
