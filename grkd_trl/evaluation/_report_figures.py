@@ -112,9 +112,7 @@ def _about_curves(summary: TaskSummary) -> str:
         for seed, curve in runs.curves.items():
             if summary.metric in curve[-1]:
                 gaps.append(abs(curve[-1][summary.metric] - known[seed]))
-    caption = (
-        f"{summary.metric} on {' and '.join(measured)} in the course of training: mean, lowest and highest over seeds."
-    )
+    caption = f"{summary.metric} on {' and '.join(measured)} in the course of training: mean, lowest and highest over seeds, with the mean at the end and its seconds."
     if max(gaps, default=0) > 1e-6:
         caption += (
             f" The curves end up to {max(gaps):.3f} from the table's values of the same runs, since they are measured on "
