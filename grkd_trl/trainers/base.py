@@ -102,7 +102,7 @@ class GroupTrainer(SFTTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
     ):
-        args = resolve_args(args, self.config_class, model)
+        args = resolve_args(args, self.config_class, model, teacher_model)
         if teacher_model is model and not isinstance(model, str | PeftModel) and peft_config is None:
             raise ValueError(
                 "`model` and `teacher_model` cannot be the same object: the teacher is frozen. With adapters "

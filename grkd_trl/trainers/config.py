@@ -225,7 +225,12 @@ class GroupConfig(SFTConfig):
         super().__post_init__()
 
 
-def resolve_args(args: Any | None, config_class: type[ConfigT], model: str | PreTrainedModel | PeftModel) -> ConfigT:
+def resolve_args(
+    args: Any | None,
+    config_class: type[ConfigT],
+    model: str | PreTrainedModel | PeftModel,
+    teacher_model: Any | None = None,
+) -> ConfigT:
     """
     The configuration given, or a default one that writes to `<model>-<method>`.
 
@@ -236,14 +241,21 @@ def resolve_args(args: Any | None, config_class: type[ConfigT], model: str | Pre
             The method's own, named `<method>Config`.
         model (`str` or [`~transformers.PreTrainedModel`]):
             Student, which names the default output folder.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Teacher.
 
     Returns:
         [`~transformers.TrainingArguments`]: An instance of `config_class`.
 
     Raises:
-        `TypeError`: If `args` is of another class.
+        `TypeError`: If `args` is of another class, or given in the place of the teacher.
         `ValueError`: If the launch asked for more processes than it got.
     """
+    if isinstance(teacher_model, TrainingArguments):
+        raise TypeError(
+            f"`teacher_model` is a `{type(teacher_model).__name__}`: it is the second argument here. Pass the configuration "
+            "by keyword, `args=`."
+        )
     if args is None:
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         return config_class(f"{model_id.split('/')[-1]}-{config_class.__name__.removesuffix('Config')}")
