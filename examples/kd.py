@@ -17,14 +17,24 @@ LoRA, with another learning rate:
 Every argument may stand in a YAML file instead, `--config my_run.yaml`; the command line overrides it. Launch with a
 file of `accelerate_configs/` for several GPUs. `--dataset_name` takes a .json, .jsonl or .parquet file of groups, a
 folder (made by `generate_groups.py`, or with `train.jsonl` and `test.jsonl`), or a hub id. TRL's preference datasets are
-groups of two: `--dataset_name trl-lib/ultrafeedback_binarized`.
+groups of two: `--dataset_name trl-lib/ultrafeedback_binarized`. A mixture of datasets is a list
+`datasets` in that file, as TRL's scripts have it. `--resume_from_checkpoint true` resumes from the last whole checkpoint.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import load_dataset
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
 
 from grkd_trl import KDConfig, KDTrainer
 
@@ -42,7 +52,7 @@ class KDScriptArguments(ScriptArguments):
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Teacher's hub id or path."})
 
 
-def main(script_args: KDScriptArguments, training_args: KDConfig, model_args: ModelConfig):
+def main(script_args, training_args, model_args, dataset_args):
     # Models: the trainer loads them
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -52,12 +62,15 @@ def main(script_args: KDScriptArguments, training_args: KDConfig, model_args: Mo
     } | (training_args.model_init_kwargs or {})
 
     # Dataset
-    name, file_type = script_args.dataset_name, Path(script_args.dataset_name).suffix
+    name, file_type = script_args.dataset_name, Path(script_args.dataset_name or "").suffix
     if file_type in (".json", ".jsonl", ".parquet"):
         source = {"path": "parquet" if file_type == ".parquet" else "json", "data_files": name}
     else:
         source = {"path": name, "name": script_args.dataset_config}
-    dataset = load_dataset(**source, streaming=script_args.dataset_streaming)
+    if dataset_args.datasets:
+        dataset = get_dataset(dataset_args)
+    else:
+        dataset = load_dataset(**source, streaming=script_args.dataset_streaming)
 
     # Trainer
     evaluates = training_args.eval_strategy != "no"
@@ -72,6 +85,11 @@ def main(script_args: KDScriptArguments, training_args: KDConfig, model_args: Mo
     )
 
     # Train
+    if script_args.ignore_bias_buffers:  # which DDP cannot broadcast
+        buffers = trainer.model.named_buffers()
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, value in buffers if value.dtype == torch.bool
+        ]
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
     # Save, and push to the hub
@@ -84,10 +102,10 @@ def main(script_args: KDScriptArguments, training_args: KDConfig, model_args: Mo
 
 
 if __name__ == "__main__":
-    parser = TrlParser((KDScriptArguments, KDConfig, ModelConfig))
-    script_args, training_args, model_args = parser.parse_args_and_config()
-    if script_args.dataset_name is None or model_args.model_name_or_path is None:
+    parser = TrlParser((KDScriptArguments, KDConfig, ModelConfig, DatasetMixtureConfig))
+    script_args, training_args, model_args, dataset_args = parser.parse_args_and_config()
+    if bool(script_args.dataset_name) == bool(dataset_args.datasets) or model_args.model_name_or_path is None:
         parser.error(
-            "--model_name_or_path and --dataset_name are needed, on the command line or in the file of --config"
+            "--model_name_or_path and --dataset_name are needed, or `datasets` in its place in the file of --config"
         )
-    main(script_args, training_args, model_args)
+    main(script_args, training_args, model_args, dataset_args)

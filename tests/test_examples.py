@@ -196,7 +196,7 @@ class TestScript:
         paths |= {name: path for name, path in changes.items() if name != "model_name_or_path"}
         models = script.ModelConfig(changes.get("model_name_or_path", str(files / "student")))
         args = GRKDConfig(str(folder), **CPU, logging_steps=1)
-        script.main(script.GRKDScriptArguments(**paths), args, models)
+        script.main(script.GRKDScriptArguments(**paths), args, models, script.DatasetMixtureConfig())
 
     @pytest.mark.parametrize(
         "field", ["dataset_name", "model_name_or_path", "teacher_model_name_or_path"], ids=lambda field: field

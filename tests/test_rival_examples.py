@@ -11,7 +11,7 @@ import runs
 import yaml
 from runs import TOKENIZER, logged, make_rows, make_student, make_teacher
 from transformers import Trainer
-from trl import ModelConfig, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
 import grkd_trl
 
@@ -33,7 +33,7 @@ def load(method):
 
 def parser_of(module, method):
     classes = (getattr(module, f"{METHODS[method]}ScriptArguments"), getattr(grkd_trl, f"{METHODS[method]}Config"))
-    return TrlParser((*classes, ModelConfig))
+    return TrlParser((*classes, ModelConfig, DatasetMixtureConfig))
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +62,17 @@ def run(module, method, files, folder, config=None, *further):
     """Parse a command line, run the script's `main`, and give the trainer it made."""
     given = ["--config", str(config)] if config else []
     given += ["--model_name_or_path", str(files / "student"), "--teacher_model_name_or_path", str(files / "teacher")]
-    given += ["--dataset_name", str(files / "groups.jsonl"), "--output_dir", str(folder), "--report_to", "none"]
+    given += (
+        [] if config and "datasets:" in Path(config).read_text() else ["--dataset_name", str(files / "groups.jsonl")]
+    )
+    given += ["--output_dir", str(folder), "--report_to", "none"]
     given += ["--max_steps", "1", "--use_cpu", "--bf16", "false", "--per_device_train_batch_size", "2"]
     given += ["--gradient_accumulation_steps", "1", "--logging_steps", "1", "--gradient_checkpointing", "false"]
-    script_args, training_args, model_args = parser_of(module, method).parse_args_and_config([*given, *further])
+    parsed = parser_of(module, method).parse_args_and_config([*given, *further])
     made, train = [], Trainer.train
     Trainer.train = lambda self, *args, **kwargs: made.append(self) or train(self, *args, **kwargs)
     try:
-        module.main(script_args, training_args, model_args)
+        module.main(*parsed)
     finally:
         Trainer.train = train
     return made[0]
@@ -99,6 +102,24 @@ class TestScripts:
         assert trainer.equation in (tmp_path / "README.md").read_text(encoding="utf-8")
         if text:
             assert logged(trainer, "loss/text")[0] > 0
+
+    def test_a_mixture_of_datasets_and_resuming(self, tmp_path, files):
+        """Both as in TRL's scripts, and buffers that DDP is not to broadcast."""
+        config = tmp_path / "mixture.yaml"
+        part = f"  - path: json\n    data_files: {files / 'groups.jsonl'}\n"
+        config.write_text(
+            f"datasets:\n{part}    columns: [prompt, completions, teacher_scores]\n{part}test_split_size: 4\n"
+        )
+        module = load("simpo")
+        checkpoints = ["--save_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1", "--ignore_bias_buffers"]
+        trainer = run(module, "simpo", files, tmp_path / "out", config, *checkpoints)
+        assert len(trainer.train_dataset) == 12 and len(trainer.eval_dataset) == 4
+        assert trainer.model._ddp_params_and_buffers_to_ignore == []  # this model has none
+        further = ["--max_steps", "2", "--resume_from_checkpoint", "true"]
+        trainer = run(module, "simpo", files, tmp_path / "out", config, *checkpoints, *further)
+        assert trainer.state.global_step == 2 and len(logged(trainer, "loss")) == 2
+        trainer = run(module, "simpo", files, tmp_path / "out", config, "--resume_from_checkpoint", "false")
+        assert len(logged(trainer, "loss")) == 1
 
     @staticmethod
     def short(method):
@@ -137,7 +158,7 @@ class TestRecipes:
     def test_parses_and_runs(self, tmp_path, files, recipe):
         method, given = recipe.stem, yaml.safe_load(recipe.read_text(encoding="utf-8"))
         module = load(method)
-        _, args, model_args = parser_of(module, method).parse_args_and_config(
+        _, args, model_args, _ = parser_of(module, method).parse_args_and_config(
             ["--config", str(recipe), "--bf16", "false", "--output_dir", str(tmp_path)]
         )
         for name in given.keys() - {"bf16", "output_dir", "report_to", "lr_scheduler_type", "save_strategy"}:

@@ -28,7 +28,7 @@ def prepare_resume(trainer: Trainer, resume_from_checkpoint: str | bool | None) 
         trainer ([`~transformers.Trainer`]):
             Trainer, whose DeepSpeed configuration is told.
         resume_from_checkpoint (`str` or `bool`, *optional*):
-            A checkpoint, or `True` for the last complete one.
+            A checkpoint, or `True` for the last complete one, for which a command line says "true".
 
     Returns:
         `str` or `bool`, *optional*: What `Trainer.train` is given.
@@ -37,6 +37,8 @@ def prepare_resume(trainer: Trainer, resume_from_checkpoint: str | bool | None) 
         `ValueError`: If the checkpoint is incomplete, or this launch cannot read it.
     """
     output_dir = trainer.args.output_dir or ""  # which `Trainer` has set
+    if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() in ("true", "false"):
+        resume_from_checkpoint = resume_from_checkpoint.lower() == "true"
     if resume_from_checkpoint and (checkpoint := find_checkpoint(resume_from_checkpoint, output_dir)):
         _prepare_deepspeed(trainer, Path(checkpoint))
         return checkpoint
