@@ -85,7 +85,7 @@ def make_trainer(name, models, folder, max_steps, *callbacks, **fields):
     # "tiled": as at a large vocabulary, so that a batch's logits never exist at once
     use_tiles(setattr, 3 * len(AutoTokenizer.from_pretrained(models / "student")) if "tiled" in flags else 2**24)
     given = {"text_dataset": Dataset.from_dict({"text": dataset["prompt"]})} if "text" in flags else {}
-    if "lora" in flags:
+    if "lora" in flags and "paths" not in flags:
         given["peft_config"] = LoraConfig(
             task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False
         )
@@ -99,6 +99,8 @@ def make_trainer(name, models, folder, max_steps, *callbacks, **fields):
     if "stream" in flags:
         dataset, evaluated = dataset.to_iterable_dataset(), evaluated.to_iterable_dataset()
     student, teacher = (f"{name}_classifier" if classes else name for name in ("student", "teacher"))
+    if "paths" in flags:  # of adapters, the student's trained further
+        student, teacher = "student_adapter", "teacher_adapter"
     fields = {key: value for flag in flags for key, value in FIELDS.get(flag, {}).items()} | fields
     args = getattr(grkd_trl, f"{method}Config")(
         str(folder),

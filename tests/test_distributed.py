@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import sampling_worker
 from distributed_worker import make_trainer
+from peft import LoraConfig, get_peft_model
 from runs_of_classifiers import CLASSES
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 
 pytestmark = pytest.mark.distributed
@@ -26,7 +27,7 @@ RUNS = ["GRKD", "GRKD+lora", "GRKD+lora+base", "GRKD+scored+uneven", "GRKD+shard
 RUNS += ["GRKD+tiled", "GRKD+tiled+lora+base", "SimPO+uneven", "PRO", "KD", "SeqKD", "DPO"]
 RUNS += ["MiniLLM+short+text+uneven", "GRKD+student+scored+uneven", "GRKD+mixed+sharded"]
 RUNS += ["GRKD+scored+stream+uneven", "GRKDForClassification+uneven", "DistillationForClassification+stream+uneven"]
-RUNS += ["GRKD+compiled"]
+RUNS += ["GRKD+compiled", "GRKD+lora+paths"]
 RESUMED = ["GRKD", "GRKD+lora"]
 OWN_TEACHER = ["GRKD", "GRKD+lora", "GRKD+sharded", "GRKD+replicated", "KD"]
 needs_deepspeed = pytest.mark.skipif(
@@ -41,6 +42,9 @@ def root(tmp_path_factory):
     for seed, name in enumerate(("student", "teacher")):
         tiny_model("llama", len(tokenizer), seed=seed, initializer_range=0.2).save_pretrained(root / "models" / name)
         tokenizer.save_pretrained(root / "models" / name)
+        lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        model = AutoModelForCausalLM.from_pretrained(root / "models" / name)
+        get_peft_model(model, lora).save_pretrained(root / "models" / f"{name}_adapter")
         # Not the BERT of other tests: its key biases have no gradient but rounding, of which Adam makes steps.
         classifier = AutoModelForSequenceClassification.from_pretrained(root / "models" / name, num_labels=CLASSES)
         classifier.save_pretrained(root / "models" / f"{name}_classifier")
