@@ -289,9 +289,9 @@ def rows_of(form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", table("Dataset formats"))
+@pytest.mark.parametrize("form", [form for form in table("Dataset formats") if "`image" not in form])
 def test_dataset_formats(form, tmp_path):
-    assert set(table("Dataset formats")[form].values()) == {"same"}
+    assert set(table("Dataset formats")[form].values()) == {"same"}  # with images: `test_vision.py`
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = TEMPLATE
     data = {"train_dataset": rows_of(form), "processing_class": tokenizer}

@@ -6,7 +6,7 @@ the scores are optional, and so is `"clipped": [...]`, `True` for a completion t
 
 from .collator import DataCollatorForGroups, count_items, first_groups
 from .inspection import bring_scores, bring_soft_labels, first_rows, parts, plain_rows, require_rows
-from .pairs import pair_groups, pairs_of, require_scores
+from .pairs import pair_groups, pair_images, pairs_of, require_scores
 from .preparation import as_read, prepare_groups, prepare_prompts, tokenize_group, tokenize_prompt
 from .rows import check_prompt, is_score, message_text, read_group, read_prompt
 from .tokenization import (
@@ -34,6 +34,7 @@ __all__ = [
     "is_score",
     "message_text",
     "pair_groups",
+    "pair_images",
     "pairs_of",
     "parts",
     "plain_rows",

@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import ProcessorMixin
 from transformers.data.data_collator import DataCollatorMixin
 
 from .._trl import pad
 from ..scoring import predicted_mask
+from ..scoring.images import TOKEN_TYPES
+from .images import images_of, process_images
 
 
 @dataclass
@@ -26,13 +29,16 @@ class DataCollatorForGroups(DataCollatorMixin):
             Pad the length to a multiple of this.
         return_tensors (`str`, *optional*, defaults to `"pt"`):
             Only `"pt"` is supported.
+        processor ([`~transformers.ProcessorMixin`], *optional*):
+            Processor of a model of images and text, for groups with `images` or `image`.
 
     Returns a dictionary of P groups in N rows of length L: `group_mask` `(P, G)`, `True` where a group has a
     completion; `input_ids`, `attention_mask` and `completion_mask` `(N, L)`; `clipped` `(N,)`, `True` where the
     completion's end was cut, here or when it was written; and `teacher_scores` `(P, G)`, 0 where absent, if the groups
     have any; and `teacher_top_ids` and `teacher_top_logps` `(M, k)`, of the batch's M completion tokens that are
     predicted, row after row, if soft labels are cached with them; and `row` `(P,)`, the number of each group in its
-    stream, if it comes from one.
+    stream, if it comes from one. Where prompts have images, also `image_inputs`, for each group what its processor makes of
+    them, once for all its completions, and the types of tokens that models are given with it, `(N, L)`.
 
     Example:
 
@@ -73,8 +79,9 @@ class DataCollatorForGroups(DataCollatorMixin):
     truncation_mode: str = "keep_start"
     pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"
+    processor: ProcessorMixin | None = None
 
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         keep = slice(self.max_length)  # `slice(None)` keeps all
         if self.truncation_mode == "keep_end" and self.max_length is not None:
             keep = slice(-self.max_length, None)
@@ -110,7 +117,40 @@ class DataCollatorForGroups(DataCollatorMixin):
         batch |= {name: torch.cat(tops) for name, tops in soft_labels.items() if tops}
         if "row" in examples[0]:
             batch["row"] = torch.tensor([example["row"] for example in examples])
-        return batch
+        return batch | self._images(examples, batch["input_ids"].shape[1])
+
+    def _images(self, examples: list[dict[str, Any]], length: int) -> dict[str, Any]:
+        """What the forward is given of the images, and the types of the tokens."""
+        inputs: list[dict[str, torch.Tensor]] = []
+        for example in examples:
+            images, text = images_of(example), example.get("image_prompt") or ""
+            if (len(images) == 0) != (text == ""):
+                raise ValueError(
+                    "A tokenized group has images without `image_prompt`, or `image_prompt` without images. Both come from "
+                    "`prepare_groups`: let it tokenize the groups."
+                )
+            if len(images) == 0:
+                inputs.append({})
+                continue
+            if self.processor is None:
+                raise ValueError(
+                    "A group has images, and `DataCollatorForGroups` has no `processor` for them. Pass the processor of a "
+                    "model of images and text, or remove the column of images."
+                )
+            inputs.append(process_images(self.processor, text, images, example["prompt_ids"]))
+        if not any(inputs):
+            return {}
+        batch: dict[str, Any] = {}
+        for name in TOKEN_TYPES:
+            if any(name in of_group for of_group in inputs):
+                rows = [
+                    of_group.get(name, torch.zeros(0, dtype=torch.long))
+                    for of_group, example in zip(inputs, examples, strict=True)
+                    for _ in example["completion_ids"]
+                ]
+                batch[name] = torch.stack([torch.nn.functional.pad(row, (0, length - len(row))) for row in rows])
+        pixels = [{name: of_group[name] for name in of_group if name not in TOKEN_TYPES} for of_group in inputs]
+        return batch | {"image_inputs": pixels}
 
 
 def count_items(batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -128,7 +168,7 @@ def count_items(batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     return torch.stack([tokens.new_tensor(sum(len(batch["group_mask"]) for batch in batches)), tokens])
 
 
-def first_groups(batch: dict[str, torch.Tensor], num_groups: int) -> dict[str, torch.Tensor]:
+def first_groups(batch: dict[str, Any], num_groups: int) -> dict[str, Any]:
     """
     Cut a batch to its first groups. With no group left it keeps one row that has nothing to predict, so that the process
     still runs the forwards that the other processes wait for.
@@ -148,6 +188,8 @@ def first_groups(batch: dict[str, torch.Tensor], num_groups: int) -> dict[str, t
     cut["clipped"] = batch["clipped"][:num_rows]
     num_tokens = int(predicted_mask(batch["completion_mask"][:num_rows]).sum())
     cut |= {name: batch[name][:num_tokens] for name in ("teacher_top_ids", "teacher_top_logps") if name in batch}
+    if "image_inputs" in batch:
+        cut["image_inputs"] = batch["image_inputs"][: max(num_groups, 1)]
     if num_rows == 0:
         cut["completion_mask"] = torch.zeros_like(cut["completion_mask"])
     return cut

@@ -86,13 +86,8 @@ def bring_scores(*datasets: Dataset | IterableDataset | dict | None) -> bool:
 
     Returns:
         `bool`: `True` if no teacher is needed to rank completions.
-
-    Raises:
-        `ValueError`: If a row has images.
     """
     rows = first_rows(*datasets)
-    if any("image" in row or "images" in row for row in rows):
-        raise ValueError("The dataset has images, and groups are of text alone. Remove the column of images.")
     return all(row.get("teacher_scores") is not None or ("chosen" in row and "completions" not in row) for row in rows)
 
 

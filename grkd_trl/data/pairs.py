@@ -5,6 +5,14 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from .._trl import global_then_local_main_first
+from .images import IMAGE_COLUMNS, images_of
+from .rows import read_group
+
+
+_NO_SCORES = (
+    "The {name} groups have no `teacher_scores`, so nothing says which of two completions is better. Score them "
+    "(`grkd_trl.teacher.score_groups`), or give preferences (`chosen`, `rejected`)."
+)
 
 
 def pairs_of(row: dict[str, Any], *, pairs: str) -> list[tuple[int, int]]:
@@ -46,11 +54,56 @@ def require_scores(dataset: Dataset | IterableDataset, *, name: str = "train") -
     """
     columns = dataset.column_names or list(next(iter(dataset)))
     if "teacher_scores" not in columns:
-        raise ValueError(
-            f"The {name} groups have no `teacher_scores`, so nothing says which of two completions is better. Score "
-            "them (`grkd_trl.teacher.score_groups`), or give preferences (`chosen`, `rejected`)."
-        )
+        raise ValueError(_NO_SCORES.format(name=name))
     return columns
+
+
+def pair_images(
+    dataset: Dataset | IterableDataset, *, pairs: str, num_proc: int | None = None, name: str = "train"
+) -> Any:
+    """
+    Turn groups with images and scores into TRL's preferences, which its collator tokenizes and processes.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Groups, as the user gave them.
+        pairs, num_proc, name:
+            As in [`pair_groups`].
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: Rows with `prompt`, `chosen`, `rejected` and `images`.
+
+    Raises:
+        `ValueError`: If a row is no group with scores, its prompt is text, or a completion was cut: TRL's collator ends
+            every completion.
+    """
+
+    def split(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        rows: list[dict[str, Any]] = []
+        for values, index in zip(zip(*batch.values(), strict=True), indices, strict=True):
+            row = dict(zip(batch, values, strict=True))
+            group = read_group(row, index)
+            if "teacher_scores" not in group:
+                raise ValueError(_NO_SCORES.format(name=name))
+            if isinstance(group["prompt"], str):
+                raise ValueError(f"`prompt` of row {index} is text, and the dataset has images: give messages.")
+            for pair in pairs_of(group, pairs=pairs):
+                if any(group["clipped"][member] for member in pair):
+                    raise ValueError(
+                        f"`clipped` of row {index} says that a completion was cut, and of prompts with images TRL's "
+                        "collator ends every completion. Drop the completion, or train with another method."
+                    )
+                both = [group["completions"][member] for member in pair]
+                both = [[{"role": "assistant", "content": text}] if isinstance(text, str) else text for text in both]
+                rows.append(
+                    {"prompt": group["prompt"], "chosen": both[0], "rejected": both[1], "images": images_of(row)}
+                )
+        return {column: [row[column] for row in rows] for column in ("prompt", "chosen", "rejected", "images")}
+
+    columns = dataset.column_names or list(next(iter(dataset)))
+    kwargs = {"num_proc": num_proc, "desc": f"Pairing {name} groups"} if isinstance(dataset, Dataset) else {}
+    with global_then_local_main_first():
+        return dataset.map(split, batched=True, with_indices=True, remove_columns=columns, **kwargs)
 
 
 def pair_groups(
@@ -82,10 +135,13 @@ def pair_groups(
         chosen: dict[str, list] = {
             column: [] for column in ("prompt_ids", "completion_ids", "clipped", "teacher_scores")
         }
+        of_prompt = ["prompt_ids", *(column for column in IMAGE_COLUMNS if column in batch)]
+        chosen |= {column: [] for column in of_prompt}
         for values in zip(*(batch[column] for column in chosen), strict=True):
             row = dict(zip(chosen, values, strict=True))
             for pair in pairs_of(row, pairs=pairs):
-                chosen["prompt_ids"].append(row["prompt_ids"])
+                for column in of_prompt:
+                    chosen[column].append(row[column])
                 for column in ("completion_ids", "clipped", "teacher_scores"):
                     chosen[column].append([row[column][member] for member in pair])
         sizes = zip(chosen["prompt_ids"], chosen["completion_ids"], strict=True)

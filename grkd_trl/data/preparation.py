@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from .._trl import global_then_local_main_first
 from ..losses import ranked_pairs
+from .images import has_image_columns, images_of, put_images, render_prompt
 from .inspection import plain_rows
 from .rows import WRITTEN, read_group, read_prompt
 from .tokenization import decode_completion, encode_prompt, tokenize_completions, tokenizer_hash
@@ -54,7 +55,8 @@ def tokenize_prompt(
         `ValueError`: If there is no prompt.
     """
     template = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
-    return {"prompt_ids": encode_prompt(processing_class, read_prompt(row, index), **template)}
+    prompt = put_images(processing_class, read_prompt(row, index), images_of(row), index)
+    return {"prompt_ids": encode_prompt(processing_class, prompt, **template)}
 
 
 def tokenize_group(
@@ -71,7 +73,7 @@ def tokenize_group(
     Args:
         row (`dict[str, Any]`):
             Row that [`read_group`] accepts, with `tools` and `chat_template_kwargs` for the chat template if it has
-            them.
+            them, and images of the prompt in `images` or `image`.
         index (`int`):
             Row number, for errors.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
@@ -82,24 +84,24 @@ def tokenize_group(
     Returns:
         `dict[str, Any]`: `prompt_ids` (`list[int]`), `completion_ids` (`list[list[int]]`), `clipped` (`list[bool]`),
         `length` and `num_completions` (`int`), tokens of the longest row and number of rows, for samplers, and, where
-        there are any, `teacher_scores` (`list[float]`).
+        there are any, `teacher_scores` (`list[float]`), and `image_prompt` (`str`), the prompt as the chat template
+        renders it, to process its images with.
 
     Raises:
-        `ValueError`: If the row is not a group, a completion has no token, or its text differs from its ids.
+        `ValueError`: If the row is not a group, a completion has no token, its text differs from its ids, or there are
+            images that the prompt or the model does not take.
     """
     group = read_group(row, index, min_completions=min_completions)
     written = {name: group.pop(name, None) for name in WRITTEN}
     if written["tokenizer_hash"] is not None and written["tokenizer_hash"] == tokenizer_hash(processing_class):
         _check_written(processing_class, group, written, index)
+    images, template = images_of(row), {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
+    prompt = put_images(processing_class, group.pop("prompt"), images, index)
     prompt_ids, completion_ids = tokenize_completions(
-        processing_class,
-        group.pop("prompt"),
-        group.pop("completions"),
-        clipped=group["clipped"],
-        tools=row.get("tools"),
-        chat_template_kwargs=row.get("chat_template_kwargs"),
-        **written,
+        processing_class, prompt, group.pop("completions"), clipped=group["clipped"], **template, **written
     )
+    if has_image_columns(row):
+        group["image_prompt"] = render_prompt(processing_class, prompt, **template) if images else ""
     if [] in completion_ids:
         raise ValueError(
             f"`completions` of row {index} holds no token at position {completion_ids.index([])}: drop the empty "
@@ -179,6 +181,11 @@ def prepare_groups(
     if max_length is not None and max_length < 2:
         raise ValueError(
             f"`max_length` must be 2 or above, a token and one of the completion to predict, got {max_length}."
+        )
+    if truncation_mode == "keep_end" and max_length is not None and images_of(next(iter(dataset), {})):
+        raise ValueError(
+            '`truncation_mode="keep_end"` cuts prompts, and with them the tokens of their images. Use "keep_start", which '
+            "drops a row whose prompt does not fit."
         )
     in_memory = isinstance(dataset, Dataset)  # an `IterableDataset` knows neither `num_proc` nor `desc`
     dataset, first = _open(dataset, name)

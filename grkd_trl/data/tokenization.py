@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
+from trl import prepare_multimodal_messages
 
 from .._trl import common_prefix_length, remove_none_values, tokenize
 
@@ -105,11 +106,45 @@ def require_chat_template(processing_class: PreTrainedTokenizerBase | ProcessorM
         )
 
 
-def _template_kwargs(tools: list | str | None, chat_template_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+def template_kwargs(tools: list | str | None, chat_template_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """
+    Arguments for the chat template from the columns of a row.
+
+    Args:
+        tools (`list` or `str`, *optional*):
+            Tools, or their JSON.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            Further keyword arguments.
+
+    Returns:
+        `dict[str, Any]`: Keyword arguments.
+    """
     tools = json.loads(tools) if isinstance(tools, str) else tools
     # Arrow gives every row the fields of every other, `None` where it has none.
     own = {"tools": remove_none_values(tools) if tools else None}
     return own | dict(remove_none_values(chat_template_kwargs or {}))
+
+
+def render_messages(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin, messages: list[dict[str, Any]], **kwargs: Any
+) -> str:
+    """
+    Text that the chat template makes of messages, with one placeholder for each image.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer or processor.
+        messages (`list[dict]`):
+            Messages.
+        **kwargs:
+            Passed to the chat template.
+
+    Returns:
+        `str`: Text.
+    """
+    if isinstance(processing_class, ProcessorMixin):  # whose templates may read parts alone
+        messages = prepare_multimodal_messages(messages)
+    return str(processing_class.apply_chat_template(messages, tokenize=False, **kwargs))
 
 
 def encode_prompt(
@@ -137,7 +172,7 @@ def encode_prompt(
     """
     if not isinstance(prompt, str):
         require_chat_template(processing_class)
-        template = _template_kwargs(tools, chat_template_kwargs)
+        template = template_kwargs(tools, chat_template_kwargs)
         messages = remove_none_values(prompt)
         return tokenize(processing_class, messages, add_generation_prompt=True, **template)["input_ids"]
     ids = tokenize(processing_class, prompt)["input_ids"]
@@ -195,7 +230,7 @@ def tokenize_completions(
     """
     clipped = clipped or [False] * len(completions)
     encode = _encode_text if isinstance(prompt, str) else _encode_messages
-    kwargs = {} if isinstance(prompt, str) else _template_kwargs(tools, chat_template_kwargs)
+    kwargs = {} if isinstance(prompt, str) else template_kwargs(tools, chat_template_kwargs)
     is_own = tokenizer_hash is not None and tokenizer_hash == _vocabulary(_tokenizer(processing_class)).hash
     if is_own and completion_ids is not None and any(ids is not None for ids in completion_ids):
         prompt_ids = list(prompt_ids or [])
@@ -239,7 +274,7 @@ def _encode_messages(processing_class, prompt, completions, clipped, kwargs) -> 
         if isinstance(completion, str):
             messages = [*prompt, {"role": "assistant", "content": completion}]
             if start is None:
-                start = processing_class.apply_chat_template(prompt, tokenize=False, **kwargs)
+                start = render_messages(processing_class, prompt, **kwargs)
             if was_cut or not _shows(processing_class, start, messages, kwargs):
                 written = _encode_written(processing_class, prompt, prompt_ids, completion, was_cut, kwargs)
                 full_ids.append(prompt_ids + written)
@@ -253,17 +288,17 @@ def _encode_messages(processing_class, prompt, completions, clipped, kwargs) -> 
 
 def _shows(processing_class, start, messages, kwargs) -> bool:
     """Whether the chat template renders the text of the last message after `start`, the conversation before it."""
-    whole = processing_class.apply_chat_template(messages, tokenize=False, **kwargs)
+    whole = render_messages(processing_class, messages, **kwargs)
     return messages[-1]["content"].strip() in whole[len(os.path.commonprefix([start, whole])) :]  # templates trim
 
 
 def _encode_written(processing_class, prompt, prompt_ids, text, was_cut, kwargs) -> list[int]:
     """Ids of text put directly after the start of the assistant's turn, ended as the template ends a message."""
     tokenizer = _tokenizer(processing_class)
-    start = processing_class.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **kwargs)
+    start = render_messages(processing_class, prompt, add_generation_prompt=True, **kwargs)
     if not was_cut:
         probe = [*prompt, {"role": "assistant", "content": _PROBE}]
-        *_, end = processing_class.apply_chat_template(probe, tokenize=False, **kwargs).rpartition(_PROBE)
+        *_, end = render_messages(processing_class, probe, **kwargs).rpartition(_PROBE)
         text += end
     ids = tokenizer(start + text, add_special_tokens=False)["input_ids"]
     if ids[: len(prompt_ids)] == prompt_ids:

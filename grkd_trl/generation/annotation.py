@@ -14,7 +14,6 @@ from transformers.utils import logging
 from ..data import (
     as_read,
     bring_scores,
-    encode_prompt,
     first_rows,
     parts,
     plain_rows,
@@ -22,8 +21,10 @@ from ..data import (
     require_chat_template,
     tokenizer_hash,
 )
+from ..data.images import has_image_columns
 from ..teacher import load_teacher, loading_whole, score_groups, tokenizer_of
-from ..teacher.loading import read_chat_template, with_remote_code
+from ..teacher.loading import load_processor, read_chat_template, with_remote_code
+from ..teacher.retokenize import read_prompts
 from ..teacher.writing import write_completions
 from .core import keep
 
@@ -31,7 +32,9 @@ from .core import keep
 logger = logging.get_logger(__name__)
 
 
-def _load(args, model, teacher_model, processing_class, *datasets) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    args, model, teacher_model, processing_class, *datasets
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
     """
     Teacher, on its device, and its tokenizer, for which the student's stands in where it has none. Prompts that the
     tokenizer cannot read are refused before the teacher is loaded.
@@ -44,7 +47,10 @@ def _load(args, model, teacher_model, processing_class, *datasets) -> tuple[PreT
     except (OSError, ValueError):
         student_kwargs = with_remote_code(args.model_init_kwargs, args)
         tokenizer = tokenizer_of(model, None, student_kwargs) if processing_class is None else processing_class
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if any(map(has_image_columns, first_rows(*datasets))):
+        tokenizer = load_processor(teacher_model, processing_class, init_kwargs)
+    else:
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if args.teacher_chat_template is not None:
         tokenizer = copy.deepcopy(tokenizer)  # which may be the student's
         tokenizer.chat_template = read_chat_template(args.teacher_chat_template)
@@ -184,14 +190,19 @@ def teacher_texts(
             teacher, tokenizer = _load(args, model, teacher_model, processing_class, dataset)
         rows = list(dataset)
         prompts = [read_prompt(row, index) for index, row in enumerate(rows)]
-        template = [{name: row.get(name) for name in ("tools", "chat_template_kwargs")} for row in rows]
+        further = {
+            name: [row.get(name) for row in rows] for name in ("tools", "chat_template_kwargs", "images", "image")
+        }
         state = PartialState()
         with state.split_between_processes(list(range(len(rows)))) as part, torch.random.fork_rng():
             torch.manual_seed(args.seed + state.process_index)
+            own_part = {name: [values[index] for index in part] for name, values in further.items()}
+            prompt_ids, images = read_prompts(tokenizer, [prompts[index] for index in part], own_part)
             written = write_completions(
                 teacher,
                 tokenizer,
-                [encode_prompt(tokenizer, prompts[index], **template[index]) for index in part],
+                prompt_ids,
+                images=images,
                 num_completions=1,
                 max_new_tokens=args.max_completion_length,
                 temperature=args.temperature if args.decoding == "sampling" else 0.0,
@@ -204,9 +215,9 @@ def teacher_texts(
         for name in ("clipped", "prompt_ids", "completion_ids"):
             columns[name] = gather_object(getattr(written, name))
         columns["tokenizer_hash"] = [written.tokenizer_hash] * len(prompts)
-        for name in ("tools", "chat_template_kwargs"):
-            if any(kwargs[name] is not None for kwargs in template):
-                columns[name] = [kwargs[name] for kwargs in template]
+        for name, values in further.items():
+            if any(value is not None for value in values):
+                columns[name] = values
         return Dataset.from_dict(columns)
 
     return [write(dataset) for dataset in datasets]

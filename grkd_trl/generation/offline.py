@@ -227,8 +227,15 @@ def _check_chat_templates(dataset: Dataset, config: GroupsConfig, *roles: Teache
 def _content_hash(dataset: Dataset) -> str:
     digest = hashlib.sha256()
     for row in dataset:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        digest.update(json.dumps(row, sort_keys=True, default=_hashed).encode())
     return digest.hexdigest()[:16]
+
+
+def _hashed(cell: Any) -> str:
+    """A cell that JSON does not know: of an image its pixels, whose text is its place in memory."""
+    if hasattr(cell, "tobytes"):
+        return hashlib.sha256(cell.tobytes()).hexdigest()
+    return str(cell)
 
 
 def _features(dataset: Dataset, config: GroupsConfig, scorer: Scorer | None) -> Features:

@@ -9,19 +9,19 @@ from typing import Any
 
 import pandas as pd
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from transformers.utils import logging
 from transformers.utils.import_utils import is_rich_available
 
 from .. import _trl, data
 from .._trl import print_prompt_completions_sample, unwrap_model_for_generation
-from ..data import (
-    DataCollatorForGroups,
-    tokenize_completions,
-)
+from ..data import DataCollatorForGroups, tokenize_completions
+from ..data.images import put_images
 from ..data.rows import WRITTEN
 from ..data.sampler import RepeatedPrompts, indices_of_process
 from ..teacher import CallableScorer, Completions, LocalTeacher
+from ..teacher.retokenize import image_columns
 from .core import add_scores, as_groups, columns_of, content_seed, write_groups
 from .vllm import VLLMWriter
 
@@ -169,7 +169,7 @@ class OnlineGroups:
         return self._to_device(self.collator(self._make(rows, 0, offsets, "eval")))
 
     def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: tensor.to(self.trainer.accelerator.device) for name, tensor in batch.items()}
+        return send_to_device(batch, self.trainer.accelerator.device)
 
     def _make(self, rows: list[dict[str, Any]], index: int, offsets: list[int], split: str) -> list[dict[str, Any]]:
         """Write, score and tokenize the groups of some prompts."""
@@ -196,14 +196,17 @@ class OnlineGroups:
             means.add("time/scoring", torch.tensor(time.perf_counter() - start))
 
         tokenized = []
-        for group in groups:
+        for index, group in enumerate(groups):
             if not group["completions"]:
                 raise ValueError(f"No completion of the prompt {group['prompt']!r} was scored: drop the prompt.")
             given = {name: group.get(name) for name in ("clipped", "tools", "chat_template_kwargs", *WRITTEN)}
+            images = {name: [value] for name, value in group.items()}
+            images = image_columns(trainer.processing_class, group["prompt"], images, 0)
+            prompt = put_images(trainer.processing_class, group["prompt"], images.get("images", []), index)
             prompt_ids, completion_ids = tokenize_completions(
-                trainer.processing_class, group["prompt"], group["completions"], **given
+                trainer.processing_class, prompt, group["completions"], **given
             )
-            tokens = {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
+            tokens = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, **images}
             tokenized.append(tokens | {name: group[name] for name in ("clipped", "teacher_scores") if name in group})
         every, step = args.log_completions, trainer.state.global_step
         if split == "train" and every and step % every < args.generate_every and trainer.accelerator.is_main_process:

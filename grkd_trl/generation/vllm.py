@@ -3,8 +3,9 @@
 from typing import Any
 
 from ..data import decode_completion, encode_prompt, tokenizer_hash
+from ..data.images import refuse_images
 from ..teacher import Completions
-from ..teacher.retokenize import template_columns
+from ..teacher.retokenize import images_at, template_columns
 from ..teacher.writing import end_token_ids
 
 
@@ -37,6 +38,8 @@ class VLLMWriter:
         Returns:
             [`~teacher.Completions`]: Texts, whether each was cut, and the ids that were written.
         """
+        for row in range(len(prompts)):
+            refuse_images({"images": images_at(columns, row)}, row, "vLLM here")
         prompt_ids = [
             encode_prompt(self.processing_class, prompt, **template_columns(columns, row))
             for row, prompt in enumerate(prompts)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from .images import image_kwargs
 from .packed_rows import PackedRows
 from .shared_prompts import forward_packed
 from .tiles import (
@@ -109,7 +110,7 @@ def _run(
 
 
 def run_plain(
-    model: torch.nn.Module, batch: Mapping[str, torch.Tensor], **model_kwargs: Any
+    model: torch.nn.Module, batch: Mapping[str, Any], **model_kwargs: Any
 ) -> tuple[Any, torch.Tensor | TiledLogits]:
     """
     One forward of a batch as it is.
@@ -127,7 +128,7 @@ def run_plain(
         the batch's M completion tokens, row after row.
     """
     mask = predicted_mask(batch["completion_mask"])
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **image_kwargs(model, batch)}
     if "position_ids" in batch:
         inputs["position_ids"] = batch["position_ids"]
     elif not inputs["attention_mask"][:, 0].all():  # left padding: models count positions from the first column

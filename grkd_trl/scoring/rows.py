@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 from .forward import predicted_mask, run_packed, run_plain
+from .images import has_images
 from .packed_check import check_packed_rows_on_all_ranks
 from .packed_rows import PackedRows, causal_pairs, read_rows
 from .shared_prompts import implementation_of, why_lost
@@ -75,6 +76,8 @@ def _pack_on_all_ranks(
         reason = "the load-balancing loss of its experts counts the tokens of every row"
     else:
         reason = check_packed_rows_on_all_ranks(model, batch["input_ids"].device)
+    if reason is None and has_images(batch):
+        reason = "tokens of images are read with their rows"
     if reason is not None:
         logger.warning_once(f"Every completion reads its own copy of the prompt: the model cannot share it, {reason}.")
         return None
@@ -110,7 +113,8 @@ def score_completions(
             Causal language model, as it is or wrapped by accelerate (DDP, DeepSpeed, FSDP) or PEFT.
         batch (`Mapping[str, torch.Tensor]`):
             `input_ids`, `attention_mask` and `completion_mask`, each `(N, L)`, padded on either side, and optionally
-            `position_ids`. Rows of one prompt stand side by side.
+            `position_ids`. Rows of one prompt stand side by side. Of prompts with images also `group_mask`,
+            `image_inputs` and the types of tokens, see [`~data.DataCollatorForGroups`]; every row of them is read.
         prompt_sharing (`str`, *optional*, defaults to `"auto"`):
             Whether each prompt is encoded once for all its rows, without padding: `"auto"` where that is less work, counted
             in tokens and in query-key pairs of attention, `"on"` in every batch, or `"off"`. The scores are the same to

@@ -7,13 +7,15 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .._trl import common_prefix_length, pad
 from ..data import message_text, tokenize_completions
+from ..data.images import refuse_images
 from ..scoring import eval_mode, without_router_loss
 from .local import LocalTeacher
 from .protocol import Completions, TeacherScores
+from .retokenize import images_at
 
 
 SELECTION_TEMPLATE = (
@@ -68,7 +70,7 @@ def calibrate_scores(mean_logps: torch.Tensor, selection_probs: torch.Tensor, *,
 
 def selection_probs(
     model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     prompt: str | list[dict[str, Any]],
     completions: Sequence[str | list[dict[str, Any]]],
     *,
@@ -180,7 +182,7 @@ def _next_logps(
         size = max(1, tokens_per_batch // longest)
         for start in range(0, len(questions), size):
             rests = [torch.tensor(ids[shared:], device=model.device) for ids in questions[start : start + size]]
-            input_ids = pad(rests, padding_value=processing_class.pad_token_id or 0)
+            input_ids = pad(rests, padding_value=getattr(processing_class, "pad_token_id", None) or 0)
             seen = [torch.ones(shared + len(rest), dtype=torch.long, device=model.device) for rest in rests]
             past = copy.deepcopy(cache)
             if past is not None:
@@ -287,6 +289,8 @@ class CalibratedTeacher:
         Returns:
             [`TeacherScores`]: NaN also where a group has a single completion that the teacher can score.
         """
+        for row in range(len(prompts)):
+            refuse_images({"images": images_at(columns, row)}, row, "`CalibratedTeacher`")
         scored = self.teacher.score(prompts, completions, columns=columns)
         for prompt, group, scores in zip(prompts, completions, scored.scores, strict=True):
             finite = [position for position, value in enumerate(scores) if math.isfinite(value)]

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import find_adapter_config_file
 
-from .._trl import create_model_from_path
+from .._trl import create_model_from_path, get_config_model_id
 
 
 # Keyword arguments of a model's `from_pretrained` that say where its files are, which those of its configuration,
@@ -210,6 +210,44 @@ def load_tokenizer(model: str, init_kwargs: dict[str, Any] | None = None) -> Pre
     return AutoTokenizer.from_pretrained(base, **_only(_READING, kwargs))
 
 
+def load_processor(
+    model: str | PreTrainedModel | PeftModel,
+    default: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    init_kwargs: dict[str, Any] | None = None,
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """
+    Processor of a model of images and text, of an adapter that saved beside it or else that of its base.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Hub id or path of a model or of an adapter, or a model that was loaded from one.
+        default ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            For a model that was built in memory, or saved without a processor.
+        init_kwargs (`dict[str, Any]`, *optional*):
+            Of which `trust_remote_code`, `revision` and the like are used.
+
+    Returns:
+        [`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]: The processor; of a text-only model
+        its tokenizer.
+
+    Raises:
+        `OSError` or `ValueError`: If there is none, and no default.
+    """
+    name, init_kwargs = model if isinstance(model, str) else get_config_model_id(model.config), init_kwargs or {}
+    try:
+        base, kwargs, adapter = _find_base(name, init_kwargs)
+        if adapter is not None:
+            try:
+                return AutoProcessor.from_pretrained(name, **_only(_READING, init_kwargs))
+            except (OSError, ValueError):  # saved without one
+                pass
+        return AutoProcessor.from_pretrained(base, **_only(_READING, kwargs))
+    except (OSError, ValueError):
+        if default is None:
+            raise
+        return default
+
+
 def read_chat_template(template: str) -> str:
     """
     Text of a chat template.
@@ -235,7 +273,9 @@ def read_chat_template(template: str) -> str:
         return file.read()
 
 
-def check_student(model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: Any) -> None:
+def check_student(
+    model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: Any, teacher_model: Any = None
+) -> None:
     """
     Check what will be trained before the teacher is loaded.
 
@@ -246,10 +286,18 @@ def check_student(model: str | PreTrainedModel | PeftModel, peft_config: PeftCon
             New adapters.
         args ([`~transformers.TrainingArguments`]):
             Configuration with `model_init_kwargs` and `trust_remote_code`.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Teacher of the training step.
 
     Raises:
-        `ValueError`: If there are adapters already and new ones are asked for, or the base of an adapter is missing.
+        `ValueError`: If there are adapters already and new ones are asked for, the base of an adapter is missing, or the
+            student is the teacher.
     """
+    if teacher_model is model and not isinstance(model, str | PeftModel) and peft_config is None:
+        raise ValueError(
+            "`model` and `teacher_model` cannot be the same object: the teacher is frozen. With adapters "
+            "(`peft_config`) they can, and the student's base is the teacher."
+        )
     init_kwargs = with_remote_code(args.model_init_kwargs, args)
     if isinstance(model, str):
         is_adapter = find_adapter(model, init_kwargs) is not None

@@ -5,17 +5,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .._trl import get_config_model_id
 from ..data import (
     DataCollatorForGroups,
     as_read,
     describe_tokenizer,
-    encode_prompt,
     is_score,
     read_group,
     tokenizer_hash,
@@ -31,7 +31,7 @@ from ..scoring import (
 )
 from .loading import hash_tensors
 from .protocol import Completions, TeacherScores, prompt_seeds
-from .retokenize import read_groups, template_columns
+from .retokenize import image_columns, read_groups, read_prompts
 from .writing import pad_token_id, write_completions
 
 
@@ -44,8 +44,8 @@ class LocalTeacher:
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Causal language model, of any dtype, quantized or not.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer, which need not be the student's.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Its tokenizer, which need not be the student's; of a model of images and text its processor.
         score (`str`, *optional*, defaults to `"mean"`):
             `"mean"` (nats per token) or `"sum"` (nats) of the log-probabilities.
         tokens_per_batch (`int`, *optional*, defaults to `16384`):
@@ -63,7 +63,7 @@ class LocalTeacher:
     def __init__(
         self,
         model: PreTrainedModel,
-        processing_class: PreTrainedTokenizerBase,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
         *,
         score: str = "mean",
         tokens_per_batch: int = 16384,
@@ -132,7 +132,7 @@ class LocalTeacher:
             top_p (`float`, *optional*, defaults to `1.0`):
                 Share of the probability to sample from.
             columns (`Mapping[str, Sequence]`, *optional*):
-                Further columns, a value a prompt. `tools` and `chat_template_kwargs` are read.
+                Further columns, a value a prompt. `images`, `image`, `tools` and `chat_template_kwargs` are read.
 
         Returns:
             [`Completions`]: Texts, whether each was cut, and the ids that were written; none for a prompt that leaves no
@@ -141,10 +141,7 @@ class LocalTeacher:
         Raises:
             `ValueError`: If the model's logits are not finite.
         """
-        prompt_ids = [
-            encode_prompt(self.processing_class, prompt, **template_columns(columns, row))
-            for row, prompt in enumerate(prompts)
-        ]
+        prompt_ids, images = read_prompts(self.processing_class, prompts, columns)
         rows = [row for row, ids in enumerate(prompt_ids) if len(ids) + max_new_tokens <= self.context_length]
         seeds = prompt_seeds(seed, len(prompts))
         written = write_completions(
@@ -157,6 +154,7 @@ class LocalTeacher:
             top_p=top_p,
             batch_size=self.prompts_per_batch,
             seeds=[seeds[row] for row in rows],
+            images=[images[row] for row in rows],
             progress=self.progress,
         )
         texts: list[list[str]] = [[] for _ in prompts]
@@ -184,8 +182,8 @@ class LocalTeacher:
             completions (`Sequence[Sequence[str]]` or `Sequence[Sequence[list[dict]]]`):
                 A group of completions for each prompt.
             columns (`Mapping[str, Sequence]`, *optional*):
-                Further columns, a value a prompt. `clipped`, `tools`, `chat_template_kwargs`, and `prompt_ids`,
-                `completion_ids` and `tokenizer_hash` are read: ids of this tokenizer are scored as they were written.
+                Further columns, a value a prompt. `images`, `image`, `clipped`, `tools`, `chat_template_kwargs`, and
+                `prompt_ids`, `completion_ids` and `tokenizer_hash` are read: ids of this tokenizer are scored as they were written.
 
         Returns:
             [`TeacherScores`]: NaN for a completion that has no token, exceeds the context with its prompt, or has a
@@ -202,7 +200,8 @@ class LocalTeacher:
             fits = [0 < len(ids) <= self.context_length - len(prompt_ids) for ids in completion_ids]
             if any(fits):
                 kept = [ids for ids, fit in zip(completion_ids, fits, strict=True) if fit]
-                groups.append({"prompt_ids": prompt_ids, "completion_ids": kept})
+                images = image_columns(self.processing_class, prompts[row], columns, row)
+                groups.append({"prompt_ids": prompt_ids, "completion_ids": kept, **images})
                 indices.append([(row, position) for position, fit in enumerate(fits) if fit])
         scores = [[math.nan] * len(counts) for counts in num_tokens]
         with eval_mode(self.model):
@@ -220,9 +219,10 @@ class LocalTeacher:
                         scores[prompt][position] = value
         return TeacherScores(scores, num_tokens, surprises)
 
-    def _collate(self, groups: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        collator = DataCollatorForGroups(pad_token_id=pad_token_id(self.processing_class))
-        return {name: tensor.to(self.model.device) for name, tensor in collator(groups).items()}
+    def _collate(self, groups: list[dict[str, Any]]) -> dict[str, Any]:
+        processor = self.processing_class if isinstance(self.processing_class, ProcessorMixin) else None
+        collator = DataCollatorForGroups(pad_token_id=pad_token_id(self.processing_class), processor=processor)
+        return send_to_device(collator(groups), self.model.device)
 
 
 def token_batches(
@@ -272,7 +272,7 @@ def token_batches(
 
 def score_groups(
     model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     dataset: Dataset,
     *,
     score: str = "mean",
@@ -285,8 +285,8 @@ def score_groups(
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Teacher.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            The teacher's tokenizer, which need not be the student's.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            The teacher's tokenizer, which need not be the student's; of a model of images and text its processor.
         dataset ([`~datasets.Dataset`]):
             Rows with `prompt` and `completions`, and optionally `clipped`.
         score (`str`, *optional*, defaults to `"mean"`):
@@ -309,7 +309,7 @@ def score_groups(
     rows = list(dataset)
     groups = [read_group(row, index) for index, row in enumerate(rows)]
     teacher = LocalTeacher(model, processing_class, score=score, tokens_per_batch=tokens_per_batch, progress=progress)
-    columns = {name: [row.get(name) for row in rows] for name in ("tools", "chat_template_kwargs")}
+    columns = {name: [row.get(name) for row in rows] for name in ("tools", "chat_template_kwargs", "images", "image")}
     columns |= {name: [group.get(name) for group in groups] for name in ("clipped", *WRITTEN)}
     scores, num_tokens, _ = teacher.score(
         [group["prompt"] for group in groups], [group["completions"] for group in groups], columns=columns

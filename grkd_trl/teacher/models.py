@@ -26,7 +26,7 @@ from .._trl import (
     prepare_fsdp,
     unset_hf_deepspeed_config,
 )
-from .loading import load_config, load_model, load_tokenizer
+from .loading import load_config, load_model, load_processor, load_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -208,6 +208,43 @@ def tokenizer_of(
         if default is None:
             raise
         return getattr(default, "tokenizer", default)  # type: ignore[arg-type]
+
+
+def check_same_images(
+    processor: Any, teacher: str | PreTrainedModel, init_kwargs: dict[str, Any] | None = None
+) -> None:
+    """
+    Refuse a teacher of the training step, which is given what the student's processor makes of images, if its own processor
+    makes something else of them.
+
+    Args:
+        processor ([`~transformers.ProcessorMixin`]):
+            Student's processor.
+        teacher (`str` or [`~transformers.PreTrainedModel`]):
+            Teacher. Without a processor where it was loaded it is taken to share the student's.
+        init_kwargs (`dict[str, Any]`, *optional*):
+            For `from_pretrained` of the teacher.
+
+    Raises:
+        `ValueError`: If the processors differ; the message names the settings.
+    """
+
+    def settings(of: Any) -> dict[str, Any]:
+        given = {name: value for name, value in vars(of).items() if isinstance(value, int | str)}
+        images = getattr(of, "image_processor", None)
+        given |= {} if images is None else images.to_dict()
+        return {
+            name: value for name, value in given.items() if not name.endswith(("_type", "_class", "chat_template"))
+        }
+
+    own, theirs = settings(processor), settings(load_processor(teacher, processor, init_kwargs))
+    differing = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
+    if differing:
+        raise ValueError(
+            f"The teacher's processor makes something else of images than the student's: {', '.join(differing)} differ, and "
+            "the training step gives both the same. Score the groups beforehand (`grkd_trl.teacher.score_groups` with the "
+            'teacher\'s processor), and train with `soft_label="group"` or `"none"`.'
+        )
 
 
 def shared_vocabulary(

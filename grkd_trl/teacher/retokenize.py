@@ -3,13 +3,26 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data import encode_prompt, tokenize_completions, tokenizer_hash
+from ..data.images import images_of, process_images, put_images, render_prompt
 from ..data.rows import WRITTEN
 
 
-__all__ = ["encode_prompt", "read_groups", "reads_back", "template_columns", "tokenizer_hash"]
+__all__ = [
+    "encode_prompt",
+    "image_columns",
+    "images_at",
+    "read_groups",
+    "read_prompts",
+    "reads_back",
+    "template_columns",
+    "tokenizer_hash",
+]
+
+
+_IMAGES = ("images", "image", "prompt_images", "prompt_image")
 
 
 def template_columns(columns: Mapping[str, Sequence[Any]] | None, row: int) -> dict[str, Any]:
@@ -30,8 +43,80 @@ def template_columns(columns: Mapping[str, Sequence[Any]] | None, row: int) -> d
     return {name: columns[name][row] for name in names if name in columns}
 
 
+def images_at(columns: Mapping[str, Sequence[Any]] | None, row: int) -> list[Any]:
+    """
+    Images of a prompt.
+
+    Args:
+        columns (`Mapping[str, Sequence]`, *optional*):
+            Columns of a dataset beside its prompts.
+        row (`int`):
+            Row.
+
+    Returns:
+        `list`: What `images` or `image` hold for it, where there are such columns.
+    """
+    return images_of({name: values[row] for name, values in (columns or {}).items() if name in _IMAGES})
+
+
+def image_columns(processing_class: Any, prompt: Any, columns: Mapping[str, Sequence[Any]] | None, row: int) -> dict:
+    """
+    What [`~data.DataCollatorForGroups`] reads of a prompt's images.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer, or the processor of a model of images and text.
+        prompt (`str` or `list[dict]`):
+            Prompt.
+        columns (`Mapping[str, Sequence]`, *optional*):
+            Columns of a dataset beside its prompts.
+        row (`int`):
+            Row.
+
+    Returns:
+        `dict[str, Any]`: `images` and `image_prompt`; empty for a prompt without images.
+    """
+    images = images_at(columns, row)
+    if not images:
+        return {}
+    prompt = put_images(processing_class, prompt, images, row)
+    text = render_prompt(processing_class, prompt, **template_columns(columns, row))
+    return {"images": images, "image_prompt": text}
+
+
+def read_prompts(
+    processing_class: Any,
+    prompts: Sequence[str | list[dict[str, Any]]],
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    """
+    Tokenize prompts alone, as generation reads them, and process their images.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer, or the processor of a model of images and text.
+        prompts (`Sequence[str]` or `Sequence[list[dict]]`):
+            P prompts, as text or messages.
+        columns (`Mapping[str, Sequence]`, *optional*):
+            Further columns, a value a prompt. `images`, `image`, `tools` and `chat_template_kwargs` are read.
+
+    Returns:
+        `tuple[list[list[int]], list[dict[str, torch.Tensor]]]`: Ids of each prompt, and what [`~data.process_images`] makes
+        of its images, which is empty without.
+    """
+    prompt_ids: list[list[int]] = []
+    inputs: list[dict[str, Any]] = []
+    for row, prompt in enumerate(prompts):
+        images, template = images_at(columns, row), template_columns(columns, row)
+        prompt = put_images(processing_class, prompt, images, row)
+        prompt_ids.append(encode_prompt(processing_class, prompt, **template))
+        text = render_prompt(processing_class, prompt, **template) if images else ""
+        inputs.append(process_images(processing_class, text, images, prompt_ids[-1]) if images else {})
+    return prompt_ids, inputs
+
+
 def read_groups(
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     prompts: Sequence[str | list[dict[str, Any]]],
     completions: Sequence[Sequence[str | list[dict[str, Any]]]],
     columns: Mapping[str, Sequence[Any]] | None = None,
@@ -55,6 +140,9 @@ def read_groups(
         they do not decode to its text (see [`reads_back`]), or another text of the group has the same ids.
     """
     columns = columns or {}
+    prompts = [
+        put_images(processing_class, prompt, images_at(columns, row), row) for row, prompt in enumerate(prompts)
+    ]
     own = tokenizer_hash(processing_class) if "tokenizer_hash" in columns else None
     for row, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
         given = {name: columns[name][row] for name in ("clipped", *WRITTEN) if name in columns}
@@ -80,7 +168,9 @@ def _differ(text: str | list[dict[str, Any]], other: str | list[dict[str, Any]])
 
 
 def reads_back(
-    processing_class: PreTrainedTokenizerBase, completion: str | list[dict[str, Any]], completion_ids: list[int]
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    completion: str | list[dict[str, Any]],
+    completion_ids: list[int],
 ) -> bool:
     """
     Whether a tokenizer read a completion as the text it is: the ids decode to it, and no part of it became a special
@@ -103,12 +193,13 @@ def reads_back(
     else:
         fields = ("content", "reasoning_content", "thinking")  # what templates call them
         texts = [turn[field] for turn in completion for field in fields if isinstance(turn.get(field), str)]
-    decoded = processing_class.decode(completion_ids, skip_special_tokens=True)
-    added = processing_class.added_tokens_decoder.items()
-    special = {*processing_class.all_special_ids, *(token_id for token_id, token in added if token.special)}
+    tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
+    decoded = tokenizer.decode(completion_ids, skip_special_tokens=True)
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(token_id for token_id, token in added if token.special)}
     for text in texts:
         if text.strip() not in decoded:  # templates trim, and so do some decoders
             return False
-        if special.intersection(processing_class(text, add_special_tokens=False)["input_ids"]):
+        if special.intersection(tokenizer(text, add_special_tokens=False)["input_ids"]):
             return False
     return True

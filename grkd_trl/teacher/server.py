@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data import describe_tokenizer, encode_prompt
+from ..data.images import refuse_images
 from .http import ServerClient, ServerError, ServerRequest
 from .protocol import Completions, TeacherScores, prompt_seeds
 from .replies import (
@@ -22,7 +23,7 @@ from .replies import (
     read_texts,
     read_vllm_logps,
 )
-from .retokenize import read_groups, template_columns
+from .retokenize import images_at, read_groups, template_columns
 
 
 logger = logging.get_logger(__name__)
@@ -188,6 +189,7 @@ class ServerTeacher:
 
         rows, requests = [], []
         for row, prompt in enumerate(prompts):
+            refuse_images({"images": images_at(columns, row)}, row, "`ServerTeacher`")
             template = template_columns(columns, row)
             ids = encode_prompt(self.processing_class, prompt, **template)
             if not 0 < len(ids) <= self.context_length - max_new_tokens:

@@ -1,10 +1,12 @@
 """Token soft labels computed once: the teacher's most likely next tokens, cached with the groups."""
 
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset, Features, Sequence, Value
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data import DataCollatorForGroups, as_read, tokenize_group
+from ..data.images import images_of
 from ..scoring import eval_mode, predicted_mask, refuse_not_finite, score_completions, sequence_scores
 from .local import token_batches
 from .writing import pad_token_id
@@ -13,7 +15,7 @@ from .writing import pad_token_id
 @torch.no_grad()
 def cache_soft_labels(
     model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     dataset: Dataset,
     *,
     k: int = 64,
@@ -31,8 +33,8 @@ def cache_soft_labels(
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Teacher, which reads the student's tokens.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizer of both.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer of both, or their processor where groups have images.
         dataset ([`~datasets.Dataset`]):
             Groups.
         k (`int`, *optional*, defaults to `64`):
@@ -57,8 +59,12 @@ def cache_soft_labels(
     own = ["teacher_top_ids", "teacher_top_logps", "teacher_token_ids"]
     dataset = as_read(dataset)
     dataset = dataset.remove_columns([name for name in own if name in dataset.column_names])
-    groups = [tokenize_group(row, index, processing_class=processing_class) for index, row in enumerate(dataset)]
-    collator = DataCollatorForGroups(pad_token_id=pad_token_id(processing_class))
+    groups = [
+        {"images": images_of(row)} | tokenize_group(row, index, processing_class=processing_class)
+        for index, row in enumerate(dataset)
+    ]
+    processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
+    collator = DataCollatorForGroups(pad_token_id=pad_token_id(processing_class), processor=processor)
     top_ids: list[list[list[list[int]]]] = [[] for _ in groups]
     top_logps: list[list[list[list[float]]]] = [[] for _ in groups]
     scores: list[list[float]] = [[] for _ in groups]
@@ -69,7 +75,7 @@ def cache_soft_labels(
 
     with eval_mode(model):
         for rows in token_batches(model, groups, tokens_per_batch, progress=progress):
-            batch = {name: tensor.to(model.device) for name, tensor in collator([groups[row] for row in rows]).items()}
+            batch = send_to_device(collator([groups[row] for row in rows]), model.device)
             given = score_completions(model, batch, token_losses=top)
             refuse_not_finite(given.per_token_logps, "The teacher's logits", allow_impossible=True)
             ids, logps = given.token_losses["ids"], given.token_losses["logps"]

@@ -1,6 +1,10 @@
 """Writing completions with a local model."""
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import (
@@ -8,6 +12,7 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
@@ -15,10 +20,11 @@ from transformers import (
 from .._trl import pad
 from ..data import decode_completion, encode_prompt, tokenizer_hash
 from ..scoring import eval_mode, refuse_not_finite, without_router_loss
+from ..scoring.images import TOKEN_TYPES, image_kwargs, image_token_ids
 from .protocol import Completions
 
 
-def pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:
+def pad_token_id(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> int:
     """
     Token to pad with: the pad token, or EOS for tokenizers without one, such as Llama 3's. Masks come from lengths.
 
@@ -32,16 +38,17 @@ def pad_token_id(processing_class: PreTrainedTokenizerBase) -> int:
     Raises:
         `ValueError`: If it has neither.
     """
-    padding = processing_class.pad_token_id
-    if padding is None and processing_class.eos_token_id is None:
+    tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
+    padding = tokenizer.pad_token_id
+    if padding is None and tokenizer.eos_token_id is None:
         raise ValueError(
             "The tokenizer has neither a `pad_token` nor an `eos_token`, and batches are padded with one of them. Set "
             '`tokenizer.eos_token = "..."` to the token that the model ends with.'
         )
-    return processing_class.eos_token_id if padding is None else padding
+    return tokenizer.eos_token_id if padding is None else padding
 
 
-def end_token_ids(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase) -> set[int]:
+def end_token_ids(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> set[int]:
     """
     Tokens that end a completion: EOS, and the tokens that end a chat model's turn, which its generation config names.
 
@@ -55,7 +62,8 @@ def end_token_ids(model: PreTrainedModel, processing_class: PreTrainedTokenizerB
         `set[int]`: Their ids.
     """
     ends = model.generation_config.eos_token_id
-    return {processing_class.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
 
 def row_numbers(seed: int, num_rows: int, num_tokens: int) -> torch.Tensor:
@@ -114,6 +122,24 @@ class _DrawByRow(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         tokens = draw_tokens(scores.softmax(-1), self.numbers[:, input_ids.shape[1] - self.num_prompt])
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens.unsqueeze(-1), 0.0)
+
+
+def _images_of(
+    model: PreTrainedModel, images: list[dict[str, torch.Tensor]], num_rows: int, input_ids: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Arguments of `generate` for the images of some prompts, of `num_rows` rows each, that are padded on the left."""
+    if not any(images):
+        return {}
+    batch: dict[str, Any] = {"group_mask": torch.ones(len(images), num_rows, dtype=torch.bool)}
+    for name in TOKEN_TYPES:
+        if any(name in of_prompt for of_prompt in images):
+            of_prompts = [of_prompt.get(name, torch.zeros(0, dtype=torch.long)) for of_prompt in images]
+            missing = [input_ids.shape[1] - len(types) for types in of_prompts]
+            types = [F.pad(types, (size, 0)) for types, size in zip(of_prompts, missing, strict=True)]
+            batch[name] = torch.stack(types).repeat_interleave(num_rows, 0)
+    pixels = [{name: value for name, value in of_prompt.items() if name not in TOKEN_TYPES} for of_prompt in images]
+    batch["image_inputs"] = pixels
+    return image_kwargs(model, send_to_device(batch, input_ids.device))
 
 
 def generate_completions(
@@ -177,7 +203,7 @@ def generate_completions(
 @torch.no_grad()
 def write_completions(
     model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     prompt_ids: list[list[int]],
     *,
     num_completions: int,
@@ -187,6 +213,7 @@ def write_completions(
     batch_size: int,
     num_beams: int = 1,
     seeds: list[int] | None = None,
+    images: list[dict[str, torch.Tensor]] | None = None,
     progress: bool = False,
 ) -> Completions:
     """
@@ -199,17 +226,31 @@ def write_completions(
             Ids of P prompts.
         seeds (`list[int]`, *optional*):
             Seed of each prompt's draws, in place of torch's global generator.
+        images (`list[dict[str, torch.Tensor]]`, *optional*):
+            What a processor makes of each prompt's images, see [`~data.process_images`]; empty for a prompt without.
 
     Returns:
         [`Completions`]: With the ids that were written.
 
     Raises:
-        `ValueError`: If the model's logits are not finite, or the tokenizer has no token to pad with.
+        `ValueError`: If the model's logits are not finite, the tokenizer has no token to pad with, or there are images
+            and beams.
     """
+    images = images or [{}] * len(prompt_ids)
+    if any(images) and num_beams > 1:
+        raise ValueError(
+            "Prompts with images cannot be searched with beams. Set `num_beams=1`, in `SeqKDConfig` `decoding` to "
+            '"greedy" or "sampling".'
+        )
     # What is not passed comes from the model's generation config, which may hold other sampling settings.
-    neutral = {"num_beams": num_beams, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None}
+    neutral = {
+        "num_beams": num_beams,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "suppress_tokens": image_token_ids(model) or None,
+    }
     cutoffs = {"min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-    sampling = {"do_sample": False} | neutral
+    sampling: dict[str, Any] = {"do_sample": False} | neutral
     if temperature > 0 and seeds is None:
         sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} | cutoffs
     order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
@@ -219,7 +260,8 @@ def write_completions(
     ends = end_token_ids(model, processing_class)
     padding = pad_token_id(processing_class)
     sharded = isinstance(model, FSDPModule)  # `generate` detects ZeRO-3 by itself, but not accelerate's FSDP2
-    rows_per_prompt = 1 if seeds is None else num_completions  # `num_return_sequences` is for its own sampling alone
+    # `num_return_sequences` is for its own sampling alone, and repeats no images.
+    rows_per_prompt = 1 if seeds is None and not any(images) else num_completions
 
     def write_batch(rows: list[int]) -> None:
         ids = [torch.tensor(prompt_ids[row], device=model.device) for row in rows for _ in range(rows_per_prompt)]
@@ -240,6 +282,7 @@ def write_completions(
             use_cache=True,
             logits_processor=processors,
             synced_gpus=True if sharded else None,
+            **_images_of(model, [images[row] for row in rows], rows_per_prompt, input_ids),
             **without_router_loss(model),
             **sampling,
         )[:, input_ids.shape[1] :]

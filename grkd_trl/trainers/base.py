@@ -21,12 +21,14 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 
 from .._trl import LengthGroupedSampler, accept_adapters_on_head
-from ..data import DataCollatorForGroups, count_items, prepare_groups, require_rows
+from ..data import DataCollatorForGroups, count_items, first_rows, prepare_groups, require_rows
+from ..data.images import IMAGE_COLUMNS, rename_images
 from ..data.repeats import number_rows, reduce_remainder, without_repeats
 from ..data.sampler import GroupedByLength, balance
 from ..scoring import eval_mode
 from ..teacher import disable_dropout, is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary
 from ..teacher.loading import check_student, init_kwargs_of, load_adapted_student, with_remote_code
+from ..teacher.models import check_same_images
 from .card import add_objective
 from .checkpoints import OrderOfEpoch, prepare_resume, saving_explained
 from .checks import GroupWarnings, check_sampling
@@ -103,14 +105,9 @@ class GroupTrainer(SFTTrainer):
         peft_config: PeftConfig | None = None,
     ):
         args = resolve_args(args, self.config_class, model, teacher_model)
-        if teacher_model is model and not isinstance(model, str | PeftModel) and peft_config is None:
-            raise ValueError(
-                "`model` and `teacher_model` cannot be the same object: the teacher is frozen. With adapters "
-                "(`peft_config`) they can, and the student's base is the teacher."
-            )
         require_rows(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_sampling(args, train_dataset)
-        check_student(model, peft_config, args)
+        check_student(model, peft_config, args, teacher_model)
         self.chosen_first = False
         teacher_model, train_dataset, eval_dataset = self.bring_teacher(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
@@ -120,8 +117,8 @@ class GroupTrainer(SFTTrainer):
             super().__init__(
                 model=model,
                 args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
+                train_dataset=rename_images(train_dataset),
+                eval_dataset=rename_images(eval_dataset),
                 processing_class=processing_class,
                 compute_metrics=compute_metrics,
                 callbacks=callbacks,
@@ -135,6 +132,7 @@ class GroupTrainer(SFTTrainer):
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
             pad_to_multiple_of=cast(int | None, args.pad_to_multiple_of),
+            processor=self.processing_class if isinstance(self.processing_class, ProcessorMixin) else None,
         )
         if args.disable_dropout:
             disable_dropout(self.model)
@@ -175,6 +173,8 @@ class GroupTrainer(SFTTrainer):
         with loading_whole(args) if args.teacher_sharding == "replicated" else nullcontext():
             teacher = load_teacher(teacher_model, with_remote_code(args.teacher_model_init_kwargs, args))
         vocab_size = shared_vocabulary(student, teacher_model, self._tokenizer, **init_kwargs_of(args))
+        if any(row.get("image_prompt") for row in first_rows(self.train_dataset)):
+            check_same_images(self.processing_class, teacher_model, init_kwargs_of(args)["teacher_init_kwargs"])
         compile_layers(teacher, self.compile_plugin)
         return prepare_teacher(teacher, self.accelerator, sharding=args.teacher_sharding), vocab_size
 
@@ -222,7 +222,8 @@ class GroupTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self):
         # The columns of a tokenized group are what the collator sees.
         soft_labels = ["teacher_top_ids", "teacher_top_logps"]
-        self._signature_columns = ["prompt_ids", "completion_ids", "teacher_scores", "clipped", "row", *soft_labels]
+        read = ["prompt_ids", "completion_ids", "teacher_scores", "clipped", "row"]
+        self._signature_columns = [*read, *soft_labels, *IMAGE_COLUMNS]
         if self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             self._signature_columns.append(self.args.length_column_name)  # the sampler reads it after the others go
 

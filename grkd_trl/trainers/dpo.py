@@ -20,7 +20,8 @@ from transformers.trainer_utils import EvalPrediction
 from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer as TRLTrainer
 
-from ..data import pair_groups, prepare_groups, require_rows
+from ..data import first_rows, pair_groups, pair_images, prepare_groups, require_rows
+from ..data.images import has_image_columns
 from ..generation.annotation import rank_datasets
 from ..teacher.loading import check_student, load_adapted_student
 from .card import add_objective
@@ -145,6 +146,7 @@ class DPOTrainer(TRLTrainer):
         train_dataset, eval_dataset = rank_datasets(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
         )
+        train_dataset, eval_dataset = (self._pair_images(dataset, args) for dataset in (train_dataset, eval_dataset))
         model, processing_class = load_adapted_student(model, processing_class, quantization_config, args)
         super().__init__(
             model=model,
@@ -167,6 +169,15 @@ class DPOTrainer(TRLTrainer):
         with saving_explained(self):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
+    @staticmethod
+    def _pair_images(dataset, args, name="train"):
+        """Of groups with images preferences, which TRL takes as they are; any other dataset as it is."""
+        if isinstance(dataset, dict):
+            return type(dataset)({name: DPOTrainer._pair_images(part, args, name) for name, part in dataset.items()})
+        if not any(map(has_image_columns, first_rows(dataset))):
+            return dataset
+        return pair_images(dataset, pairs=args.pairs, num_proc=args.dataset_num_proc, name=name)
+
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
         dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, metric_key_prefix)
         return super().predict(dataset, ignore_keys, metric_key_prefix)
@@ -177,6 +188,8 @@ class DPOTrainer(TRLTrainer):
             add_objective(Path(self.args.output_dir or "") / "README.md", self.equation, self.args, type(self.args))
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if any(map(has_image_columns, first_rows(dataset))):
+            return self._pair_images(dataset, args, dataset_name)
         if "chosen_ids" in (dataset.column_names or next(iter(dataset))):
             return dataset
         dataset = prepare_groups(

@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 
 from ..data import prepare_prompts
+from ..data.images import refuse_images
 from ..generation.rollouts import MixtureRollouts
 from ..losses import clipped_policy_loss, minillm_returns, mixture_logps, reverse_kl
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
@@ -127,6 +128,7 @@ class MiniLLMTrainer(GroupTrainer):
         self.data_collator = data_collator or self.rollouts.collate
 
     def read(self, dataset, processing_class, args, name):
+        refuse_images(next(iter(dataset)), 0, "`MiniLLMTrainer`")
         lengths = {"max_length": args.max_length, "max_completion_length": args.max_completion_length}
         dataset = prepare_prompts(dataset, processing_class, **lengths, num_proc=args.dataset_num_proc, name=name)
         return dataset.map(lambda ids: {"length": len(ids)}, input_columns="prompt_ids")  # for samplers
