@@ -90,6 +90,11 @@ def test_what_the_collator_gives(family, processor):
     assert len(cut["image_inputs"]) == 2 and len(cut["input_ids"]) == 5
     assert len(first_groups(batch, 0)["image_inputs"]) == len(first_groups(batch, 0)["input_ids"]) == 1
     assert "image_inputs" not in collated(processor, [make_rows()[2]])
+    one = [
+        {name: row[name] for name in row if name != "images"} | {"image": row["images"][0]} for row in make_rows()[:1]
+    ]
+    for name, values in collated(processor, one)["image_inputs"][0].items():
+        assert values.equal(batch["image_inputs"][0][name])
 
 
 def test_a_teacher_scores_and_writes(family, processor):
@@ -184,11 +189,13 @@ def test_dpo_is_trls_own(tmp_path, family, processor):
         processing_class=processor,
     )
     models = {"model": make_vision_model(family), "ref_model": make_vision_model(family, seed=5)}
+    theirs.train()
     groups = [row | {"completions": row["completions"][:2], "teacher_scores": [1.0, 0.0]} for row in make_rows()]
-    ours = make_trainer(tmp_path, "DPO", family, processor, groups, **models)
-    for trainer in (theirs, ours):
-        trainer.train()
-    assert logged(ours, "loss") == logged(theirs, "loss")
+    for data in (groups, rows):
+        models = {"model": make_vision_model(family), "ref_model": make_vision_model(family, seed=5)}
+        ours = make_trainer(tmp_path, "DPO", family, processor, data, **models)
+        ours.train()
+        assert logged(ours, "loss") == logged(theirs, "loss")
     simpo = make_trainer(tmp_path, "SimPO", family, processor, rows)
     simpo.train()
     assert logged(simpo, "logps/chosen")[0] == pytest.approx(logged(theirs, "logps/chosen")[0], abs=2e-4)

@@ -111,10 +111,8 @@ def template_kwargs(tools: list | str | None, chat_template_kwargs: dict[str, An
     Arguments for the chat template from the columns of a row.
 
     Args:
-        tools (`list` or `str`, *optional*):
-            Tools, or their JSON.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            Further keyword arguments.
+        tools, chat_template_kwargs:
+            As in [`encode_prompt`].
 
     Returns:
         `dict[str, Any]`: Keyword arguments.
@@ -132,12 +130,8 @@ def render_messages(
     Text that the chat template makes of messages, with one placeholder for each image.
 
     Args:
-        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            Tokenizer or processor.
-        messages (`list[dict]`):
-            Messages.
-        **kwargs:
-            Passed to the chat template.
+        processing_class, messages, kwargs:
+            Tokenizer or processor, messages, and what the template is passed.
 
     Returns:
         `str`: Text.

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from .tiles import core_model, takes
 
@@ -25,6 +27,47 @@ def has_images(batch: Mapping[str, Any]) -> bool:
         `bool`: `True` if one has.
     """
     return any(batch.get("image_inputs") or ())
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """
+    Whether the parameters of a model are sharded over the processes.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model, as it is or wrapped.
+
+    Returns:
+        `bool`: `True` under ZeRO-3 and FSDP.
+    """
+    sharded = isinstance(model, FSDPModule | FullyShardedDataParallel)
+    return sharded or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def refuse_mixture_on_all_ranks(model: torch.nn.Module, batch: Mapping[str, Any]) -> None:
+    """
+    Refuse a step in which some processes have images and others none, where the parameters of the part that reads images
+    are sharded: processes without would not gather them, and all would wait for ever.
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model, as it is or wrapped.
+        batch (`Mapping[str, Any]`):
+            As for [`score_completions`].
+
+    Raises:
+        `ValueError`: On all processes, if they differ.
+    """
+    if not (dist.is_initialized() and takes(model, "pixel_values") and is_sharded(model)):
+        return
+    has = has_images(batch)
+    either = torch.tensor([has, not has], dtype=torch.int32, device=batch["input_ids"].device)
+    dist.all_reduce(either, dist.ReduceOp.MAX)
+    if either.all():
+        raise ValueError(
+            "In this step some processes have images and others none, which a sharded model (ZeRO-3, FSDP) cannot train on. "
+            "Give every prompt an image, raise the batch size, or use DDP or ZeRO-2."
+        )
 
 
 def image_kwargs(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -10,10 +10,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 from .forward import eval_mode, run_packed, run_plain
+from .images import is_sharded
 from .packed_rows import PackedRows, read_rows
 from .shared_prompts import implementation_of, unwrap_attention, why_lost, why_not_shared, wrap_attention
 from .tiles import core_model, unwrap
@@ -68,18 +68,13 @@ def check_packed_rows_on_all_ranks(model: torch.nn.Module, device: torch.device)
 
 def _compare_on_all_ranks(model: torch.nn.Module, device: torch.device) -> str | None:
     reason = _compare(model, device)
-    sharded = _is_sharded(model)
+    sharded = is_sharded(model)
     if dist.is_initialized() and (sharded or unwrap(model) is not model):
         anywhere = torch.tensor(reason is not None, dtype=torch.int32, device=device)
         dist.all_reduce(anywhere, dist.ReduceOp.MAX)
         if anywhere and reason is None:
             return "on another process its packed rows differ from plain ones"
     return reason
-
-
-def _is_sharded(model: torch.nn.Module) -> bool:
-    sharded = isinstance(model, FSDPModule | FullyShardedDataParallel)
-    return sharded or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _compare(model: torch.nn.Module, device: torch.device) -> str | None:
@@ -101,7 +96,7 @@ def _compare(model: torch.nn.Module, device: torch.device) -> str | None:
             own, own_logits = _run(model, alone)
             packed, packed_logits = _run(model, batch, packed_rows)
         except Exception as error:  # of whatever kind a model's own code raises
-            if _is_sharded(model):  # its parameters are left gathered
+            if is_sharded(model):  # its parameters are left gathered
                 raise ValueError(
                     "The model's forward failed while packed rows were compared with plain ones. Set `prompt_sharing` "
                     "to 'off'."

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 from .forward import predicted_mask, run_packed, run_plain
-from .images import has_images
+from .images import has_images, refuse_mixture_on_all_ranks
 from .packed_check import check_packed_rows_on_all_ranks
 from .packed_rows import PackedRows, causal_pairs, read_rows
 from .shared_prompts import implementation_of, why_lost
@@ -136,10 +136,11 @@ def score_completions(
 
     Raises:
         `ValueError`: If `prompt_sharing` is none of the three, or the model does otherwise with packed rows than it did
-            when it was checked.
+            when it was checked, or a sharded model is given images on some processes alone.
     """
     mask = predicted_mask(batch["completion_mask"])
     aux = model_kwargs.get("output_router_logits", False)
+    refuse_mixture_on_all_ranks(model, batch)
     packed = _pack_on_all_ranks(model, batch, prompt_sharing, aux)
     if packed is None:
         outputs, logits = run_plain(model, batch, **model_kwargs)
