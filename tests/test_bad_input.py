@@ -377,8 +377,8 @@ class TestArguments:
     def test_images(self, refuse):
         for column in ("image", "images"):
             rows = [row | {column: "picture.png"} for row in good_rows()]
-            refuse(rows, says=["images", "text alone", "Remove the column"])
-            refuse(eval_dataset=Dataset.from_list(rows), says=["images", "Remove the column"])
+            refuse(rows, says=["Row 0 has images", "text-only model", "remove the column"])
+            refuse(eval_dataset=Dataset.from_list(rows), says=["Row 0 has images", "remove the column"])
 
     @pytest.mark.parametrize("config", [SFTConfig, DPOConfig, TrainingArguments])
     def test_other_arguments(self, refuse, tmp_path, config):

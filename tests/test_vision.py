@@ -81,7 +81,7 @@ def test_scores_are_those_of_each_completion_alone(family, processor, sharing):
     assert (other[0] - expected[0]).abs().max() > 1e-3  # or the images were of no matter
 
 
-def test_what_the_collator_gives(family, processor):
+def test_what_the_collator_gives(tmp_path, family, processor):
     """Each prompt is processed once for its group; a group of text alone has nothing."""
     batch = collated(processor, make_rows(), max_length=400)
     assert [bool(inputs) for inputs in batch["image_inputs"]] == [True, True, False, True]
@@ -93,8 +93,11 @@ def test_what_the_collator_gives(family, processor):
     one = [
         {name: row[name] for name in row if name != "images"} | {"image": row["images"][0]} for row in make_rows()[:1]
     ]
-    for name, values in collated(processor, one)["image_inputs"][0].items():
-        assert values.equal(batch["image_inputs"][0][name])
+    IMAGES[0][0].save(tmp_path / "picture.png")
+    path = [make_rows()[0] | {"images": str(tmp_path / "picture.png")}]
+    for rows in (one, path):
+        for name, values in collated(processor, rows)["image_inputs"][0].items():
+            assert values.equal(batch["image_inputs"][0][name])
 
 
 def test_a_teacher_scores_and_writes(family, processor):

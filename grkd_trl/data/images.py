@@ -29,7 +29,8 @@ def images_of(row: dict[str, Any]) -> list[Any]:
         `list`: Its images, each read from its bytes or its path if it is not yet.
     """
     many, one = (row.get(name, row.get(renamed)) for name, renamed in _RENAMED.items())
-    images = list(many or []) + ([] if one is None else [one])
+    many = many if isinstance(many, list | tuple | None) else [many]
+    images = [*(many or []), *([] if one is None else [one])]
     return [Image().decode_example(image) if isinstance(image, dict) else image for image in images]
 
 
