@@ -221,9 +221,8 @@ class GroupTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         # The columns of a tokenized group are what the collator sees.
-        soft_labels = ["teacher_top_ids", "teacher_top_logps"]
         read = ["prompt_ids", "completion_ids", "teacher_scores", "clipped", "row"]
-        self._signature_columns = [*read, *soft_labels, *IMAGE_COLUMNS]
+        self._signature_columns = [*read, "teacher_top_ids", "teacher_top_logps", *IMAGE_COLUMNS]
         if self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             self._signature_columns.append(self.args.length_column_name)  # the sampler reads it after the others go
 
