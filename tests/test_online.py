@@ -339,7 +339,13 @@ class TestTable:
         trainer.train()
         printed = capsys.readouterr().out
         assert "Step 0" in printed and "Step 2" in printed and "Step 1" not in printed
-        assert "teacher" in printed.lower()
+        assert "teacher" in printed.lower() and "student" in printed
+
+    def test_a_function_that_scores_is_no_teacher(self, tmp_path, capsys):
+        score = lambda prompts, completions, **columns: [[1.0] * len(group) for group in completions]  # noqa: E731
+        make_trainer(tmp_path, log_completions=1, max_steps=1, score_fn=score, teacher=None).train()
+        printed = capsys.readouterr().out
+        assert "teacher" not in printed and "score" in printed and "student" in printed
 
     def test_reaches_trackers(self, tmp_path, monkeypatch):
         """Modules with the two names that are used of wandb and trackio stand in their place."""
@@ -352,7 +358,7 @@ class TestTable:
         trainer.args.report_to = ["wandb", "trackio"]  # after construction, so that no callback asks more of them
         trainer.train()
         for first, second in tables.values():
-            assert list(first.columns) == ["step", "prompt", "completion", "teacher"]
+            assert list(first.columns) == ["step", "prompt", "completion", "written_by", "teacher"]
             assert set(first["step"]) == {0} and set(second["step"]) == {2}
             sizes = first.groupby("prompt").size().tolist()
             assert sizes == [trainer.args.num_completions] * trainer.online.batch_size

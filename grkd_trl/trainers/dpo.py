@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from trl import DPOTrainer as TRLTrainer
 from ..data import pair_groups, prepare_groups, require_rows
 from ..generation.annotation import rank_datasets
 from ..teacher.loading import check_student, load_adapted_student
-from .card import add_objective
+from .card import complete_card, origins
 from .checkpoints import OrderOfEpoch, prepare_resume, saving_explained
 from .checks import check_sampling, resolve_bf16
 from .config import check_chat_template, check_choices, option, resolve_args
@@ -142,6 +141,7 @@ class DPOTrainer(TRLTrainer):
         require_rows(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_sampling(args, train_dataset)
         check_student(model, peft_config, args)
+        self.origins = origins(model, teacher_model, train_dataset)
         train_dataset, eval_dataset = rank_datasets(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
         )
@@ -174,7 +174,7 @@ class DPOTrainer(TRLTrainer):
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
-            add_objective(Path(self.args.output_dir or "") / "README.md", self.equation, self.args, type(self.args))
+            complete_card(self)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if "chosen_ids" in (dataset.column_names or next(iter(dataset))):
