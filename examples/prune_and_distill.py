@@ -15,124 +15,64 @@ In `--output_dir` are the student without layers (`start/`), the groups with a d
 (`student/`, with `--use_peft` an adapter on `start/`) and `results.json`. A run that stopped while writing groups resumes.
 """
 
-import json
+import argparse
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from datasets import disable_progress_bars, load_dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils.logging import disable_progress_bar
-from trl import TrlParser
 
 from grkd_trl import GRKDConfig, GRKDTrainer
+from grkd_trl.examples.demonstration.runs import phase, save, train_quietly
 from grkd_trl.examples.pruning.layers import drop_layers
 from grkd_trl.examples.pruning.prompts import PROMPTS, short_prompts
+from grkd_trl.examples.pruning.report import Tests
 from grkd_trl.generation import GroupsConfig, generate_groups
 from grkd_trl.teacher import LocalTeacher
 
 
-@dataclass
-class PruneArguments:
-    """
-    Arguments of this script.
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output_dir", type=Path, required=True, help="folder for models, groups and results")
+    add("--model_name_or_path", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="teacher, by default %(default)s")
+    add("--drop", default="middle:6", help="layers to leave out, 'middle:N' or 'every_second' (default: %(default)s)")
+    add("--prompts", help=".json or .jsonl file of prompts; by default a list of ours, which comes with this script")
+    add("--num_prompts", type=int, default=72, help="prompts to train on (default: %(default)s)")
+    add("--num_held_out", type=int, default=12, help="prompts to measure on (default: %(default)s)")
+    add("--max_prompt_length", type=int, default=96, help="longer ones are left out, in tokens (default: %(default)s)")
+    add("--max_completion_length", type=int, default=32, help="longest completion, in tokens (default: %(default)s)")
+    add("--num_completions", type=int, default=4, help="completions in a group, half by the teacher (default: 4)")
+    add("--num_train_epochs", type=int, default=1, help="times that the groups are trained on (default: 1)")
+    add("--groups_per_step", type=int, default=2, help="groups in a step (default: 2)")
+    add("--learning_rate", type=float, help="3e-4 by default, and with --use_peft 1e-3")
+    add("--use_peft", action="store_true", help="train LoRA adapters of rank 16 in place of all parameters")
+    add("--seed", type=int, default=0, help="seed of draws and order (default: 0)")
+    args = parser.parse_args(argv)
 
-    Parameters:
-        output_dir (`str`):
-            Folder for models, groups and results.
-        model_name_or_path (`str`, *optional*, defaults to `"HuggingFaceTB/SmolLM2-135M-Instruct"`):
-            Hub id or path of the teacher, whose layers the student has.
-        drop (`str`, *optional*, defaults to `"middle:6"`):
-            Layers to leave out: `"middle:N"` or `"every_second"`.
-        prompts (`str`, *optional*):
-            File of prompts (.json or .jsonl), texts or messages. By default a list of short ones in the package.
-        num_prompts (`int`, *optional*, defaults to `160`):
-            Prompts to train on.
-        num_held_out (`int`, *optional*, defaults to `24`):
-            Prompts to measure on.
-        max_prompt_length (`int`, *optional*, defaults to `96`):
-            Longer prompts are left out, in tokens.
-        max_completion_length (`int`, *optional*, defaults to `48`):
-            Longest completion, in tokens.
-        num_completions (`int`, *optional*, defaults to `4`):
-            Completions in a group, half of them by the teacher.
-        num_train_epochs (`int`, *optional*, defaults to `1`):
-            Times that the groups are trained on.
-        groups_per_step (`int`, *optional*, defaults to `2`):
-            Groups in a step.
-        learning_rate (`float`, *optional*):
-            By default 3e-4, and with `use_peft` 1e-3.
-        use_peft (`bool`, *optional*, defaults to `False`):
-            Train LoRA adapters of rank 16 on all linear layers, in place of all parameters.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws and of the order.
-    """
-
-    output_dir: str = field(metadata={"help": "Folder for models, groups and results."})
-    model_name_or_path: str = field(
-        default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Hub id or path of the teacher."}
-    )
-    drop: str = field(default="middle:6", metadata={"help": "Layers to leave out: 'middle:N' or 'every_second'."})
-    prompts: str | None = field(default=None, metadata={"help": "File of prompts; short ones of our own by default."})
-    num_prompts: int = field(default=160, metadata={"help": "Prompts to train on."})
-    num_held_out: int = field(default=24, metadata={"help": "Prompts to measure on."})
-    max_prompt_length: int = field(default=96, metadata={"help": "Longer prompts are left out, in tokens."})
-    max_completion_length: int = field(default=48, metadata={"help": "Longest completion, in tokens."})
-    num_completions: int = field(default=4, metadata={"help": "Completions in a group, half by the teacher."})
-    num_train_epochs: int = field(default=1, metadata={"help": "Times that the groups are trained on."})
-    groups_per_step: int = field(default=2, metadata={"help": "Groups in a step."})
-    learning_rate: float | None = field(default=None, metadata={"help": "3e-4, with --use_peft 1e-3 by default."})
-    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters in place of all parameters."})
-    seed: int = field(default=0, metadata={"help": "Seed of the draws and of the order."})
-
-
-@contextmanager
-def phase(text: str):
-    """A line that says what is done, and at its end for how long."""
-    started = time.perf_counter()
-    print(f"{text} ...", end="", flush=True)
-    yield
-    print(f" {time.perf_counter() - started:.0f} s", flush=True)
-
-
-def measure(model, teacher: LocalTeacher, tokenizer, prompts: list, args: PruneArguments) -> tuple[list[str], float]:
-    """Greedy answers to show, and the teacher's mean score, in nats a token, of answers at temperature 1."""
-    writer, length = LocalTeacher(model, tokenizer), args.max_completion_length
-    greedy = writer.generate(prompts, 1, seed=args.seed, max_new_tokens=length, temperature=0.0)
-    sampled = writer.generate(prompts, 1, seed=args.seed, max_new_tokens=length)
-    ids = ("completion_ids", "prompt_ids", "clipped")
-    columns = {name: getattr(sampled, name) for name in ids} | {
-        "tokenizer_hash": [sampled.tokenizer_hash] * len(prompts)
-    }
-    scores = [score for (score,) in teacher.score(prompts, sampled.texts, columns=columns).scores]
-    return [text.strip() for (text,) in greedy.texts], sum(scores) / len(scores)
-
-
-def main(args: PruneArguments):
-    started, out = time.perf_counter(), Path(args.output_dir)
+    started, out = time.perf_counter(), args.output_dir
     disable_progress_bars()
     disable_progress_bar()  # of transformers, which has one for each file
     set_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
 
+    # Models and prompts
     with phase("1/6 Loading the teacher, and leaving layers out for the student"):
-        teacher = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        teacher = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         rows = load_dataset("json", data_files=args.prompts, split="train")["prompt"] if args.prompts else PROMPTS
         count = args.num_prompts + args.num_held_out
-        dataset = short_prompts(rows, tokenizer, args.max_prompt_length, count, seed=args.seed)
-        student = drop_layers(teacher, args.drop)
-        if torch.cuda.is_available():
-            teacher.cuda(), student.cuda()
-        student.save_pretrained(out / "start")
+        prompts = short_prompts(rows, tokenizer, args.max_prompt_length, count, seed=args.seed)
+        drop_layers(teacher, args.drop).save_pretrained(out / "start")
         tokenizer.save_pretrained(out / "start")
-    layers = [model.config.num_hidden_layers for model in (student, teacher)]
-    print(
-        f"    {layers[0]} of {layers[1]} layers, {student.num_parameters():,} of {teacher.num_parameters():,} parameters"
-    )
+        student = AutoModelForCausalLM.from_pretrained(out / "start", dtype=torch.float32)  # known by this name
+        teacher.to(device), student.to(device)
+    print(f"    student {student.num_parameters():,} parameters, teacher {teacher.num_parameters():,}")
 
+    # Groups
     config = GroupsConfig(
         output_dir=str(out / "groups"),
         completion_source="mixed",
@@ -143,78 +83,56 @@ def main(args: PruneArguments):
         prompts_per_shard=32,
         seed=args.seed,
     )
-    as_teacher = LocalTeacher(teacher.eval(), tokenizer)
-    with phase(f"2/6 Writing and scoring groups of {args.num_completions} for {len(dataset)} prompts"):
-        groups = generate_groups(dataset, config, student=LocalTeacher(student.eval(), tokenizer), teacher=as_teacher)
-    held_out = dataset["prompt"][-args.num_held_out :]
-    is_held_out = [prompt in held_out for prompt in groups["prompt"]]
-    parts = {
-        name: groups.select([row for row, held in enumerate(is_held_out) if held is wanted])
-        for name, wanted in (("train", False), ("eval", True))
-    }
+    writers = {"student": LocalTeacher(student.eval(), tokenizer), "teacher": LocalTeacher(teacher, tokenizer)}
+    with phase(f"2/6 Writing and scoring groups of {args.num_completions} for {count} prompts"):
+        groups = generate_groups(prompts, config, **writers)
+    asked = prompts["prompt"][-args.num_held_out :]
+    held_out = groups.filter(lambda row: row["prompt"] in asked)
 
+    # Trainer
+    training = GRKDConfig(
+        output_dir=str(out / "student"),
+        learning_rate=args.learning_rate or (1e-3 if args.use_peft else 3e-4),
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,  # as a share of the steps
+        num_train_epochs=args.num_train_epochs,
+        per_device_train_batch_size=args.groups_per_step,
+        per_device_eval_batch_size=args.groups_per_step,
+        activation_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=args.seed,
+    )
     trainer = GRKDTrainer(
         student,
         teacher,
-        GRKDConfig(
-            output_dir=str(out / "student"),
-            learning_rate=args.learning_rate or (1e-3 if args.use_peft else 3e-4),
-            lr_scheduler_type="cosine",
-            warmup_steps=0.1,  # as a share of the steps
-            num_train_epochs=args.num_train_epochs,
-            per_device_train_batch_size=args.groups_per_step,
-            per_device_eval_batch_size=args.groups_per_step,
-            gradient_checkpointing=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=args.seed,
-        ),
-        train_dataset=parts["train"],
-        eval_dataset=parts["eval"],
+        training,
+        train_dataset=groups.filter(lambda row: row["prompt"] not in asked),
+        eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if args.use_peft else None,
     )
-    trainer.remove_callback(PrinterCallback)
-    results, answers = {}, {}
+    tests = Tests(trainer, writers["teacher"], asked, max_new_tokens=args.max_completion_length, seed=args.seed)
 
-    def test(name: str):
-        answers[name], score = measure(trainer.model, as_teacher, tokenizer, held_out, args)
-        evaluated = trainer.evaluate()
-        results[name] = {key: evaluated[f"eval_{key}"] for key in ("loss", "loss/soft", "rank/accuracy")}
-        results[name]["teacher's score of its text"] = score
-
-    with phase(f"3/6 Testing the student on {len(held_out)} held-out prompts"):
-        test("before")
-    with phase(f"4/6 Training it on {len(parts['train'])} groups"):
-        trainer.train()
+    # Test, train, test
+    with phase(f"3/6 Testing the student on {len(held_out)} held-out groups"):
+        tests.student("before")
+    with phase(f"4/6 Training it on {len(groups) - len(held_out)} groups"):
+        train_quietly(trainer)
     with phase("5/6 Testing it again, and the teacher's own answers"):
-        test("after")
-        answers["teacher"], score = measure(teacher, as_teacher, tokenizer, held_out, args)
+        tests.student("after")
+        tests.answer("teacher", teacher)
     with phase("6/6 Saving the student and its card"):
-        trainer.save_model(str(out / "student"))
-        trainer.create_model_card(model_name=out.name)
+        save(trainer, out / "student")
 
     seconds = round(time.perf_counter() - started)
-    rows = [
-        dict(prompt=prompt[-1]["content"], **{name: texts[row] for name, texts in answers.items()})
-        for row, prompt in enumerate(held_out)
-    ]
-    made = {"arguments": asdict(args), "seconds": seconds, "threads": torch.get_num_threads(), "results": results}
-    made |= {"teacher's score of the teacher's text": score, "answers": rows, "log": trainer.state.log_history}
-    (out / "results.json").write_text(json.dumps(made, indent=2, ensure_ascii=False), encoding="utf-8")
-    print(f"\nOn held-out prompts{'':<32}before    after")
-    for name in results["before"]:
-        print(f"    {name:<40} {results['before'][name]:>9.3f} {results['after'][name]:>9.3f}")
-    print(f"    teacher's score of the teacher's text: {score:.3f}; all scores are in nats a token")
-    for row in rows[:4]:
-        print("\n    " + "\n    ".join(f"{name:<8} {' '.join(text.split())[:300]}" for name, text in row.items()))
-    print(f"\n{seconds} seconds. To ask the student yourself, write prompts into a file, and:")
-    print(
-        f"    grkd-trl generate --model {out / 'student'} --prompts prompts.jsonl --teacher {args.model_name_or_path}"
-    )
+    given = {name: str(value) for name, value in vars(args).items()}
+    print(tests.report(out / "results.json", arguments=given, seconds=seconds, threads=torch.get_num_threads()))
+    print(f"\n{seconds} seconds. All answers are in {out / 'results.json'}. To ask the student yourself:")
+    print(f"    python examples/generate.py --model {out / 'student'} --prompts prompts.jsonl --chat")
 
 
 if __name__ == "__main__":
-    main(*TrlParser((PruneArguments,)).parse_args_and_config())
+    main()

@@ -334,18 +334,19 @@ class TestEvaluation:
 
 
 class TestTable:
-    def test_is_printed(self, tmp_path, capsys):
-        trainer = make_trainer(tmp_path, log_completions=2, max_steps=4)
-        trainer.train()
+    @pytest.mark.parametrize("scorer", ["teacher", "score"])
+    def test_is_printed(self, tmp_path, capsys, scorer):
+        """With the writer, and the score under the name of who scored: a user's function is no teacher."""
+        own = {"teacher": None, "score_fn": lambda completions, **_: [[1.0] * len(group) for group in completions]}
+        make_trainer(tmp_path, log_completions=2, max_steps=4, **(own if scorer == "score" else {})).train()
         printed = capsys.readouterr().out
         assert "Step 0" in printed and "Step 2" in printed and "Step 1" not in printed
-        assert "teacher" in printed.lower() and "student" in printed
-
-    def test_a_function_that_scores_is_no_teacher(self, tmp_path, capsys):
-        score = lambda prompts, completions, **columns: [[1.0] * len(group) for group in completions]  # noqa: E731
-        make_trainer(tmp_path, log_completions=1, max_steps=1, score_fn=score, teacher=None).train()
-        printed = capsys.readouterr().out
-        assert "teacher" not in printed and "score" in printed and "student" in printed
+        table = printed[printed.index("Step 0") : printed.index("{'loss'")]
+        assert [name in table for name in ("teacher", "score", "student")] == [
+            scorer != "score",
+            scorer == "score",
+            True,
+        ]
 
     def test_reaches_trackers(self, tmp_path, monkeypatch):
         """Modules with the two names that are used of wandb and trackio stand in their place."""

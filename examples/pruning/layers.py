@@ -64,7 +64,7 @@ def drop_layers(model: PreTrainedModel, drop: str) -> PreTrainedModel:
     dropped = set(layers_to_drop(drop, num_layers))
     kept = [index for index in range(num_layers) if index not in dropped]
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers = len(kept)
+    config.num_hidden_layers, config._name_or_path = len(kept), ""  # it is no longer the model of that name
     if getattr(config, "layer_types", None):  # where some layers attend to a window
         config.layer_types = [config.layer_types[index] for index in kept]
     student = AutoModelForCausalLM.from_config(config, dtype=model.dtype)

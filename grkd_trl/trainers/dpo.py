@@ -24,7 +24,7 @@ from ..generation.annotation import rank_datasets
 from ..teacher.loading import check_student, load_adapted_student
 from .card import complete_card, origins
 from .checkpoints import OrderOfEpoch, prepare_resume, saving_explained
-from .checks import check_sampling, resolve_bf16
+from .checks import check_sampling, resolve_bf16, settle_inherited_fields
 from .config import check_chat_template, check_choices, option, resolve_args
 
 
@@ -62,6 +62,7 @@ class DPOConfig(TRLConfig):
         check_choices(self)
         check_chat_template(self, annotates=True)
         self.bf16 = resolve_bf16(self)
+        settle_inherited_fields(self)
         super().__post_init__()
 
 
