@@ -24,9 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import load_dataset
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from grkd_trl import PROConfig, PROTrainer
+from grkd_trl.examples.arguments.parser import ScriptParser
 
 
 @dataclass
@@ -84,7 +85,7 @@ def main(script_args: PROScriptArguments, training_args: PROConfig, model_args: 
 
 
 if __name__ == "__main__":
-    parser = TrlParser((PROScriptArguments, PROConfig, ModelConfig))
+    parser = ScriptParser((PROScriptArguments, PROConfig, ModelConfig), __doc__)
     script_args, training_args, model_args = parser.parse_args_and_config()
     if script_args.dataset_name is None or model_args.model_name_or_path is None:
         parser.error(

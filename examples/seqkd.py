@@ -24,9 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import load_dataset
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from grkd_trl import SeqKDConfig, SeqKDTrainer
+from grkd_trl.examples.arguments.parser import ScriptParser
 
 
 @dataclass
@@ -84,7 +85,7 @@ def main(script_args: SeqKDScriptArguments, training_args: SeqKDConfig, model_ar
 
 
 if __name__ == "__main__":
-    parser = TrlParser((SeqKDScriptArguments, SeqKDConfig, ModelConfig))
+    parser = ScriptParser((SeqKDScriptArguments, SeqKDConfig, ModelConfig), __doc__)
     script_args, training_args, model_args = parser.parse_args_and_config()
     if script_args.dataset_name is None or model_args.model_name_or_path is None:
         parser.error(

@@ -29,7 +29,7 @@ from grkd_trl.generation import GroupsConfig, generate_groups
 from grkd_trl.teacher import LocalTeacher
 
 
-METHODS = ("GRKD", "DPO", "SimPO", "KD")
+METHODS = ("GRKD", "SimPO", "KD", "DPO")
 RATES = {"full": (1e-6, 1e-5, 5e-5, 2e-4, 1e-3), "LoRA": (1e-5, 1e-4, 5e-4, 2e-3, 1e-2)}
 MAX_PROMPT_LENGTH, MAX_COMPLETION_LENGTH = 56, 24
 

@@ -111,8 +111,7 @@ class GroupTrainer(SFTTrainer):
         require_rows(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_sampling(args, train_dataset)
         check_student(model, peft_config, args)
-        self.origins = origins(model, teacher_model, train_dataset)
-        self.chosen_first = False
+        self.chosen_first, self.origins = False, origins(model, teacher_model, train_dataset)
         teacher_model, train_dataset, eval_dataset = self.bring_teacher(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
         )
