@@ -101,6 +101,21 @@ def train(method: str, kind: str, rate: float, student, teacher, tokenizer, grou
     return trainer.model
 
 
+def tables(rows: list[dict]) -> str:
+    """For each kind of training a table of both numbers by rate and method, in Markdown."""
+    found = {(row["method"], row["kind"], row["learning_rate"]): row for row in rows}
+
+    def cell(key: tuple) -> str:
+        return f"{found[key]['loss/soft']:.3f}, {found[key]['rank/accuracy']:.2f}" if key in found else ""
+
+    lines = []
+    for kind, rates in RATES.items():
+        lines += [f"\n| {kind} | {' | '.join(METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]
+        lines.append(f"| before | {' | '.join([cell(('start', '', 0.0))] * len(METHODS))} |")
+        lines += [f"| {rate:g} | {' | '.join(cell((method, kind, rate)) for method in METHODS)} |" for rate in rates]
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the teacher")
@@ -135,6 +150,8 @@ def main(argv: list[str] | None = None) -> None:
         print(row, flush=True)
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        done.append(row)
+    print(tables(done))
 
 
 if __name__ == "__main__":

@@ -291,10 +291,9 @@ class OnlineGroups:
             scored_by = "teacher" if self.trainer.score_fn is None else "score"  # a user's function is no teacher
             columns[scored_by] = [score for group in groups for score in group["teacher_scores"]]
         shown = sum(len(group["completions"]) for group in groups[:4])
-        texts, scores, extra = (
-            {name: values[:shown] for name, values in part.items()} for part in (table, columns, writers)
-        )
-        print_prompt_completions_sample(*texts.values(), scores, None, step, extra=extra)  # all of them
+        scores, extra = ({name: values[:shown] for name, values in part.items()} for part in (columns, writers))
+        shown_texts = table["prompt"][:shown], table["completion"][:shown]
+        print_prompt_completions_sample(*shown_texts, scores, None, step, extra=extra)  # all of them
         # To the trackers that have tables, as `GRPOTrainer` does
         trackers = [name for name in ("wandb", "trackio") if name in report_to]
         for tracker in map(importlib.import_module, trackers):
