@@ -35,7 +35,7 @@ def _usage() -> str:
     for command, script in commands().items():
         source = (Path(__file__).parent / f"{script}.py").read_text(encoding="utf-8")
         about = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0].replace("\n", " ")
-        lines.append(f"  {command:<12}{about.split('. ')[0].rstrip('.:')}.")
+        lines.append(f"  {command:<19}{about.split('. ')[0].rstrip('.:')}.")
     return "\n".join([*lines, "", "`grkd-trl COMMAND --help` lists the arguments of a command."])
 
 

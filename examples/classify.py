@@ -18,7 +18,6 @@ Texts are classified by sums of n-gram embeddings, images by a ResNet. Data, noi
 from dataclasses import dataclass, field, fields
 
 from transformers import Trainer, TrainingArguments, set_seed
-from trl import TrlParser
 
 from grkd_trl import (
     DistillationForClassificationConfig,
@@ -27,6 +26,7 @@ from grkd_trl import (
     GRKDForClassificationTrainer,
 )
 from grkd_trl.evaluation import classification_metrics
+from grkd_trl.examples.arguments.parser import ScriptParser
 from grkd_trl.examples.classification.data import Rows, add_label_noise, load_rows
 from grkd_trl.examples.classification.hashed_ngrams import NgramForSequenceClassification
 from grkd_trl.examples.classification.models import make_model, train_teacher
@@ -102,4 +102,4 @@ def main(script_args: ClassificationArguments, grkd_args: GRKDForClassificationC
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ClassificationArguments, GRKDForClassificationConfig)).parse_args_and_config())
+    main(*ScriptParser((ClassificationArguments, GRKDForClassificationConfig), __doc__).parse_args_and_config())

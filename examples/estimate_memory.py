@@ -11,8 +11,7 @@ together. The hours are FLOPs by the throughput that you name, at those lengths:
 for KD; for methods without a teacher in training give `--teacher_model_name_or_path none --soft_label none`.
 """
 
-from trl import TrlParser
-
+from grkd_trl.examples.arguments.parser import ScriptParser
 from grkd_trl.examples.estimation.memory import EstimateArguments, estimate
 
 
@@ -29,7 +28,7 @@ def main(args: EstimateArguments):
 
 
 if __name__ == "__main__":
-    parser = TrlParser(EstimateArguments)
+    parser = ScriptParser(EstimateArguments, __doc__)
     estimate_args, _, unknown = parser.parse_args_and_config(
         return_remaining_strings=True, separate_remaining_strings=True
     )

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser
 
 from grkd_trl.evaluation.alpaca_eval2 import ALPACA_EVAL2_DIFFICULTY, ALPACA_EVAL2_GAMED_BASELINES
 from grkd_trl.evaluation.files import read_rows
+from grkd_trl.examples.arguments.parser import ScriptParser
 from grkd_trl.examples.evaluation.benchmarks import BENCHMARKS, count_items
 
 
@@ -123,5 +123,5 @@ def main(args: EvaluateArguments):
 
 
 if __name__ == "__main__":
-    (evaluate_args,) = TrlParser(EvaluateArguments).parse_args_and_config()
+    (evaluate_args,) = ScriptParser(EvaluateArguments, __doc__).parse_args_and_config()
     main(evaluate_args)

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser
 
+from grkd_trl.examples.arguments.parser import ScriptParser
 from grkd_trl.generation import GroupsConfig, generate_groups, preview
 from grkd_trl.teacher import CalibratedTeacher, LocalTeacher, ServerTeacher
 
@@ -120,7 +120,7 @@ def main(script_args: GenerateArguments, config: GroupsConfig):
 
 
 if __name__ == "__main__":
-    parser = TrlParser((GenerateArguments, GroupsConfig))
+    parser = ScriptParser((GenerateArguments, GroupsConfig), __doc__)
     script_args, config = parser.parse_args_and_config()
     if script_args.dataset_name is None and script_args.rescore is None:
         parser.error("--dataset_name is needed, or --rescore, on the command line or in the file of --config")

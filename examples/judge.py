@@ -19,8 +19,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from trl import TrlParser
-
 from grkd_trl.evaluation.files import read_rows
 from grkd_trl.evaluation.judge import (
     JudgeClient,
@@ -32,6 +30,7 @@ from grkd_trl.evaluation.judge import (
 )
 from grkd_trl.evaluation.judge_client import warn_of_unread
 from grkd_trl.evaluation.mt_bench import mt_bench_averages, mt_bench_rating, mt_bench_requests
+from grkd_trl.examples.arguments.parser import ScriptParser
 
 
 @dataclass
@@ -127,7 +126,7 @@ def main(args: JudgeArguments):
 
 
 if __name__ == "__main__":
-    parser = TrlParser(JudgeArguments)
+    parser = ScriptParser(JudgeArguments, __doc__)
     (judge_args,) = parser.parse_args_and_config()
     if (judge_args.baseline is None) == (judge_args.mt_bench_data is None):
         parser.error("give either --baseline, to compare two models, or --mt_bench_data, to rate one")

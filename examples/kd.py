@@ -30,13 +30,13 @@ from trl import (
     DatasetMixtureConfig,
     ModelConfig,
     ScriptArguments,
-    TrlParser,
     get_dataset,
     get_peft_config,
     get_quantization_config,
 )
 
 from grkd_trl import KDConfig, KDTrainer
+from grkd_trl.examples.arguments.parser import ScriptParser
 
 
 @dataclass
@@ -102,7 +102,7 @@ def main(script_args, training_args, model_args, dataset_args):
 
 
 if __name__ == "__main__":
-    parser = TrlParser((KDScriptArguments, KDConfig, ModelConfig, DatasetMixtureConfig))
+    parser = ScriptParser((KDScriptArguments, KDConfig, ModelConfig, DatasetMixtureConfig), __doc__)
     script_args, training_args, model_args, dataset_args = parser.parse_args_and_config()
     if bool(script_args.dataset_name) == bool(dataset_args.datasets) or model_args.model_name_or_path is None:
         parser.error(

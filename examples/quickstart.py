@@ -16,7 +16,6 @@ With your own groups, a .jsonl file of rows like {"prompt": "...", "completions"
 import argparse
 import copy
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,9 +36,6 @@ from grkd_trl.examples.demonstration.runs import (
     say_if_no_picture,
 )
 
-
-# TRL 1.16 sets the field itself.
-warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 TEACHER_ROWS, STUDENT_ROWS = 16000, 800
 GROUPS_PER_STEP = 16

@@ -334,12 +334,19 @@ class TestEvaluation:
 
 
 class TestTable:
-    def test_is_printed(self, tmp_path, capsys):
-        trainer = make_trainer(tmp_path, log_completions=2, max_steps=4)
-        trainer.train()
+    @pytest.mark.parametrize("scorer", ["teacher", "score"])
+    def test_is_printed(self, tmp_path, capsys, scorer):
+        """With the writer, and the score under the name of who scored: a user's function is no teacher."""
+        own = {"teacher": None, "score_fn": lambda completions, **_: [[1.0] * len(group) for group in completions]}
+        make_trainer(tmp_path, log_completions=2, max_steps=4, **(own if scorer == "score" else {})).train()
         printed = capsys.readouterr().out
         assert "Step 0" in printed and "Step 2" in printed and "Step 1" not in printed
-        assert "teacher" in printed.lower()
+        table = printed[printed.index("Step 0") : printed.index("{'loss'")]
+        assert [name in table for name in ("teacher", "score", "student")] == [
+            scorer != "score",
+            scorer == "score",
+            True,
+        ]
 
     def test_reaches_trackers(self, tmp_path, monkeypatch):
         """Modules with the two names that are used of wandb and trackio stand in their place."""
@@ -352,7 +359,7 @@ class TestTable:
         trainer.args.report_to = ["wandb", "trackio"]  # after construction, so that no callback asks more of them
         trainer.train()
         for first, second in tables.values():
-            assert list(first.columns) == ["step", "prompt", "completion", "teacher"]
+            assert list(first.columns) == ["step", "prompt", "completion", "written_by", "teacher"]
             assert set(first["step"]) == {0} and set(second["step"]) == {2}
             sizes = first.groupby("prompt").size().tolist()
             assert sizes == [trainer.args.num_completions] * trainer.online.batch_size

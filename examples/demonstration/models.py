@@ -53,7 +53,7 @@ def training(output_dir: Path, *, max_steps: int, learning_rate: float, batch_si
         "warmup_steps": 0.1,  # as a share of the steps
         "per_device_train_batch_size": batch_size,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "logging_steps": max(max_steps // 20, 1),
         "save_strategy": "no",
         "report_to": "none",

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
-from collections.abc import Sequence
+import re
+import statistics
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,16 @@ tags:
 `load_dataset("<this folder>")`.
 
 {pictures}
+## By writer
+
+{writers}
+
+## Samples
+
+Best completion first, with the teacher's score; long texts are shortened.
+
+{samples}
+
 ## Counts
 
 {counts}
@@ -75,7 +87,7 @@ def _text(value: str | list[dict[str, Any]]) -> str:
     return value if isinstance(value, str) else "\n".join(f"[{turn['role']}] {message_text(turn)}" for turn in value)
 
 
-def preview(dataset: Dataset, num_groups: int = 1) -> str:
+def preview(dataset: Dataset, num_groups: int = 1, *, max_characters: int | None = None) -> str:
     """
     The first groups as text, best completion first.
 
@@ -84,21 +96,55 @@ def preview(dataset: Dataset, num_groups: int = 1) -> str:
             Groups.
         num_groups (`int`, *optional*, defaults to `1`):
             Groups to show.
+        max_characters (`int`, *optional*):
+            Longest text to show, of a prompt or a completion.
 
     Returns:
         `str`: Prompts, and completions with score, writer, and whether they were cut.
     """
 
+    def shown(value: str | list[dict[str, Any]]) -> str:
+        text = _text(value)
+        is_long = max_characters is not None and len(text) > max_characters
+        text = f"{text[:max_characters]} ..." if is_long else text
+        return text.replace("\n", "\n      ")
+
     lines = []
     for row in dataset.select(range(min(num_groups, len(dataset)))):
-        lines.append(f"prompt: {_text(row['prompt'])}")
+        lines.append(f"prompt: {shown(row['prompt'])}")
         scores = row.get("teacher_scores") or [None] * len(row["completions"])
         order = sorted(range(len(scores)), key=lambda position: -(scores[position] or 0.0))
         for position in order:
             score = "" if scores[position] is None else f"{scores[position]:+.3f} "
             cut = ", cut" if row["clipped"][position] else ""
-            lines.append(f"  {score}({row['written_by'][position]}{cut}): {_text(row['completions'][position])}")
+            lines.append(f"  {score}({row['written_by'][position]}{cut}): {shown(row['completions'][position])}")
     return "\n".join(lines)
+
+
+def _by_writer(dataset: Dataset) -> dict[str, dict[str, list[Any]]]:
+    """Of each writer, for each of its completions: length, whether it was cut, and score."""
+    columns = [name for name in ("completions", "clipped", "written_by", "num_tokens") if name in dataset.column_names]
+    columns += ["teacher_scores"] if "teacher_scores" in dataset.column_names else []
+    found: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for row in dataset.select_columns(columns):
+        lengths = row.get("num_tokens") or [len(_text(text)) for text in row["completions"]]
+        scores = row.get("teacher_scores") or [None] * len(lengths)
+        for values in zip(row["written_by"], lengths, row["clipped"], scores, strict=True):
+            for name, value in zip(("length", "cut", "score"), values[1:], strict=True):
+                found[values[0]][name].append(value)
+    return dict(sorted(found.items()))
+
+
+def _table(by_writer: dict[str, dict[str, list[Any]]], unit: str, counts: dict[str, int]) -> str:
+    has_scores = all(None not in values["score"] for values in by_writer.values())
+    lines = [f"| written by | completions | cut | {unit}, median | teacher's score, mean |", "|---|---|---|---|---|"]
+    for writer, values in by_writer.items():
+        score = f"{statistics.mean(values['score']):.3f}" if has_scores else ""
+        length, cut = statistics.median(values["length"]), statistics.mean(values["cut"])
+        lines.append(f"| {writer} | {len(values['cut'])} | {cut:.1%} | {length:g} | {score} |")
+    drawn, repeated = counts.get("drawn", 0), counts.get("duplicates", 0)
+    share = f" ({repeated / drawn:.1%})" if drawn else ""
+    return "\n".join(lines) + f"\n\nDropped as repetitions within a group: {repeated} of {drawn} completions{share}."
 
 
 def write_card(
@@ -122,31 +168,37 @@ def write_card(
         content (`str`):
             Hash of the groups.
     """
+    by_writer, unit = _by_writer(dataset), "tokens" if "num_tokens" in dataset.column_names else "characters"
     pictures = ""
     if importlib.util.find_spec("matplotlib"):
-        has_scores = "teacher_scores" in dataset.column_names
-        lengths = [len(_text(text)) for group in dataset["completions"] for text in group]
-        _histogram(folder / "lengths.png", lengths, "characters in a completion")
-        pictures = "![Lengths of the completions](lengths.png)\n"
-        if has_scores:
-            scores = [score for group in dataset["teacher_scores"] for score in group]
+        lengths = {writer: values["length"] for writer, values in by_writer.items()}
+        _histogram(folder / "lengths.png", lengths, f"{unit} in a completion")
+        pictures = "![Lengths of the completions, by writer](lengths.png)\n"
+        if "teacher_scores" in dataset.column_names:
+            scores = {writer: values["score"] for writer, values in by_writer.items()}
             _histogram(folder / "scores.png", scores, "teacher's score")
-            pictures += "![Scores of the teacher](scores.png)\n"
+            pictures += "![Scores of the teacher, by writer](scores.png)\n"
+    samples = preview(dataset, 3, max_characters=300)
+    fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", samples)), 0)
     card = _CARD.format(
         content=content,
         count=len(dataset),
         pictures=pictures,
+        writers=_table(by_writer, unit, counts),
+        samples=f"{fence}text\n{samples}\n{fence}",
         counts=summary(counts),
         manifest=json.dumps(manifest, indent=2),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _histogram(path: Path, values: Sequence[float], label: str) -> None:
+def _histogram(path: Path, values: dict[str, list[float]], label: str) -> None:
     from matplotlib.figure import Figure  # optional, and slow to import
 
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
-    axes.hist(values, bins=40, color="tab:blue")
+    axes.hist(list(values.values()), bins=40, label=list(values), histtype="stepfilled", alpha=0.55)
     axes.set(xlabel=label, ylabel="completions")
+    if len(values) > 1:
+        axes.legend(title="written by")
     figure.savefig(path, dpi=100)

@@ -288,19 +288,21 @@ class OnlineGroups:
         step, report_to = self.trainer.state.global_step, self.trainer.args.report_to
         table = {"prompt": [group["prompt"] for group in groups for _ in group["completions"]]}
         table["completion"] = [text for group in groups for text in group["completions"]]
+        writers = {"written_by": [writer for group in groups for writer in group["written_by"]]}
         columns = {}
         if "teacher_scores" in groups[0]:
-            columns["teacher"] = [score for group in groups for score in group["teacher_scores"]]
+            scored_by = "teacher" if self.trainer.score_fn is None else "score"  # a user's function is no teacher
+            columns[scored_by] = [score for group in groups for score in group["teacher_scores"]]
         shown = sum(len(group["completions"]) for group in groups[:4])
-        printed = {name: values[:shown] for name, values in columns.items()}
+        scores, extra = ({name: values[:shown] for name, values in part.items()} for part in (columns, writers))
         shown_texts = table["prompt"][:shown], table["completion"][:shown]
-        print_prompt_completions_sample(*shown_texts, printed, None, step)  # all of them
+        print_prompt_completions_sample(*shown_texts, scores, None, step, extra=extra)  # all of them
         # To the trackers that have tables, as `GRPOTrainer` does
         trackers = [name for name in ("wandb", "trackio") if name in report_to]
         for tracker in map(importlib.import_module, trackers):
             if tracker.__name__ == "wandb" and tracker.run is None:
                 continue
-            frame = pd.DataFrame({"step": step} | table | columns)
+            frame = pd.DataFrame({"step": step} | table | writers | columns)
             tracker.log({"completions": tracker.Table(dataframe=frame)})
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -29,7 +28,7 @@ from ..scoring import eval_mode
 from ..teacher import disable_dropout, is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary
 from ..teacher.loading import check_student, init_kwargs_of, load_adapted_student, with_remote_code
 from ..teacher.models import check_same_images
-from .card import add_objective
+from .card import complete_card, origins
 from .checkpoints import OrderOfEpoch, prepare_resume, saving_explained
 from .checks import GroupWarnings, check_sampling
 from .compile import compile_layers, take_over_compilation
@@ -70,6 +69,7 @@ class GroupTrainer(SFTTrainer):
             none. The student itself where its base is the teacher, see [`~GroupTrainer.teaching`].
         vocab_size (`int`, *optional*): Number of leading token ids that student and teacher share.
         chosen_first (`bool`): Whether a dataset has preferences without scores, which are then no scores of the teacher.
+        origins (`dict[str, str]`): What the model card says of student, teacher and data.
         running_means (`dict[str, RunningMeans]`): What is logged, of `"train"` and of `"eval"`.
     """
 
@@ -108,7 +108,7 @@ class GroupTrainer(SFTTrainer):
         require_rows(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_sampling(args, train_dataset)
         check_student(model, peft_config, args, teacher_model)
-        self.chosen_first = False
+        self.chosen_first, self.origins = False, origins(model, teacher_model, train_dataset)
         teacher_model, train_dataset, eval_dataset = self.bring_teacher(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
         )
@@ -347,4 +347,4 @@ class GroupTrainer(SFTTrainer):
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
-            add_objective(Path(self.args.output_dir or "") / "README.md", self.equation, self.args, type(self.args))
+            complete_card(self)

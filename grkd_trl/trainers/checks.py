@@ -44,6 +44,21 @@ def resolve_bf16(args: TrainingArguments) -> bool:
     return args.bf16
 
 
+def settle_inherited_fields(args: TrainingArguments) -> None:
+    """
+    Set inherited fields of which libraries warn although a user left them alone: TRL's default of `gradient_checkpointing`,
+    which transformers 5.23 calls `activation_checkpointing`, and pinned memory where there is no device to copy to.
+
+    Args:
+        args ([`~trl.SFTConfig`]):
+            Configuration, not initialised yet.
+    """
+    if args.activation_checkpointing is None and args.gradient_checkpointing:
+        args.activation_checkpointing = True
+    if args.use_cpu or not torch.accelerator.is_available():
+        args.dataloader_pin_memory = False
+
+
 def check_launch(args: TrainingArguments) -> None:
     """
     Refuse a launch that asked for more processes than it got, each of which would train alone.

@@ -11,7 +11,7 @@ from trl import SFTConfig
 from .._trl import get_config_model_id
 from ..losses import alpha_at
 from ..teacher.loading import read_chat_template
-from .checks import check_launch, resolve_bf16
+from .checks import check_launch, resolve_bf16, settle_inherited_fields
 
 
 logger = logging.get_logger(__name__)
@@ -222,6 +222,7 @@ class GroupConfig(SFTConfig):
         check_completion_fields(self)
         check_chat_template(self, self.annotates)
         self.bf16 = resolve_bf16(self)
+        settle_inherited_fields(self)
         super().__post_init__()
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +23,9 @@ from ..data import first_rows, pair_groups, pair_images, prepare_groups, require
 from ..data.images import has_image_columns
 from ..generation.annotation import rank_datasets
 from ..teacher.loading import check_student, load_adapted_student
-from .card import add_objective
+from .card import complete_card, origins
 from .checkpoints import OrderOfEpoch, prepare_resume, saving_explained
-from .checks import check_sampling, resolve_bf16
+from .checks import check_sampling, resolve_bf16, settle_inherited_fields
 from .config import check_chat_template, check_choices, option, resolve_args
 
 
@@ -64,6 +63,7 @@ class DPOConfig(TRLConfig):
         check_choices(self)
         check_chat_template(self, annotates=True)
         self.bf16 = resolve_bf16(self)
+        settle_inherited_fields(self)
         super().__post_init__()
 
 
@@ -143,6 +143,7 @@ class DPOTrainer(TRLTrainer):
         require_rows(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_sampling(args, train_dataset)
         check_student(model, peft_config, args)
+        self.origins = origins(model, teacher_model, train_dataset)
         train_dataset, eval_dataset = rank_datasets(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
         )
@@ -185,7 +186,7 @@ class DPOTrainer(TRLTrainer):
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
-            add_objective(Path(self.args.output_dir or "") / "README.md", self.equation, self.args, type(self.args))
+            complete_card(self)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if any(map(has_image_columns, first_rows(dataset))):

@@ -1,0 +1,77 @@
+"""What a student says before and after, and what is printed of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from grkd_trl import GRKDTrainer
+from grkd_trl.teacher import LocalTeacher
+
+
+METRICS = ("loss/soft", "rank/accuracy")
+
+
+def answer(model, teacher: LocalTeacher, prompts: list, *, max_new_tokens: int, seed: int) -> tuple[list[str], float]:
+    """
+    Answers to show, and a score of others that were sampled: greedy text repeats itself, which a teacher rates highly.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model that answers, with the teacher's tokenizer.
+        teacher ([`~teacher.LocalTeacher`]):
+            Teacher.
+        prompts (`list[list[dict]]`):
+            Prompts.
+        max_new_tokens (`int`):
+            Longest answer, in tokens.
+        seed (`int`):
+            Seed of the sampled answers.
+
+    Returns:
+        `tuple[list[str], float]`: Greedy answers, and the teacher's mean score of answers at temperature 1, in nats a
+        token.
+    """
+    writer = LocalTeacher(model, teacher.processing_class)
+    greedy = writer.generate(prompts, 1, seed=seed, max_new_tokens=max_new_tokens, temperature=0.0)
+    sampled = writer.generate(prompts, 1, seed=seed, max_new_tokens=max_new_tokens)
+    columns = {name: getattr(sampled, name) for name in ("clipped", "prompt_ids", "completion_ids")}
+    columns["tokenizer_hash"] = [sampled.tokenizer_hash] * len(prompts)
+    scores = [score for (score,) in teacher.score(prompts, sampled.texts, columns=columns).scores]
+    return [text.strip() for (text,) in greedy.texts], sum(scores) / len(scores)
+
+
+class Tests:
+    """The tests of a student in training, by name: metrics of the held-out groups, answers, and the teacher's score."""
+
+    def __init__(self, trainer: GRKDTrainer, teacher: LocalTeacher, prompts: list, **writing: Any):
+        self.trainer, self.teacher, self.prompts, self.writing = trainer, teacher, prompts, writing
+        self.results: dict[str, dict[str, float]] = {}
+        self.answers: dict[str, list[str]] = {}
+
+    def student(self, name: str) -> None:
+        self.answer(name, self.trainer.model)
+        evaluated = self.trainer.evaluate()
+        self.results[name] |= {key: evaluated[f"eval_{key}"] for key in METRICS}
+
+    def answer(self, name: str, model) -> None:
+        self.answers[name], score = answer(model, self.teacher, self.prompts, **self.writing)
+        self.results[name] = {"teacher's score of its text": score}
+
+    def report(self, path: Path, **made: Any) -> str:
+        """Write all of it as JSON, and give a table with the first four answers."""
+        asked = [prompt[-1]["content"] for prompt in self.prompts]
+        rows = [
+            dict(zip(("prompt", *self.answers), row, strict=True))
+            for row in zip(asked, *self.answers.values(), strict=True)
+        ]
+        made |= {"results": self.results, "answers": rows, "log": self.trainer.state.log_history}
+        path.write_text(json.dumps(made, indent=2, ensure_ascii=False), encoding="utf-8")
+        lines = [f"\nOn {len(rows)} held-out prompts{'':<16}" + "".join(f"{name:>10}" for name in self.results)]
+        for metric in (*METRICS, "teacher's score of its text"):
+            values = [result.get(metric) for result in self.results.values()]
+            shown = "".join(f"{'' if value is None else f'{value:.3f}':>10}" for value in values)
+            lines.append(f"    {metric:<36}{shown}")
+        for row in rows[:4]:
+            lines.append("")
+            lines += [f"    {name:<8} {' '.join(text.split())[:300]}" for name, text in row.items()]
+        return "\n".join(lines)
