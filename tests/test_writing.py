@@ -2,6 +2,7 @@
 
 import random
 from contextlib import nullcontext
+from functools import wraps
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from scipy.stats import chisquare
 from test_teacher import chat_tokenizer, make_model
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_tokenizer
 
-from grkd_trl.teacher import generate_completions, sample_from_mixture, selection_probs
+from grkd_trl.teacher import generate_completions, prompt_cache, sample_from_mixture, selection_probs
 from grkd_trl.teacher.writing import row_numbers
 
 
@@ -242,6 +243,44 @@ class TestSampling:
         assert all(length < 6 for length, cut in lengths if not cut)
         assert all(length == 6 or special for length, cut in lengths if cut)
         assert sum(length == 6 for length, cut in lengths if cut) > 0
+
+
+class TestSharedPrompts:
+    """A prompt is read once for the completions of its group, and they are those of a prompt read once each."""
+
+    @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "gemma3", "qwen3", "opt", "mistral"])
+    def test_same_completions_as_reading_every_row(self, tokenizer, words, architecture, monkeypatch):
+        model, prompts = make_model(architecture, len(tokenizer)), make_prompts(words)
+        written, read = [], []
+        for share in (True, False):
+            monkeypatch.setattr(prompt_cache, "_proved", {} if share else {model: False})
+            model.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
+            torch.manual_seed(0)
+            written.append(write(model, tokenizer, prompts, num_completions=3, batch_size=3))
+            if share:
+                assert prompt_cache._proved == {model: True}
+                assert max(len(ids) for ids in read if ids.shape[1] > 1) == 3  # prompts, not rows
+        assert written[0] == written[1] and len({text for group in written[0][0] for text in group}) > 9
+
+    def test_a_model_that_goes_on_otherwise_reads_every_row(self, tokenizer, words, model, monkeypatch):
+        prompts, forward = make_prompts(words), model.forward
+        expected = write(model, tokenizer, prompts, num_completions=2, temperature=0.0)
+
+        @wraps(forward)
+        def shifted(**kwargs):
+            outputs = forward(**kwargs)
+            outputs.logits = outputs.logits + (kwargs["input_ids"].shape[1] == 1)  # and no other token is chosen
+            return outputs
+
+        monkeypatch.setattr(prompt_cache, "_proved", {})
+        model.forward = shifted
+        assert write(model, tokenizer, prompts, num_completions=2, temperature=0.0) == expected
+        assert prompt_cache._proved == {model: False}
+
+    def test_state_that_is_no_cache_of_keys_reads_every_row(self, tokenizer, words):
+        model, prompts = make_model("mamba", len(tokenizer)), make_prompts(words)
+        texts, _ = write(model, tokenizer, prompts, num_completions=2, temperature=0.0)
+        assert texts == [group * 2 for group in write(model, tokenizer, prompts, temperature=0.0)[0]]
 
 
 class TestMixturesOfExperts:

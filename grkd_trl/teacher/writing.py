@@ -21,6 +21,7 @@ from .._trl import pad
 from ..data import decode_completion, encode_prompt, tokenizer_hash
 from ..scoring import eval_mode, refuse_not_finite, without_router_loss
 from ..scoring.images import TOKEN_TYPES, image_kwargs, image_token_ids
+from .prompt_cache import prompt_cache
 from .protocol import Completions
 
 
@@ -260,12 +261,17 @@ def write_completions(
     ends = end_token_ids(model, processing_class)
     padding = pad_token_id(processing_class)
     sharded = isinstance(model, FSDPModule)  # `generate` detects ZeRO-3 by itself, but not accelerate's FSDP2
-    # `num_return_sequences` is for its own sampling alone, and repeats no images.
-    rows_per_prompt = 1 if seeds is None and not any(images) else num_completions
+    rows_per_prompt = num_completions if num_beams == 1 else 1
 
     def write_batch(rows: list[int]) -> None:
         ids = [torch.tensor(prompt_ids[row], device=model.device) for row in rows for _ in range(rows_per_prompt)]
         input_ids = pad(ids, padding_value=padding, padding_side="left")
+        attention_mask = pad([torch.ones_like(row) for row in ids], padding_side="left")
+        # Each prompt is read once; its rows go on from there. A search with beams repeats and reorders rows by itself.
+        cache = None
+        if rows_per_prompt == num_completions and num_beams == 1 and not any(images):
+            first = slice(None, None, num_completions)
+            cache = prompt_cache(model, input_ids[first], attention_mask[first], num_completions, max_new_tokens)
         processors = LogitsProcessorList([_RefuseNaN()])
         if temperature > 0 and seeds is not None:
             numbers = torch.cat([row_numbers(seeds[row], num_completions, max_new_tokens) for row in rows])
@@ -274,7 +280,8 @@ def write_completions(
             processors.append(_DrawByRow(numbers, input_ids.shape[1]))
         output = model.generate(  # type: ignore[operator]  # a method, for which torch knows no type
             input_ids=input_ids,
-            attention_mask=pad([torch.ones_like(row) for row in ids], padding_side="left"),
+            attention_mask=attention_mask,
+            past_key_values=cache,
             max_new_tokens=max_new_tokens,
             num_return_sequences=num_completions // rows_per_prompt,
             eos_token_id=sorted(ends) or None,
