@@ -78,8 +78,13 @@ def make_trainer(name, models, folder, max_steps, *callbacks, **fields):
         GLOBAL_BATCH * max_steps // 2 + ("uneven" in flags),
     )  # two epochs
     dataset = make_classification_rows(num_rows) if classes else Dataset.from_list(make_rows(num_rows))
+    if "shown" in flags:  # the teacher reads more than the student
+        shown = [f"a b c {row['prompt']}" if index % 3 else None for index, row in enumerate(dataset)]
+        dataset = dataset.add_column("teacher_prompt", shown)
     if "student" in flags or "mixed" in flags:
-        dataset = dataset.select_columns("prompt")
+        dataset = dataset.select_columns(
+            [name for name in ("prompt", "teacher_prompt") if name in dataset.column_names]
+        )
     elif "scored" not in flags and not classes:
         dataset = dataset.remove_columns("teacher_scores")
     # "tiled": as at a large vocabulary, so that a batch's logits never exist at once

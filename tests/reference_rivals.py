@@ -3,7 +3,7 @@
 import math
 
 import torch
-from reference_step import Options, read_completion
+from reference_step import Options, read_as_teacher, read_completion
 
 
 def _read(student, teacher, group, options):
@@ -11,7 +11,7 @@ def _read(student, teacher, group, options):
     for completion_ids in group["completion_ids"]:
         mean, logits = read_completion(student, group["prompt_ids"], completion_ids, options)
         with torch.no_grad():
-            teacher_mean, teacher_logits = read_completion(teacher, group["prompt_ids"], completion_ids, options)
+            teacher_mean, teacher_logits = read_as_teacher(teacher, group, completion_ids, options)
         yield mean, mean * len(logits), logits, teacher_mean, teacher_logits
 
 
@@ -37,7 +37,8 @@ def _scores(teacher, group, options):
     if "teacher_scores" in group:
         return group["teacher_scores"]
     with torch.no_grad():
-        return [mean.item() for mean in _means_and_sums(teacher, group, options._replace(max_length=None))[0]]
+        read = group | {"prompt_ids": group.get("teacher_prompt_ids", group["prompt_ids"])}
+        return [mean.item() for mean in _means_and_sums(teacher, read, options._replace(max_length=None))[0]]
 
 
 def _pairs(scores, pairs):

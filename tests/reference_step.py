@@ -51,6 +51,24 @@ def read_completion(model, prompt_ids, completion_ids, options):
     return score, [row[: options.vocab_size] for row in logits]
 
 
+def read_as_teacher(model, group, completion_ids, options):
+    """The same of the teacher, which reads its own prompt where it has one, and the completion as far as the student does."""
+    if "teacher_prompt_ids" not in group:
+        return read_completion(model, group["prompt_ids"], completion_ids, options)
+    kept, predicted = truncate(group["prompt_ids"], completion_ids, options)
+    read = completion_ids
+    if options.max_length is not None and options.truncation_mode == "keep_start":
+        read = completion_ids[: len(kept) - len(group["prompt_ids"])]
+    tokens = group["teacher_prompt_ids"] + read
+    all_logits = model(input_ids=torch.tensor([tokens])).logits[0]
+    places = range(len(tokens) - len(predicted), len(tokens))
+    total = 0.0
+    for place in places:
+        total = total + all_logits[place - 1][tokens[place]] - torch.logsumexp(all_logits[place - 1], 0)
+    score = total / max(len(predicted), 1) if options.score == "mean" else total
+    return score, [all_logits[place - 1][: options.vocab_size] for place in places]
+
+
 def pairwise(student, teacher, probability, options):
     """Equations 1 and 2 over one list, and what the options add to them; `probability` holds the teacher's."""
     weighs, temperature = options.pair_weights == "probability", options.target_temperature
@@ -99,7 +117,7 @@ def loss_of(student, teacher, groups, options):
 
     Args:
         student, teacher: Models; no teacher is read where groups bring `teacher_scores` and no loss needs its logits.
-        groups (`list[dict]`): `prompt_ids`, `completion_ids` and, optionally, `teacher_scores`.
+        groups (`list[dict]`): `prompt_ids`, `completion_ids` and, optionally, `teacher_scores` and `teacher_prompt_ids`.
         options (`Options`): See there.
     """
     relative, soft, sft = [], [], []
@@ -111,7 +129,7 @@ def loss_of(student, teacher, groups, options):
             if teacher is None:
                 continue
             with torch.no_grad():
-                score, teacher_logits = read_completion(teacher, group["prompt_ids"], completion_ids, options)
+                score, teacher_logits = read_as_teacher(teacher, group, completion_ids, options)
             teacher_scores.append(float(score))
             for student_row, teacher_row in zip(student_logits, teacher_logits, strict=True):
                 student_row, teacher_row = student_row.unbind(), teacher_row.tolist()

@@ -53,6 +53,8 @@ def to_ids(row: dict[str, Any]) -> dict[str, Any]:
     vocab = TOKENIZER.get_vocab()
     ids = {"prompt_ids": [vocab[word] for word in row["prompt"].split()]}
     ids["completion_ids"] = [[vocab[word] for word in text.split()] + [vocab["<eos>"]] for text in row["completions"]]
+    if row.get("teacher_prompt"):
+        ids["teacher_prompt_ids"] = [vocab[word] for word in row["teacher_prompt"].split()]
     return ids | ({"teacher_scores": row["teacher_scores"]} if "teacher_scores" in row else {})
 
 

@@ -9,6 +9,7 @@ from .inspection import bring_scores, bring_soft_labels, first_rows, parts, plai
 from .pairs import pair_groups, pair_images, pairs_of, require_scores
 from .preparation import as_read, prepare_groups, prepare_prompts, tokenize_group, tokenize_prompt
 from .rows import check_prompt, is_score, message_text, read_group, read_prompt
+from .teacher_prompts import encode_teacher_prompt
 from .tokenization import (
     decode_completion,
     describe_tokenizer,
@@ -29,6 +30,7 @@ __all__ = [
     "decode_completion",
     "describe_tokenizer",
     "encode_prompt",
+    "encode_teacher_prompt",
     "first_groups",
     "first_rows",
     "is_score",

@@ -37,7 +37,9 @@ class DataCollatorForGroups(DataCollatorMixin):
     completion's end was cut, here or when it was written; and `teacher_scores` `(P, G)`, 0 where absent, if the groups
     have any; and `teacher_top_ids` and `teacher_top_logps` `(M, k)`, of the batch's M completion tokens that are
     predicted, row after row, if soft labels are cached with them; and `row` `(P,)`, the number of each group in its
-    stream, if it comes from one. Where prompts have images, also `image_inputs`, for each group what its processor makes of
+    stream, if it comes from one. Where the teacher has prompts of its own also `teacher_input_ids`, `teacher_attention_mask`
+    and `teacher_completion_mask`, `(N, L_T)`: after its prompt each completion as the student reads it, the mask being 1 on
+    the same M predicted tokens. Where prompts have images, also `image_inputs`, for each group what its processor makes of
     them, once for all its completions, and the types of tokens that models are given with it, `(N, L)`.
 
     Example:
@@ -86,6 +88,8 @@ class DataCollatorForGroups(DataCollatorMixin):
         if self.truncation_mode == "keep_end" and self.max_length is not None:
             keep = slice(-self.max_length, None)
         input_ids, completion_mask, clipped = [], [], []
+        teacher_ids: list[torch.Tensor] = []
+        teacher_mask: list[torch.Tensor] = []
         soft_labels: dict[str, list] = {"teacher_top_ids": [], "teacher_top_logps": []}
         for example in examples:
             prompt_ids = example["prompt_ids"]
@@ -98,6 +102,17 @@ class DataCollatorForGroups(DataCollatorMixin):
                 completion_mask.append(mask[keep])
                 cut_here = self.truncation_mode == "keep_start" and len(input_ids[-1]) < len(ids)
                 clipped.append(was_cut or cut_here)
+                own_prompt_ids = example.get("teacher_prompt_ids") or prompt_ids
+                teacher_ids.append(input_ids[-1])
+                teacher_mask.append(completion_mask[-1])
+                if own_prompt_ids != prompt_ids:
+                    # Up to the last token that the student reads; of these are predicted those which are in its row
+                    num_cut = len(ids) - len(input_ids[-1]) if cut_here else 0
+                    read = completion_ids[: max(len(completion_ids) - num_cut, 0)]
+                    num_predicted = int(completion_mask[-1][1:].sum())
+                    teacher_ids[-1] = torch.tensor(own_prompt_ids + read)
+                    teacher_mask[-1] = torch.zeros_like(teacher_ids[-1])
+                    teacher_mask[-1][len(teacher_ids[-1]) - num_predicted :] = 1
             for name, tops in soft_labels.items():
                 for top in example.get(name) or []:
                     first = len(example["prompt_ids"])
@@ -111,6 +126,11 @@ class DataCollatorForGroups(DataCollatorMixin):
         batch["input_ids"] = pad(input_ids, padding_value=self.pad_token_id, pad_to_multiple_of=multiple)
         batch["attention_mask"] = pad(attention_mask, pad_to_multiple_of=multiple)
         batch["completion_mask"] = pad(completion_mask, pad_to_multiple_of=multiple)
+        if any(example.get("teacher_prompt_ids") not in (None, example["prompt_ids"]) for example in examples):
+            own = {"input_ids": pad(teacher_ids, padding_value=self.pad_token_id, pad_to_multiple_of=multiple)}
+            own["attention_mask"] = pad([torch.ones_like(ids) for ids in teacher_ids], pad_to_multiple_of=multiple)
+            own["completion_mask"] = pad(teacher_mask, pad_to_multiple_of=multiple)
+            batch |= {f"teacher_{name}": tensor for name, tensor in own.items()}
         batch["clipped"] = torch.tensor(clipped)
         if examples[0].get("teacher_scores") is not None:
             batch["teacher_scores"] = pad([torch.tensor(e["teacher_scores"], dtype=torch.float32) for e in examples])
@@ -191,5 +211,6 @@ def first_groups(batch: dict[str, Any], num_groups: int) -> dict[str, Any]:
     if "image_inputs" in batch:
         cut["image_inputs"] = batch["image_inputs"][: max(num_groups, 1)]
     if num_rows == 0:
-        cut["completion_mask"] = torch.zeros_like(cut["completion_mask"])
+        masks = [name for name in ("completion_mask", "teacher_completion_mask") if name in cut]
+        cut |= {name: torch.zeros_like(cut[name]) for name in masks}
     return cut

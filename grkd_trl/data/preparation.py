@@ -11,7 +11,8 @@ from .._trl import global_then_local_main_first
 from ..losses import ranked_pairs
 from .images import has_image_columns, images_of, put_images, render_prompt
 from .inspection import plain_rows
-from .rows import WRITTEN, read_group, read_prompt
+from .rows import WRITTEN, check_teacher_prompt, read_group, read_prompt
+from .teacher_prompts import encode_teacher_prompt, with_teacher_context
 from .tokenization import decode_completion, encode_prompt, tokenize_completions, tokenizer_hash
 
 
@@ -49,14 +50,19 @@ def tokenize_prompt(
             Tokenizer, or a processor used for text alone.
 
     Returns:
-        `dict[str, Any]`: `prompt_ids` (`list[int]`).
+        `dict[str, Any]`: `prompt_ids` (`list[int]`), and `teacher_prompt_ids` of a row with a `teacher_prompt`.
 
     Raises:
-        `ValueError`: If there is no prompt.
+        `ValueError`: If there is no prompt, or the teacher's is not of its form.
     """
     template = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
-    prompt = put_images(processing_class, read_prompt(row, index), images_of(row), index)
-    return {"prompt_ids": encode_prompt(processing_class, prompt, **template)}
+    text = read_prompt(row, index)
+    prompt = put_images(processing_class, text, images_of(row), index)
+    ids = {"prompt_ids": encode_prompt(processing_class, prompt, **template)}
+    if "teacher_prompt" in row:
+        check_teacher_prompt(row["teacher_prompt"], text, index)
+        ids["teacher_prompt_ids"] = encode_teacher_prompt(processing_class, row, ids["prompt_ids"], index)
+    return ids
 
 
 def tokenize_group(
@@ -73,7 +79,7 @@ def tokenize_group(
     Args:
         row (`dict[str, Any]`):
             Row that [`read_group`] accepts, with `tools` and `chat_template_kwargs` for the chat template if it has
-            them, and images of the prompt in `images` or `image`.
+            them, images of the prompt in `images` or `image`, and a `teacher_prompt` if the teacher reads another.
         index (`int`):
             Row number, for errors.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
@@ -84,8 +90,8 @@ def tokenize_group(
     Returns:
         `dict[str, Any]`: `prompt_ids` (`list[int]`), `completion_ids` (`list[list[int]]`), `clipped` (`list[bool]`),
         `length` and `num_completions` (`int`), tokens of the longest row and number of rows, for samplers, and, where
-        there are any, `teacher_scores` (`list[float]`), and `image_prompt` (`str`), the prompt as the chat template
-        renders it, to process its images with.
+        there are any, `teacher_scores` (`list[float]`), `teacher_prompt_ids` (`list[int]`), the prompt that the teacher reads,
+        and `image_prompt` (`str`), the prompt as the chat template renders it, to process its images with.
 
     Raises:
         `ValueError`: If the row is not a group, a completion has no token, its text differs from its ids, or there are
@@ -96,12 +102,16 @@ def tokenize_group(
     if written["tokenizer_hash"] is not None and written["tokenizer_hash"] == tokenizer_hash(processing_class):
         _check_written(processing_class, group, written, index)
     images, template = images_of(row), {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
-    prompt = put_images(processing_class, group.pop("prompt"), images, index)
+    text = group.pop("prompt")
+    prompt = put_images(processing_class, text, images, index)
     prompt_ids, completion_ids = tokenize_completions(
         processing_class, prompt, group.pop("completions"), clipped=group["clipped"], **template, **written
     )
     if has_image_columns(row):
         group["image_prompt"] = render_prompt(processing_class, prompt, **template) if images else ""
+    if "teacher_prompt" in group:
+        read = row | {"prompt": text, "teacher_prompt": group.pop("teacher_prompt")}
+        group["teacher_prompt_ids"] = encode_teacher_prompt(processing_class, read, prompt_ids, index)
     if [] in completion_ids:
         raise ValueError(
             f"`completions` of row {index} holds no token at position {completion_ids.index([])}: drop the empty "
@@ -146,6 +156,7 @@ def prepare_groups(
     truncation_mode: str = "keep_start",
     min_gap: float = 0.0,
     min_completions: int = 2,
+    teacher_context: float | None = None,
     num_proc: int | None = None,
     name: str = "train",
 ) -> Dataset | IterableDataset:
@@ -167,6 +178,9 @@ def prepare_groups(
             Gap of teacher scores that a pair must exceed, to warn of groups without a pair.
         min_completions (`int`, *optional*, defaults to `2`):
             Fewest completions of a group. 1 for a method that does not compare, which is not warned of ties.
+        teacher_context (`float`, *optional*):
+            Longest row of the training step's teacher, in tokens, for a `teacher_prompt`. `None` where the step has no
+            teacher: the column is then not tokenized for the batch.
         num_proc (`int`, *optional*):
             Processes for `Dataset.map`.
         name (`str`, *optional*, defaults to `"train"`):
@@ -176,7 +190,8 @@ def prepare_groups(
         [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: With the columns of [`tokenize_group`] added.
 
     Raises:
-        `ValueError`: If the dataset is empty, a row is not a group, or `max_length` leaves no row a completion.
+        `ValueError`: If the dataset is empty, a row is not a group, `max_length` leaves no row a completion, or a
+            `teacher_prompt` does not fit the teacher's context.
     """
     if max_length is not None and max_length < 2:
         raise ValueError(
@@ -198,6 +213,8 @@ def prepare_groups(
             dataset = dataset.map(tokenize_group, with_indices=True, fn_kwargs=fn_kwargs, **kwargs).with_format(None)
             if "tokenizer_hash" in columns:
                 dataset = dataset.remove_columns("tokenizer_hash")  # the ids are this tokenizer's now
+        cut_at = max_length if truncation_mode == "keep_start" else None
+        dataset = with_teacher_context(dataset, teacher_context, max_length=cut_at)
         num_rows = len(dataset) if in_memory else 0
         if max_length is not None and truncation_mode == "keep_start":
             kwargs = (
@@ -230,6 +247,7 @@ def prepare_prompts(
     *,
     max_completion_length: int,
     max_length: int | None = None,
+    teacher_context: float | None = None,
     num_proc: int | None = None,
     name: str = "train",
 ) -> Dataset | IterableDataset:
@@ -245,16 +263,18 @@ def prepare_prompts(
             Longest completion, in tokens.
         max_length (`int`, *optional*):
             Longest prompt and completion, in tokens.
+        teacher_context (`float`, *optional*):
+            Longest row of the teacher, as for [`prepare_groups`].
         num_proc (`int`, *optional*):
             Processes for `Dataset.map`.
         name (`str`, *optional*, defaults to `"train"`):
             Name for progress bars and messages.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: With `prompt_ids` added.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: With the columns of [`tokenize_prompt`] added.
 
     Raises:
-        `ValueError`: If the dataset is empty, a row has no prompt, or none leaves room.
+        `ValueError`: If the dataset is empty, a row has no prompt, none leaves room, or a `teacher_prompt` leaves none.
     """
     in_memory = isinstance(dataset, Dataset)
     dataset, _ = _open(dataset, name)
@@ -262,6 +282,7 @@ def prepare_prompts(
         kwargs = {"num_proc": num_proc, "desc": f"Tokenizing {name} prompts"} if in_memory else {}
         fn_kwargs = {"processing_class": processing_class}
         dataset = dataset.map(tokenize_prompt, with_indices=True, fn_kwargs=fn_kwargs, **kwargs).with_format(None)
+        dataset = with_teacher_context(dataset, teacher_context, max_completion_length=max_completion_length)
         if max_length is None:
             return dataset
         room = max_length - max_completion_length

@@ -2,7 +2,8 @@
 
 A group is one prompt with two or more completions: `{"prompt", "completions": [...], "teacher_scores": [...]}`, where
 the scores are optional, and so is `"clipped": [...]`, `True` for a completion that was cut before its end. Groups that a
-model wrote also hold its token ids: `prompt_ids`, `completion_ids` and the `tokenizer_hash` of its tokenizer.
+model wrote also hold its token ids: `prompt_ids`, `completion_ids` and the `tokenizer_hash` of its tokenizer. A
+`teacher_prompt` is what the teacher reads in place of the prompt.
 """
 
 import json
@@ -105,6 +106,37 @@ def check_prompt(prompt: Any, index: int) -> None:
     check_text(prompt, f"`prompt` of row {index}")
 
 
+def check_teacher_prompt(value: Any, prompt: Any, index: int) -> None:
+    """
+    Refuse a `teacher_prompt` that is empty, neither text nor messages, or of another form than the prompt.
+
+    Args:
+        value (`Any`):
+            Prompt that the teacher reads. `None` for the student's.
+        prompt (`str` or `list[dict]`):
+            Prompt that the student reads.
+        index (`int`):
+            Row number, for the error.
+
+    Raises:
+        `ValueError`: The message names field and row.
+    """
+    if value is None:
+        return
+    if isinstance(value, str | list | tuple) and len(value) == 0:
+        raise ValueError(
+            f"`teacher_prompt` of row {index} is {value!r}: give it text or messages, or `None` where the teacher reads "
+            "`prompt`."
+        )
+    check_text(value, f"`teacher_prompt` of row {index}")
+    if isinstance(value, str) != isinstance(prompt, str):
+        forms = ("text", "messages") if isinstance(value, str) else ("messages", "text")
+        raise ValueError(
+            f"`teacher_prompt` of row {index} is {forms[0]} and `prompt` is {forms[1]}: give both in the same form, since "
+            "the same completion follows both."
+        )
+
+
 def read_prompt(row: dict[str, Any], index: int) -> Any:
     """
     Prompt of a row; TRL's preferences may hold it inside `chosen` and `rejected`.
@@ -149,8 +181,8 @@ def read_group(row: dict[str, Any], index: int, *, min_completions: int = 2) -> 
             Fewest completions of a group. 1 for a method that does not compare.
 
     Returns:
-        `dict[str, Any]`: `prompt`, `completions`, `clipped` and, where there are any, `teacher_scores`, and `prompt_ids`,
-        `completion_ids` and `tokenizer_hash`.
+        `dict[str, Any]`: `prompt`, `completions`, `clipped` and, where there are any, `teacher_prompt`, `teacher_scores`,
+        and `prompt_ids`, `completion_ids` and `tokenizer_hash`.
 
     Raises:
         `ValueError`: If the row is no group that can be ranked; the message names field and row.
@@ -173,6 +205,9 @@ def read_group(row: dict[str, Any], index: int, *, min_completions: int = 2) -> 
         raise ValueError(f"Row {index} has the columns {sorted(row)}, which make no group. Accepted is {_FORMATS}.")
 
     check_prompt(group["prompt"], index)
+    if "teacher_prompt" in row:
+        check_teacher_prompt(row["teacher_prompt"], group["prompt"], index)
+        group["teacher_prompt"] = row["teacher_prompt"]
     check_completions(group["prompt"], group["completions"], index, min_completions=min_completions)
     group["clipped"] = [False] * len(group["completions"]) if row.get("clipped") is None else row["clipped"]
     for name in ("teacher_scores", "clipped", "completion_ids"):

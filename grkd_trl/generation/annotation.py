@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..data import (
     as_read,
     bring_scores,
+    encode_teacher_prompt,
     first_rows,
     parts,
     plain_rows,
@@ -22,8 +23,11 @@ from ..data import (
     tokenizer_hash,
 )
 from ..data.images import has_image_columns
+from ..data.rows import check_teacher_prompt
+from ..data.teacher_prompts import require_room
 from ..teacher import load_teacher, loading_whole, score_groups, tokenizer_of
 from ..teacher.loading import load_processor, read_chat_template, with_remote_code
+from ..teacher.models import context_length_of
 from ..teacher.retokenize import read_prompts
 from ..teacher.writing import write_completions
 from .core import keep
@@ -139,8 +143,9 @@ def teacher_texts(
 ) -> list[Dataset | dict[str, Dataset] | None]:
     """
     Groups of what the teacher wrote: the completions that `written_by` attributes to it or, in a dataset without that
-    column, one completion for each prompt that it writes now, before the student is loaded. Several processes share the
-    work. Token ids that it wrote are kept.
+    column, one completion for each prompt that it writes now, before the student is loaded. It writes after its
+    `teacher_prompt` where there is one, and the student learns the text after the prompt. Several processes share the work.
+    Token ids that it wrote are kept.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
@@ -158,7 +163,8 @@ def teacher_texts(
         `list`: Groups of one or more completions, all by the teacher.
 
     Raises:
-        `ValueError`: If a teacher is missing, or is to write for a dataset that streams.
+        `ValueError`: If a teacher is missing, or is to write for a dataset that streams, or a `teacher_prompt` leaves no room
+            for `max_completion_length` in its context.
     """
     teacher = tokenizer = None
 
@@ -198,10 +204,18 @@ def teacher_texts(
             torch.manual_seed(args.seed + state.process_index)
             own_part = {name: [values[index] for index in part] for name, values in further.items()}
             prompt_ids, images = read_prompts(tokenizer, [prompts[index] for index in part], own_part)
+            read_ids = list(prompt_ids)
+            for position, index in enumerate(part):
+                if rows[index].get("teacher_prompt") is not None:
+                    row = rows[index] | {"prompt": prompts[index]}
+                    check_teacher_prompt(row["teacher_prompt"], row["prompt"], index)
+                    read_ids[position] = encode_teacher_prompt(tokenizer, row, prompt_ids[position], index)
+                    num_prompt, longest = len(read_ids[position]), args.max_completion_length
+                    require_room(num_prompt, longest, context_length_of(teacher), index)
             written = write_completions(
                 teacher,
                 tokenizer,
-                prompt_ids,
+                read_ids,
                 images=images,
                 num_completions=1,
                 max_new_tokens=args.max_completion_length,
@@ -212,7 +226,8 @@ def teacher_texts(
                 progress=not args.disable_tqdm,
             )
         columns = {"prompt": prompts, "completions": gather_object(written.texts)}
-        for name in ("clipped", "prompt_ids", "completion_ids"):
+        columns["prompt_ids"] = gather_object(prompt_ids)  # those that the student reads
+        for name in ("clipped", "completion_ids"):
             columns[name] = gather_object(getattr(written, name))
         columns["tokenizer_hash"] = [written.tokenizer_hash] * len(prompts)
         for name, values in further.items():

@@ -16,7 +16,7 @@ from transformers.utils.import_utils import is_rich_available
 
 from .. import _trl, data
 from .._trl import print_prompt_completions_sample, unwrap_model_for_generation
-from ..data import DataCollatorForGroups, tokenize_completions
+from ..data import DataCollatorForGroups, encode_teacher_prompt, tokenize_completions
 from ..data.images import put_images
 from ..data.rows import WRITTEN
 from ..data.sampler import RepeatedPrompts, indices_of_process
@@ -207,6 +207,9 @@ class OnlineGroups:
                 trainer.processing_class, prompt, group["completions"], **given
             )
             tokens = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, **images}
+            if "teacher_prompt" in group and trainer.teacher_context is not None:
+                own_ids = encode_teacher_prompt(trainer.processing_class, group, prompt_ids, index)
+                tokens["teacher_prompt_ids"] = own_ids
             tokenized.append(tokens | {name: group[name] for name in ("clipped", "teacher_scores") if name in group})
         every, step = args.log_completions, trainer.state.global_step
         if split == "train" and every and step % every < args.generate_every and trainer.accelerator.is_main_process:
@@ -306,7 +309,9 @@ class OnlineGroups:
             tracker.log({"completions": tracker.Table(dataframe=frame)})
 
 
-def prepare_prompts(dataset: Any, args: Any, processing_class: Any, name: str) -> Any:
+def prepare_prompts(
+    dataset: Any, args: Any, processing_class: Any, name: str, teacher_context: float | None = None
+) -> Any:
     """
     Check a dataset of prompts, and drop those that leave no room for a completion.
 
@@ -319,15 +324,19 @@ def prepare_prompts(dataset: Any, args: Any, processing_class: Any, name: str) -
             Student's tokenizer.
         name (`str`):
             Name for messages.
+        teacher_context (`float`, *optional*):
+            Longest row of the teacher, in tokens, as for [`~data.prepare_prompts`].
 
     Returns:
         [`~datasets.Dataset`]: The rows that are kept.
 
     Raises:
-        `ValueError`: If a prompt is empty, or none is kept.
+        `ValueError`: If a prompt is empty, none is kept, or a `teacher_prompt` does not fit.
     """
     if not isinstance(dataset, Dataset):
         raise ValueError("Online groups need a dataset with a length, and got a stream: load it without `streaming`.")
     lengths = {"max_length": args.max_length, "max_completion_length": args.max_completion_length}
-    prepared = data.prepare_prompts(dataset, processing_class, **lengths, num_proc=args.dataset_num_proc, name=name)
-    return prepared.remove_columns("prompt_ids")  # the writer tokenizes
+    given = {"teacher_context": teacher_context, "num_proc": args.dataset_num_proc, "name": name}
+    prepared = data.prepare_prompts(dataset, processing_class, **lengths, **given)
+    made = [column for column in ("prompt_ids", "teacher_prompt_ids") if column in prepared.column_names]
+    return prepared.remove_columns(made)  # the writer tokenizes

@@ -3,7 +3,7 @@
 from .finite import refuse_not_finite
 from .forward import eval_mode, predicted_mask, without_router_loss
 from .packed_check import check_packed_rows_on_all_ranks
-from .rows import CompletionScores, score_completions, sequence_scores, to_groups
+from .rows import CompletionScores, score_as_teacher, score_completions, sequence_scores, to_groups
 from .tiles import core_model
 
 
@@ -14,6 +14,7 @@ __all__ = [
     "eval_mode",
     "predicted_mask",
     "refuse_not_finite",
+    "score_as_teacher",
     "score_completions",
     "sequence_scores",
     "to_groups",

@@ -173,6 +173,34 @@ def score_completions(
     return CompletionScores(per_token_logps, logits if return_logits else None, values, aux_loss, entropy, is_top1)
 
 
+def score_as_teacher(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], **kwargs: Any) -> CompletionScores:
+    """
+    Score the completions of a batch after the teacher's prompts, where it has its own, and lay the result out as the
+    student's rows: its completion tokens are the same.
+
+    Args:
+        model (`torch.nn.Module`):
+            Teacher, as for [`score_completions`].
+        batch (`Mapping[str, torch.Tensor]`):
+            As for [`score_completions`], with `teacher_input_ids`, `teacher_attention_mask` and `teacher_completion_mask`,
+            each `(N, L_T)`, where the teacher reads prompts of its own, see [`~data.DataCollatorForGroups`].
+        **kwargs:
+            As for [`score_completions`].
+
+    Returns:
+        [`CompletionScores`]: `per_token_logps` of shape `(N, L - 1)` at the student's positions.
+    """
+    if "teacher_input_ids" not in batch:
+        return score_completions(model, batch, **kwargs)
+    names = ("input_ids", "attention_mask", "completion_mask")
+    own = {name: batch[f"teacher_{name}"] for name in names}
+    scored = score_completions(model, own, **kwargs)
+    logps, mask = scored.per_token_logps, predicted_mask(batch["completion_mask"])
+    of_tokens = logps[predicted_mask(own["completion_mask"]).to(logps.device)]
+    laid_out = logps.new_zeros(mask.shape).masked_scatter(mask.to(logps.device), of_tokens)
+    return scored._replace(per_token_logps=laid_out)
+
+
 def sequence_scores(per_token_logps: torch.Tensor, completion_mask: torch.Tensor, *, score: str) -> torch.Tensor:
     """
     Score of each completion.

@@ -15,7 +15,7 @@ from ..data.images import refuse_images
 from ..scoring import eval_mode, without_router_loss
 from .local import LocalTeacher
 from .protocol import Completions, TeacherScores
-from .retokenize import images_at
+from .retokenize import images_at, teacher_prompts
 
 
 SELECTION_TEMPLATE = (
@@ -292,7 +292,8 @@ class CalibratedTeacher:
         for row in range(len(prompts)):
             refuse_images({"images": images_at(columns, row)}, row, "`CalibratedTeacher`")
         scored = self.teacher.score(prompts, completions, columns=columns)
-        for prompt, group, scores in zip(prompts, completions, scored.scores, strict=True):
+        asked = teacher_prompts(prompts, columns)
+        for prompt, group, scores in zip(asked, completions, scored.scores, strict=True):
             finite = [position for position, value in enumerate(scores) if math.isfinite(value)]
             if len(finite) < 2:
                 scores[:] = [math.nan] * len(scores)

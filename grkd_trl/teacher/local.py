@@ -30,6 +30,7 @@ from ..scoring import (
     to_groups,
 )
 from .loading import hash_tensors
+from .models import context_length_of
 from .protocol import Completions, TeacherScores, prompt_seeds
 from .retokenize import image_columns, read_groups, read_prompts
 from .writing import pad_token_id, write_completions
@@ -78,8 +79,7 @@ class LocalTeacher:
         self.model, self.processing_class, self.score_type = model, processing_class, score
         self.prompt_sharing = prompt_sharing
         self.tokens_per_batch, self.prompts_per_batch, self.progress = tokens_per_batch, prompts_per_batch, progress
-        # Not every architecture has a limit, ALiBi and state-space models among them.
-        self.context_length = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        self.context_length = context_length_of(model)
 
     def describe(self) -> dict[str, Any]:
         """
@@ -132,7 +132,8 @@ class LocalTeacher:
             top_p (`float`, *optional*, defaults to `1.0`):
                 Share of the probability to sample from.
             columns (`Mapping[str, Sequence]`, *optional*):
-                Further columns, a value a prompt. `images`, `image`, `tools` and `chat_template_kwargs` are read.
+                Further columns, a value a prompt. `images`, `image`, `tools` and `chat_template_kwargs` are read, and
+                `teacher_prompt` is not: groups are written from the prompt.
 
         Returns:
             [`Completions`]: Texts, whether each was cut, and the ids that were written; none for a prompt that leaves no
@@ -183,17 +184,18 @@ class LocalTeacher:
                 A group of completions for each prompt.
             columns (`Mapping[str, Sequence]`, *optional*):
                 Further columns, a value a prompt. `images`, `image`, `clipped`, `tools`, `chat_template_kwargs`, and
-                `prompt_ids`, `completion_ids` and `tokenizer_hash` are read: ids of this tokenizer are scored as they were written.
+                `prompt_ids`, `completion_ids` and `tokenizer_hash` are read: ids of this tokenizer are scored as they were
+                written. A `teacher_prompt` that is not `None` is read in place of the prompt, with the same completion tokens.
 
         Returns:
             [`TeacherScores`]: NaN for a completion that has no token, exceeds the context with its prompt, or has a
             probability of 0.
 
         Raises:
-            `ValueError`: If the model's logits are not finite.
+            `ValueError`: If the model's logits are not finite, or a `teacher_prompt` does not fit the context.
         """
         groups, indices, num_tokens, surprises = [], [], [], []
-        read = read_groups(self.processing_class, prompts, completions, columns)
+        read = read_groups(self.processing_class, prompts, completions, columns, self.context_length)
         for row, (prompt_ids, completion_ids, surprising) in enumerate(read):
             num_tokens.append([len(ids) for ids in completion_ids])
             surprises.append(surprising)
@@ -288,7 +290,8 @@ def score_groups(
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
             The teacher's tokenizer, which need not be the student's; of a model of images and text its processor.
         dataset ([`~datasets.Dataset`]):
-            Rows with `prompt` and `completions`, and optionally `clipped`.
+            Rows with `prompt` and `completions`, and optionally `clipped` and `teacher_prompt`, which the teacher reads in
+            place of the prompt.
         score (`str`, *optional*, defaults to `"mean"`):
             `"mean"` (nats per token) or `"sum"` (nats) of the log-probabilities.
         tokens_per_batch (`int`, *optional*, defaults to `16384`):
@@ -310,7 +313,7 @@ def score_groups(
     groups = [read_group(row, index) for index, row in enumerate(rows)]
     teacher = LocalTeacher(model, processing_class, score=score, tokens_per_batch=tokens_per_batch, progress=progress)
     columns = {name: [row.get(name) for row in rows] for name in ("tools", "chat_template_kwargs", "images", "image")}
-    columns |= {name: [group.get(name) for group in groups] for name in ("clipped", *WRITTEN)}
+    columns |= {name: [group.get(name) for group in groups] for name in ("clipped", "teacher_prompt", *WRITTEN)}
     scores, num_tokens, _ = teacher.score(
         [group["prompt"] for group in groups], [group["completions"] for group in groups], columns=columns
     )

@@ -1,5 +1,6 @@
 """A teacher beside the student: load it frozen, place it, and check that it reads the student's tokens."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -65,6 +66,23 @@ def disable_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():  # attention holds its rate as a number, which TRL's function leaves
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def context_length_of(model: str | PreTrainedModel, init_kwargs: dict[str, Any] | None = None) -> float:
+    """
+    Longest row that a model reads.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Hub id or path, of which only the configuration is read, or a model.
+        init_kwargs (`dict[str, Any]`, *optional*):
+            As for [`load_teacher`].
+
+    Returns:
+        `float`: Tokens, infinite for an architecture without a limit, such as ALiBi or a state-space model.
+    """
+    config = load_config(model, init_kwargs) if isinstance(model, str) else model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def is_base_of(student: PreTrainedModel | PeftModel, teacher_model: str | PreTrainedModel, args: Any) -> bool:

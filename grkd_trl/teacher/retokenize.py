@@ -1,13 +1,15 @@
 """How a teacher reads groups: token ids where they are of its tokenizer, else text, with a flag where text is lost."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..data import encode_prompt, tokenize_completions, tokenizer_hash
+from ..data import encode_prompt, encode_teacher_prompt, tokenize_completions, tokenizer_hash
 from ..data.images import images_of, process_images, put_images, render_prompt
-from ..data.rows import WRITTEN
+from ..data.rows import WRITTEN, check_teacher_prompt
+from ..data.teacher_prompts import require_room
 
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "read_groups",
     "read_prompts",
     "reads_back",
+    "teacher_prompts",
     "template_columns",
     "tokenizer_hash",
 ]
@@ -57,6 +60,23 @@ def images_at(columns: Mapping[str, Sequence[Any]] | None, row: int) -> list[Any
         `list`: What `images` or `image` hold for it, where there are such columns.
     """
     return images_of({name: values[row] for name, values in (columns or {}).items() if name in _IMAGES})
+
+
+def teacher_prompts(prompts: Sequence[Any], columns: Mapping[str, Sequence[Any]] | None) -> list[Any]:
+    """
+    Prompts as a teacher reads them.
+
+    Args:
+        prompts (`Sequence[str]` or `Sequence[list[dict]]`):
+            P prompts, as text or messages.
+        columns (`Mapping[str, Sequence]`, *optional*):
+            Columns of a dataset beside its prompts.
+
+    Returns:
+        `list`: `teacher_prompt` where it is not `None`, else the prompt.
+    """
+    own = (columns or {}).get("teacher_prompt") or [None] * len(prompts)
+    return [prompt if theirs is None else theirs for prompt, theirs in zip(prompts, own, strict=True)]
 
 
 def image_columns(processing_class: Any, prompt: Any, columns: Mapping[str, Sequence[Any]] | None, row: int) -> dict:
@@ -120,6 +140,7 @@ def read_groups(
     prompts: Sequence[str | list[dict[str, Any]]],
     completions: Sequence[Sequence[str | list[dict[str, Any]]]],
     columns: Mapping[str, Sequence[Any]] | None = None,
+    context_length: float = math.inf,
 ) -> Iterator[tuple[list[int], list[list[int]], list[bool]]]:
     """
     Tokenize groups with a teacher's tokenizer and template. Ids that were written with its tokenizer stay as they are.
@@ -132,14 +153,19 @@ def read_groups(
         completions (`Sequence[Sequence[str]]` or `Sequence[Sequence[list[dict]]]`):
             A group of completions for each prompt.
         columns (`Mapping[str, Sequence]`, *optional*):
-            Further columns, a value a prompt. `clipped`, `tools`, `chat_template_kwargs`, and `prompt_ids`,
-            `completion_ids` and `tokenizer_hash` are read.
+            Further columns, a value a prompt. `clipped`, `teacher_prompt`, `tools`, `chat_template_kwargs`, and
+            `prompt_ids`, `completion_ids` and `tokenizer_hash` are read.
+        context_length (`float`, *optional*):
+            Longest row that the teacher reads, in tokens, which a `teacher_prompt` must fit.
 
     Yields:
         `tuple`: For each group the ids of the prompt, of each completion, and whether the completion's ids are a surprise:
         they do not decode to its text (see [`reads_back`]), or another text of the group has the same ids.
+
+    Raises:
+        `ValueError`: If a `teacher_prompt` is not of the prompt's form, or does not fit with its longest completion.
     """
-    columns = columns or {}
+    columns, plain = columns or {}, prompts
     prompts = [
         put_images(processing_class, prompt, images_at(columns, row), row) for row, prompt in enumerate(prompts)
     ]
@@ -149,6 +175,11 @@ def read_groups(
         prompt_ids, completion_ids = tokenize_completions(
             processing_class, prompt, group, **given, **template_columns(columns, row)
         )
+        if "teacher_prompt" in columns and columns["teacher_prompt"][row] is not None:
+            own_row = {name: values[row] for name, values in columns.items()} | {"prompt": plain[row]}
+            check_teacher_prompt(own_row["teacher_prompt"], plain[row], row)
+            prompt_ids = encode_teacher_prompt(processing_class, own_row, prompt_ids, row)
+            require_room(len(prompt_ids), max(map(len, completion_ids)), context_length, row)
         surprises = []
         for position, (text, ids) in enumerate(zip(group, completion_ids, strict=True)):
             if own is not None and given["tokenizer_hash"] == own and given["completion_ids"][position] is not None:

@@ -252,7 +252,7 @@ class ServerTeacher:
             completions (`Sequence[Sequence[str]]` or `Sequence[Sequence[list[dict]]]`):
                 A group of completions for each prompt.
             columns (`Mapping[str, Sequence]`, *optional*):
-                Further columns, a value a prompt. `clipped`, `tools` and `chat_template_kwargs` are read.
+                Further columns, a value a prompt. `clipped`, `teacher_prompt`, `tools` and `chat_template_kwargs` are read.
 
         Returns:
             [`TeacherScores`]: NaN for a completion that has no token, or an empty prompt, or with its prompt exceeds
@@ -267,7 +267,7 @@ class ServerTeacher:
                 'A server of the kind `"openai"` gives no log-probabilities of a prompt. Serve the teacher with vLLM or '
                 "SGLang to score, or score with a function."
             )
-        groups = list(read_groups(self.processing_class, prompts, completions, columns))
+        groups = list(read_groups(self.processing_class, prompts, completions, columns, self.context_length - 1))
         scores = [[math.nan] * len(completion_ids) for _, completion_ids, _ in groups]
         positions, requests = [], []
         for row, (prompt_ids, completion_ids, _) in enumerate(groups):

@@ -7,8 +7,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from ..data import DataCollatorForGroups, as_read, tokenize_group
 from ..data.images import images_of
+from ..data.teacher_prompts import require_room
 from ..scoring import eval_mode, predicted_mask, refuse_not_finite, score_completions, sequence_scores
 from .local import token_batches
+from .models import context_length_of
 from .writing import pad_token_id
 
 
@@ -36,7 +38,7 @@ def cache_soft_labels(
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
             Tokenizer of both, or their processor where groups have images.
         dataset ([`~datasets.Dataset`]):
-            Groups.
+            Groups. The teacher reads their `teacher_prompt` where they have one.
         k (`int`, *optional*, defaults to `64`):
             Next tokens to keep at each position.
         score (`str`, *optional*, defaults to `"mean"`):
@@ -51,7 +53,8 @@ def cache_soft_labels(
         `(T, k)`), `teacher_token_ids` (the tokens they belong to), and `teacher_scores` if it had none.
 
     Raises:
-        `ValueError`: If k is out of range, a row is no group, or the teacher's logits are not finite.
+        `ValueError`: If k is out of range, a row is no group, a `teacher_prompt` does not fit the teacher's context, or the
+            teacher's logits are not finite.
     """
     vocab_size = model.config.get_text_config().vocab_size
     if not 1 <= k <= vocab_size:
@@ -63,6 +66,11 @@ def cache_soft_labels(
         {"images": images_of(row)} | tokenize_group(row, index, processing_class=processing_class)
         for index, row in enumerate(dataset)
     ]
+    for index, group in enumerate(groups):
+        if "teacher_prompt_ids" in group:
+            group["prompt_ids"] = group.pop("teacher_prompt_ids")
+            longest = max(map(len, group["completion_ids"]))
+            require_room(len(group["prompt_ids"]), longest, context_length_of(model), index)
     processor = processing_class if isinstance(processing_class, ProcessorMixin) else None
     collator = DataCollatorForGroups(pad_token_id=pad_token_id(processing_class), processor=processor)
     top_ids: list[list[list[list[int]]]] = [[] for _ in groups]

@@ -27,7 +27,7 @@ from ..data.sampler import GroupedByLength, balance
 from ..scoring import eval_mode
 from ..teacher import disable_dropout, is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary
 from ..teacher.loading import check_student, init_kwargs_of, load_adapted_student, with_remote_code
-from ..teacher.models import check_same_images
+from ..teacher.models import check_same_images, context_length_of
 from .card import complete_card, origins
 from .checkpoints import OrderOfEpoch, prepare_resume, saving_explained
 from .checks import GroupWarnings, check_sampling
@@ -67,6 +67,7 @@ class GroupTrainer(SFTTrainer):
     Attributes:
         teacher_model (`torch.nn.Module`, *optional*): Frozen teacher of the training step; `None` where the step needs
             none. The student itself where its base is the teacher, see [`~GroupTrainer.teaching`].
+        teacher_context (`float`, *optional*): Longest row that this teacher reads, in tokens, infinite without a limit.
         vocab_size (`int`, *optional*): Number of leading token ids that student and teacher share.
         chosen_first (`bool`): Whether a dataset has preferences without scores, which are then no scores of the teacher.
         origins (`dict[str, str]`): What the model card says of student, teacher and data.
@@ -112,6 +113,8 @@ class GroupTrainer(SFTTrainer):
         teacher_model, train_dataset, eval_dataset = self.bring_teacher(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
         )
+        init_kwargs = init_kwargs_of(args)["teacher_init_kwargs"]
+        self.teacher_context = None if teacher_model is None else context_length_of(teacher_model, init_kwargs)
         model, processing_class = load_adapted_student(model, processing_class, quantization_config, args)
         with accept_adapters_on_head():
             super().__init__(
@@ -204,16 +207,10 @@ class GroupTrainer(SFTTrainer):
 
     def read(self, dataset: Dataset | IterableDataset, processing_class: Any, args: GroupConfig, name: str):
         """Check and tokenize a dataset that the user gave; `name` is for messages. See [`~data.prepare_groups`]."""
-        return prepare_groups(
-            dataset,
-            processing_class,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            min_gap=getattr(args, "min_gap", 0.0),
-            min_completions=self.min_completions,
-            num_proc=args.dataset_num_proc,
-            name=name,
-        )
+        given: dict[str, Any] = {"max_length": args.max_length, "truncation_mode": args.truncation_mode, "name": name}
+        given |= {"min_completions": self.min_completions, "teacher_context": self.teacher_context}
+        given |= {"min_gap": getattr(args, "min_gap", 0.0), "num_proc": args.dataset_num_proc}
+        return prepare_groups(dataset, processing_class, **given)
 
     def arrange(self, dataset: Dataset | IterableDataset, args: GroupConfig, name: str):
         """What the method makes of tokenized groups, such as pairs; `name` is for messages."""
@@ -221,7 +218,7 @@ class GroupTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         # The columns of a tokenized group are what the collator sees.
-        read = ["prompt_ids", "completion_ids", "teacher_scores", "clipped", "row"]
+        read = ["prompt_ids", "completion_ids", "teacher_prompt_ids", "teacher_scores", "clipped", "row"]
         self._signature_columns = [*read, "teacher_top_ids", "teacher_top_logps", *IMAGE_COLUMNS]
         if self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             self._signature_columns.append(self.args.length_column_name)  # the sampler reads it after the others go

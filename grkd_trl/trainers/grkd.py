@@ -28,7 +28,7 @@ from ..losses import (
     token_soft_label_loss,
     topk_soft_label_loss,
 )
-from ..scoring import score_completions, sequence_scores, to_groups
+from ..scoring import score_as_teacher, score_completions, sequence_scores, to_groups
 from .base import GroupTrainer
 from .checks import check_finite
 from .config import current_alpha
@@ -170,7 +170,7 @@ class GRKDTrainer(GroupTrainer):
 
     def read(self, dataset, processing_class, args, name):
         if args.online and dataset.column_names and not {"completions", "chosen"}.intersection(dataset.column_names):
-            return prepare_prompts(dataset, args, processing_class, name)
+            return prepare_prompts(dataset, args, processing_class, name, self.teacher_context)
         return super().read(dataset, processing_class, args, name)
 
     def get_train_dataloader(self):
@@ -205,7 +205,7 @@ class GRKDTrainer(GroupTrainer):
 
         if self.teacher_model is not None:
             with self.teaching(model) as teacher_model:
-                teacher = score_completions(teacher_model, inputs, return_logits=args.needs_teacher_logits, **sharing)
+                teacher = score_as_teacher(teacher_model, inputs, return_logits=args.needs_teacher_logits, **sharing)
             scores = sequence_scores(teacher.per_token_logps, completion_mask, score=args.score)
             teacher_scores = to_groups(scores, group_mask) if teacher_scores is None else teacher_scores
         softening: dict[str, Any] = {"temperature": args.soft_label_temperature}

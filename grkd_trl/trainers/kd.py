@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..losses import forward_kl
-from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
+from ..scoring import predicted_mask, score_as_teacher, score_completions, sequence_scores, to_groups
 from .base import GroupTrainer
 from .checks import check_finite
 from .config import GroupConfig, option
@@ -106,7 +106,7 @@ class KDTrainer(GroupTrainer):
         args, group_mask, completion_mask = self.args, inputs["group_mask"], inputs["completion_mask"]
         sharing: dict[str, Any] = {"prompt_sharing": args.prompt_sharing}
         with self.teaching(model) as teacher_model:
-            teacher = score_completions(teacher_model, inputs, return_logits=True, **sharing)
+            teacher = score_as_teacher(teacher_model, inputs, return_logits=True, **sharing)
 
         # Soft labels over the whole vocabulary, and hard ones: one value a token each
         def token_losses(logits, rows):

@@ -128,7 +128,12 @@ class MiniLLMTrainer(GroupTrainer):
         self.data_collator = data_collator or self.rollouts.collate
 
     def read(self, dataset, processing_class, args, name):
-        refuse_images(next(iter(dataset)), 0, "`MiniLLMTrainer`")
+        refuse_images(first := next(iter(dataset)), 0, "`MiniLLMTrainer`")
+        if "teacher_prompt" in first:
+            raise ValueError(
+                f"The {name} dataset has a `teacher_prompt`, and MiniLLM draws each token from student and teacher after the "
+                "same prompt. Remove the column, or train with `GRKDTrainer`, which scores and has soft labels from it."
+            )
         lengths = {"max_length": args.max_length, "max_completion_length": args.max_completion_length}
         dataset = prepare_prompts(dataset, processing_class, **lengths, num_proc=args.dataset_num_proc, name=name)
         return dataset.map(lambda ids: {"length": len(ids)}, input_columns="prompt_ids")  # for samplers
