@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from interrupted import make_teacher
+from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model
 
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "examples/benchmarks"
@@ -39,3 +40,20 @@ def test_topk_soft_labels(tmp_path, capsys):
     assert result["k=4"]["loss_difference"] < 0 < result["k=4"]["left_over_mass"]
     assert result["k=20"]["loss_difference"] == pytest.approx(0.0, abs=1e-5)  # the whole vocabulary
     assert result["k=20"]["gradient_cosine"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_teacher_prompt(tmp_path, capsys):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATES["plain"]
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    tiny_model("llama", len(tokenizer), max_position_embeddings=512).save_pretrained(tmp_path / "teacher")
+    writers = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+    solutions = {name: {"solution": f"A: {index}", "is_correct": index == 2} for index, name in enumerate(writers)}
+    none_right = {name: solution | {"is_correct": False} for name, solution in solutions.items()}
+    rows = [{"question": "1 + 1?", "ground_truth": "A: 2"} | given for given in (solutions, none_right)]
+    Dataset.from_list(rows).to_json(tmp_path / "solutions.jsonl")
+    result = run(
+        "teacher_prompt.py", ["--solutions", tmp_path / "solutions.jsonl", "--model", tmp_path / "teacher"], capsys
+    )
+    assert (result["shown"], result["problems"]) == ("answer", 1)  # the other has nothing to compare
+    assert result["rank_accuracy"]["mean"] in (0.0, 0.3333, 0.6667, 1.0)

@@ -29,6 +29,14 @@ from grkd_trl.teacher import (
 
 STEP = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "alpha_start": 0.3}
 
+KEEP_END = {"max_length": 6, "truncation_mode": "keep_end"}
+CUTS = [
+    pytest.param({}, id="whole"),
+    pytest.param({"max_length": 7}, id="keep_start"),
+    pytest.param(KEEP_END, id="keep_end", marks=pytest.mark.slow),
+]
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+
 
 def shown_rows(**kwargs):
     """Rows whose teacher reads a longer prompt, a shorter one, another and the student's."""
@@ -49,7 +57,7 @@ def assert_step(trainer, gradients, loss, expected, tolerance):
 
 
 class TestWholeStep:
-    @pytest.mark.parametrize("cut", [{}, {"max_length": 7}, {"max_length": 6, "truncation_mode": "keep_end"}], ids=str)
+    @pytest.mark.parametrize("cut", CUTS)
     @pytest.mark.parametrize(
         "soft_label, level",
         [("token", "completions"), ("group", "completions"), ("none", "completions"), ("token", "tokens")],
@@ -64,6 +72,15 @@ class TestWholeStep:
         assert_step(trainer, gradients, loss, expected, 1e-6)
         plain = [{key: value for key, value in group.items() if key != "teacher_prompt_ids"} for group in groups]
         assert abs(reference_step.loss_of(make_student(), make_teacher(), plain, options).item() - loss) > 1e-3
+
+    @pytest.mark.parametrize("sharing", ["off", "on"])
+    def test_experts(self, tmp_path, sharing):
+        models = [make_student("mixtral", dtype=torch.float32, seed=seed, **EXPERTS) for seed in (0, 1)]
+        groups, options = [to_ids(row) for row in shown_rows()], reference_step.Options(vocab_size=VOCAB)
+        loss, expected = reference_step.loss_and_gradients(*map(copy.deepcopy, models), groups, options)
+        given = {"model": models[0], "teacher_model": models[1], "router_aux_loss_coef": 0.0}
+        trainer, (gradients,) = train(tmp_path, shown_rows(), prompt_sharing=sharing, **given, **STEP)
+        assert_step(trainer, gradients, loss, expected, 1e-4)
 
     @pytest.mark.parametrize("sharing", ["off", "on"])
     def test_kd(self, tmp_path, sharing):
