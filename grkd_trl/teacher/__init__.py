@@ -1,6 +1,7 @@
 """Who writes completions and who scores them."""
 
 from .calibration import SELECTION_TEMPLATE, CalibratedTeacher, calibrate_scores, selection_probs
+from .ensemble import TeacherEnsemble, combine_scores
 from .local import LocalTeacher, score_groups
 from .mixture import sample_from_mixture
 from .models import (
@@ -28,10 +29,12 @@ __all__ = [
     "Scorer",
     "ServerTeacher",
     "Teacher",
+    "TeacherEnsemble",
     "TeacherError",
     "TeacherScores",
     "cache_soft_labels",
     "calibrate_scores",
+    "combine_scores",
     "disable_dropout",
     "generate_completions",
     "is_base_of",
