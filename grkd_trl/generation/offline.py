@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.utils import logging
 
 from ..data import as_read, check_prompt, read_group, require_chat_template, require_rows
 from ..data.rows import WRITTEN, check_completions, check_one_each
-from ..teacher import CalibratedTeacher, LocalTeacher, Scorer, ServerTeacher, Teacher
+from ..teacher import CalibratedTeacher, LocalTeacher, Scorer, ServerTeacher, Teacher, TeacherEnsemble
 from .card import summary, write_card
 from .core import add_scores, keep, write_groups
 from .select import drop_repeats, select_diverse
@@ -218,7 +219,8 @@ def _check_chat_templates(dataset: Dataset, config: GroupsConfig, *roles: Teache
     has_ids = config.completion_source == "dataset" and "tokenizer_hash" in dataset.column_names
     if has_ids or isinstance(next((row["prompt"] for row in dataset if row["prompt"]), ""), str):
         return
-    for role in roles:
+    members = [role.teachers.values() if isinstance(role, TeacherEnsemble) else [role] for role in roles]
+    for role in chain.from_iterable(members):
         model = role.teacher if isinstance(role, CalibratedTeacher) else role
         if isinstance(model, LocalTeacher | ServerTeacher):
             require_chat_template(model.processing_class)
