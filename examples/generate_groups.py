@@ -12,7 +12,8 @@ A run that was interrupted resumes with the same command. `--score_only` scores 
 `--rescore my_groups --output_dir other_groups` scores those of another run with another teacher. `--calibration_ratio 0`
 lets the teacher pick between completions, and scores by what it picks. With `--teacher_server_url
 http://localhost:8000/v1` the teacher is behind vLLM (or `--teacher_server sglang`, `llama.cpp`), its key in the environment
-variable GRKD_TEACHER_API_KEY, and `--teacher_model_name_or_path` names it there and finds its tokenizer.
+variable GRKD_TEACHER_API_KEY, and `--teacher_model_name_or_path` names it there and finds its tokenizer. `--soft_labels 20`
+stores the teacher's 20 most likely tokens as well, so that training needs no teacher.
 
 Then: `accelerate launch examples/grkd.py --dataset_name my_groups ...`
 """

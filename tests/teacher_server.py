@@ -17,6 +17,9 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+    def do_GET(self):  # health, and the list of models, for TRL's client
+        self.send(200, json.dumps({"data": [{"id": "tiny"}]}).encode(), {})
+
     def do_POST(self):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -41,9 +44,15 @@ class Handler(BaseHTTPRequestHandler):
             message = json.dumps({"error": {"message": f"told to fail, {self.headers.get('Authorization')}"}})
             return self.send(status, message.encode(), headers)
         with self.server.lock:  # one model, one thread
-            answer = self.server.completions(body) if self.path == "/v1/completions" else self.server.chat(body)
+            answer = self.server.answers[self.path](body)
         time.sleep(self.server.delay)
-        answer["model"] = body["model"]
+        if answer is None:
+            k = body["prompt_logprobs"]
+            message = (
+                f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.server.max_logprobs}"
+            )
+            return self.send(400, json.dumps({"error": {"message": message, "code": 400}}).encode(), {})
+        answer |= {"model": body["model"]} if "model" in body else {}
         if callable(fault):
             fault(answer)
         if fault == "missing":
@@ -71,9 +80,15 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.lock, self.stop = threading.RLock(), threading.Event()
+        self.answers = {
+            "/v1/completions": self.completions,
+            "/v1/chat/completions": self.chat,
+            "/generate": self.generate,  # SGLang's own
+        }
         self.reset()
 
-    def reset(self, *faults, delay=0.0):
+    def reset(self, *faults, delay=0.0, max_logprobs=20):
+        self.max_logprobs = max_logprobs
         self.faults, self.requests, self.under_way, self.most_under_way = list(faults), [], 0, 0
         self.delay = delay
 
@@ -82,21 +97,40 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     @torch.no_grad()
+    def all_logps(self, ids):
+        return self.model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+
     def logps(self, ids):
-        logits = self.model(input_ids=torch.tensor([ids])).logits[0, :-1]
-        return logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]].tolist()
+        return self.all_logps(ids)[range(len(ids) - 1), ids[1:]].tolist()
+
+    def tops(self, ids, k):
+        """At each position but the first the k most likely tokens, as pairs of an id and its log-probability."""
+        logps, tokens = self.all_logps(ids).topk(k)
+        return [list(zip(*pair, strict=True)) for pair in zip(tokens.tolist(), logps.tolist(), strict=True)]
 
     def completions(self, body):
         if isinstance(body["prompt"], str):
             return self.write(body, body["prompt"], lambda text: {"text": text})
         ids = body["prompt"]
+        if isinstance(ids[0], list):  # a batch, as TRL's client sends it
+            (*choices,) = (self.completions(body | {"prompt": own})["choices"][0] for own in ids)
+            return {"choices": [choice | {"index": index} for index, choice in enumerate(choices)]}
         tokens = [self.tokenizer.decode([token]) for token in ids]
         choice = {"index": 0, "text": " x", "finish_reason": "length", "logprobs": None}
         if "prompt_logprobs" in body:  # vLLM: for each token but the first a map from ids, keys being strings in JSON
-            entries = [
-                {str(token): {"logprob": logp, "rank": 1, "decoded_token": text}}
-                for token, logp, text in zip(ids[1:], self.logps(ids), tokens[1:], strict=True)
+            k = body["prompt_logprobs"]
+            if k > self.max_logprobs:
+                return None
+            ranks = (self.all_logps(ids).argsort(-1, descending=True) == torch.tensor(ids[1:])[:, None]).nonzero()[
+                :, 1
             ]
+            entries = []
+            for token, logp, rank, tops in zip(
+                ids[1:], self.logps(ids), ranks.tolist(), self.tops(ids, k), strict=True
+            ):
+                # The token itself first, with its own rank, which is there once if it is one of the k
+                ranked = [(token, logp, rank + 1), *((*pair, place) for place, pair in enumerate(tops, start=1))]
+                entries.append({str(i): {"logprob": v, "rank": r, "decoded_token": "?"} for i, v, r in ranked})
             choice |= {"prompt_logprobs": [None, *entries], "prompt_token_ids": ids}
         elif body.get("echo") and body.get("logprobs"):  # SGLang: the prompt's tokens, then what was written
             token_logprobs = [None, *self.logps(ids), -1.5]
@@ -108,6 +142,13 @@ class Server(ThreadingHTTPServer):
             }
         usage = {"prompt_tokens": len(ids), "completion_tokens": 1, "total_tokens": len(ids) + 1}
         return {"object": "text_completion", "choices": [choice], "usage": usage}
+
+    def generate(self, body):
+        ids, k = body["input_ids"], body["top_logprobs_num"]
+        tops = [[[logp, token, None] for token, logp in pairs] for pairs in self.tops(ids, k)]
+        own = [[logp, token, None] for token, logp in zip(ids, [None, *self.logps(ids)], strict=True)]
+        said = {"prompt_tokens": len(ids), "input_token_logprobs": own, "input_top_logprobs": [None, *tops]}
+        return {"text": " x", "output_ids": [1], "meta_info": {"finish_reason": {"type": "length"}, **said}}
 
     def chat(self, body):
         return self.write(body, body["messages"], lambda text: {"message": {"role": "assistant", "content": text}})

@@ -51,6 +51,7 @@ SIGNATURES = {
     "token_relative_loss": "(student_logits, teacher_logits, *, top_k, temperature=1.0, target_temperature=0.0, "
     "weights=None, min_gap=0.0, standardize=False)",
     "token_soft_label_loss": "(student_logits, teacher_logits, *, temperature=1.0)",
+    "topk_kl": "(student_logits, top_ids, top_logps, *, temperature=1.0, reverse=False)",
     "topk_soft_label_loss": "(student_logits, top_ids, top_logps, *, temperature=1.0)",
 }
 MODULES = [module.name for module in pkgutil.iter_modules(losses.__path__, "grkd_trl.losses.")]

@@ -232,6 +232,8 @@ class TestOutcomes:
         assert len(names["cached"][0]["teacher_top_ids"][0][0]) == 64
         for row, expected in zip(names["served"]["teacher_scores"], names["groups"]["teacher_scores"], strict=True):
             assert row == pytest.approx(expected, abs=1e-4)
+        assert names["trainer"].state.global_step == 2 and names["trainer"].teacher_model is None
+        assert len(names["labelled"][0]["teacher_top_ids"][0][0]) == 20
 
     def test_online(self, place):
         names, _ = self.names(place, "examples/guides/online.md")

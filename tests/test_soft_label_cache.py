@@ -1,5 +1,7 @@
 """Token soft labels from the teacher's k most likely tokens, cached with the groups."""
 
+import math
+
 import pytest
 import reference
 import torch
@@ -9,7 +11,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from grkd_trl import GRKDConfig, GRKDTrainer
 from grkd_trl.data import DataCollatorForGroups
-from grkd_trl.losses import token_soft_label_loss, topk_soft_label_loss
+from grkd_trl.losses import forward_kl, reverse_kl, token_soft_label_loss, topk_kl, topk_soft_label_loss
 from grkd_trl.teacher import cache_soft_labels, score_groups
 
 
@@ -81,6 +83,36 @@ class TestLoss:
         loss = topk_soft_label_loss(student, torch.tensor([[0, 1]]), torch.tensor([[0.0, -200.0]]))
         (gradient,) = torch.autograd.grad(loss.sum(), student)
         assert torch.isfinite(loss).all() and torch.isfinite(gradient).all()
+
+    @pytest.mark.parametrize("reverse", [False, True])
+    @pytest.mark.parametrize("k", [1, 4, 9])
+    def test_divergence(self, k, reverse):
+        """That of the k + 1 classes, restated; of the whole vocabulary at k = V."""
+        student, teacher = draw(5, 9, seed=0), draw(5, 9, seed=1)
+        logps, ids = teacher.log_softmax(-1).topk(k)
+        losses = topk_kl(student, ids, logps, temperature=2.0, reverse=reverse)
+        for row in range(5):
+            classes = []
+            for logits in (student[row], teacher[row]):
+                chances = [math.exp(value) for value in logits.log_softmax(-1).tolist()]
+                own = [chances[token] for token in ids[row].tolist()]
+                own = [chance**0.5 for chance in ([*own, 1 - sum(own)] if k < 9 else own)]
+                classes.append([chance / sum(own) for chance in own])
+            p, q = classes if reverse else classes[::-1]
+            assert losses[row].item() == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+        if k == 9:
+            divergence = reverse_kl if reverse else forward_kl
+            torch.testing.assert_close(losses, divergence(student, teacher, temperature=2.0))
+        grad = lambda logits: topk_kl(logits, ids, logps, temperature=2.0, reverse=reverse)  # noqa: E731
+        assert torch.autograd.gradcheck(grad, student.requires_grad_())
+
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_divergence_of_a_sure_teacher_is_finite(self, reverse):
+        """In float32 nothing is left over."""
+        student = torch.tensor([[1.0, 0.0, 3.0]], requires_grad=True)
+        loss = topk_kl(student, torch.tensor([[0, 1]]), torch.tensor([[0.0, -40.0]]), reverse=reverse)
+        (gradient,) = torch.autograd.grad(loss.sum(), student)
+        assert torch.isfinite(loss).all() and torch.isfinite(gradient).all() and loss.item() > 0
 
     @pytest.mark.parametrize(
         "student, ids, temperature, error",

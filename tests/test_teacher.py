@@ -6,7 +6,7 @@ from datasets import Dataset
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model, tiny_tokenizer
 
 from grkd_trl.scoring import rows as scoring_rows
-from grkd_trl.teacher import load_teacher, local, score_groups
+from grkd_trl.teacher import batches, load_teacher, score_groups
 
 
 def make_model(architecture, vocab_size, **kwargs):
@@ -109,7 +109,7 @@ class TestScoreGroups:
             model, "forward", lambda **kwargs: sizes.append(kwargs["input_ids"].numel()) or forward(**kwargs)
         )
         if not shares:
-            for module in (local, scoring_rows):
+            for module in (batches, scoring_rows):
                 monkeypatch.setattr(module, "check_packed_rows_on_all_ranks", lambda model, device: "it is not to")
         scored(model, tokenizer, groups, tokens_per_batch=100)
         assert all(size <= 100 for size in sizes)
@@ -121,10 +121,10 @@ class TestScoreGroups:
 
     def test_a_prompt_that_is_shared_counts_once(self, model, monkeypatch):
         groups = [{"prompt_ids": [3] * 50, "completion_ids": [[4] * 5] * 4}] * 4
-        batches = lambda: [len(rows) for rows in local.token_batches(model, groups, 150, progress=False)]  # noqa: E731
-        assert batches() == [2, 2]
-        monkeypatch.setattr(local, "check_packed_rows_on_all_ranks", lambda model, device: "it is not to")
-        assert batches() == [1, 1, 1, 1]
+        made = lambda: [len(rows) for rows in batches.token_batches(model, groups, 150, progress=False)]  # noqa: E731
+        assert made() == [2, 2]
+        monkeypatch.setattr(batches, "check_packed_rows_on_all_ranks", lambda model, device: "it is not to")
+        assert made() == [1, 1, 1, 1]
 
     def test_eos_counts_unless_clipped(self, model, tokenizer, words):
         rows = [{"prompt": f"{words[0]} ", "completions": [words[1]] * 2, "clipped": [False, True]}]

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from ..data import is_score
-from ..teacher import Completions, Scorer
+from ..teacher import Completions, Scorer, TopKTeacher
+from ..teacher.topk import SOFT_LABELS
 
 
 # Fields of a group with one value for each completion.
@@ -19,8 +20,9 @@ PER_COMPLETION = (
     "teacher_scores",
     "num_tokens",
     "surprises",
+    *SOFT_LABELS,
 )
-_NOT_FOR_TEACHERS = {"prompt", "completions", "written_by", "teacher_scores", "num_tokens", "surprises"}
+_NOT_FOR_TEACHERS = {"prompt", "completions", "written_by", "teacher_scores", "num_tokens", "surprises", *SOFT_LABELS}
 
 
 def draw_seed(seed: int, index: int, writer: str) -> int:
@@ -175,7 +177,9 @@ def as_groups(rows: Sequence[dict[str, Any]], written: dict[str, Completions]) -
     return groups
 
 
-def add_scores(groups: Sequence[dict[str, Any]], scorer: Scorer) -> list[dict[str, Any]]:
+def add_scores(
+    groups: Sequence[dict[str, Any]], scorer: Scorer, *, teacher: TopKTeacher | None = None, k: int | None = None
+) -> list[dict[str, Any]]:
     """
     Score groups. A completion that cannot be scored is dropped.
 
@@ -184,20 +188,28 @@ def add_scores(groups: Sequence[dict[str, Any]], scorer: Scorer) -> list[dict[st
             Groups with `prompt`, `completions` and `clipped`. Further columns reach the scorer.
         scorer ([`~teacher.Scorer`]):
             Scorer.
+        teacher ([`~teacher.TopKTeacher`], *optional*):
+            Gives soft labels, in the same reading where it is the scorer.
+        k (`int`, *optional*):
+            Most likely tokens of these at each position; without, none are asked for.
 
     Returns:
-        `list[dict]`: The groups, with `teacher_scores`, `num_tokens` and `surprises`, and perhaps fewer completions.
+        `list[dict]`: The groups, with `teacher_scores`, `num_tokens` and `surprises`, with the columns of
+        [`~teacher.cache_soft_labels`] where k is given, and perhaps fewer completions.
     """
-    scored = scorer.score(
-        [group["prompt"] for group in groups],
-        [group["completions"] for group in groups],
-        columns=columns_of(groups, without=_NOT_FOR_TEACHERS),
-    )
-    names = ("teacher_scores", "num_tokens", "surprises")
+    asked = [group["prompt"] for group in groups], [group["completions"] for group in groups]
+    columns = columns_of(groups, without=_NOT_FOR_TEACHERS)
+    added: dict[str, list[list[Any]]] = {}
+    if teacher is not None and k is not None:
+        given = teacher.top_k(*asked, k, columns=columns)
+        added = dict(zip(SOFT_LABELS, (given.top_ids, given.top_logps, given.token_ids), strict=True))
+    scored = given.scored if added and teacher is scorer else scorer.score(*asked, columns=columns)
+    added |= dict(zip(("teacher_scores", "num_tokens", "surprises"), scored, strict=True))
     finished = []
-    group: dict[str, Any]
-    values: list[list[Any]]
-    for group, *values in zip(groups, *scored, strict=True):
-        finite = [position for position, score in enumerate(values[0]) if is_score(score)]
-        finished.append(keep(group | dict(zip(names, values, strict=True)), finite))
+    for row, group in enumerate(groups):
+        own = {name: values[row] for name, values in added.items()}
+        kept = [position for position, score in enumerate(own["teacher_scores"]) if is_score(score)]
+        if k is not None:
+            kept = [position for position in kept if own["teacher_top_ids"][position]]
+        finished.append(keep(group | own, kept))
     return finished

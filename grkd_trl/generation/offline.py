@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
-from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from datasets import Dataset, Features, Sequence, Value
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data import as_read, check_prompt, read_group, require_chat_template, require_rows
+from ..data import as_read, check_prompt, read_group, require_rows
 from ..data.rows import WRITTEN, check_completions, check_one_each
-from ..teacher import CalibratedTeacher, LocalTeacher, Scorer, ServerTeacher, Teacher, TeacherEnsemble
+from ..teacher import Scorer, Teacher
+from ..teacher.topk import SOFT_LABELS
 from .card import summary, write_card
+from .checks import check_chat_templates, check_soft_labels
 from .core import add_scores, keep, write_groups
 from .select import drop_repeats, select_diverse
 from .shards import Shards, readable_folder
@@ -29,7 +31,16 @@ from .shards import Shards, readable_folder
 
 logger = logging.get_logger(__name__)
 
-_OWN_COLUMNS = {"prompt", "completions", "clipped", "written_by", *WRITTEN, "num_tokens", "teacher_scores"}
+_OWN_COLUMNS = {
+    "prompt",
+    "completions",
+    "clipped",
+    "written_by",
+    *WRITTEN,
+    "num_tokens",
+    "teacher_scores",
+    *SOFT_LABELS,
+}
 _OWN_COLUMNS |= {"chosen", "rejected"}
 
 
@@ -61,6 +72,9 @@ class GroupsConfig:
             was making.
         seed (`int`, *optional*, defaults to `42`):
             Seed of all draws.
+        soft_labels (`int`, *optional*):
+            The teacher's most likely tokens to store at each position, as token soft labels that need no teacher in
+            training, see [`~teacher.cache_soft_labels`]. A server has a limit, for vLLM 20 or `--max-logprobs`.
         prompts_per_unit (`int`, *optional*):
             Former name of `prompts_per_shard`, accepted until 0.3.
     """
@@ -79,6 +93,9 @@ class GroupsConfig:
     max_completion_length: int = field(default=512, metadata={"help": "Longest completion, in tokens."})
     prompts_per_shard: int = field(default=64, metadata={"help": "Prompts in a shard, which has a seed of its own."})
     seed: int = field(default=42, metadata={"help": "Seed of all draws."})
+    soft_labels: int | None = field(
+        default=None, metadata={"help": "The teacher's most likely tokens to store at each position, as soft labels."}
+    )
     prompts_per_unit: int | None = field(default=None, metadata={"help": "Former name of `prompts_per_shard`."})
 
     def __post_init__(self):
@@ -105,8 +122,8 @@ class GroupsConfig:
             raise ValueError(
                 f"`temperature` must be 0 or above and `top_p` in (0, 1], got {self.temperature} and {self.top_p}."
             )
-        for name in ("max_completion_length", "prompts_per_shard"):
-            if getattr(self, name) < 1:
+        for name in ("max_completion_length", "prompts_per_shard", "soft_labels"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or above, got {getattr(self, name)}.")
 
     def shares(self) -> dict[str, tuple[int, int]]:
@@ -150,14 +167,15 @@ def generate_groups(
         student ([`~teacher.Teacher`], *optional*):
             Writes, as `completion_source` says.
         teacher ([`~teacher.Teacher`], *optional*):
-            Writes, as `completion_source` says, and scores.
+            Writes, as `completion_source` says, scores, and gives the soft labels.
         scorer ([`~teacher.Scorer`], *optional*):
-            Scores in place of the teacher. Without either the groups have no `teacher_scores`.
+            Scores in place of the teacher. Without either the groups have no `teacher_scores`. Without a teacher it gives
+            the soft labels.
 
     Returns:
         [`~datasets.Dataset`]: Groups, with `prompt`, `completions`, `clipped`, `written_by`; `prompt_ids`,
         `completion_ids` and `tokenizer_hash` of what models wrote; and `teacher_scores` and `num_tokens` where there is a
-        scorer. [`GRKDTrainer`] accepts it.
+        scorer; the columns of [`~teacher.cache_soft_labels`] with `soft_labels`. [`GRKDTrainer`] accepts it.
 
     Raises:
         `ValueError`: If something is missing to make them, a cell holds no prompt or completion, the folder was created
@@ -177,7 +195,7 @@ def generate_groups(
         raise ValueError(f"The dataset has the columns {dataset.column_names}, and needs `prompt`.")
 
     roles = {"student": student, "teacher": teacher, "scorer": scorer}
-    _check_chat_templates(dataset, config, *roles.values())
+    check_chat_templates(dataset, config.completion_source, *roles.values())
     not_content = ("output_dir", "prompts_per_unit")
     manifest = {
         "parameters": {name: value for name, value in asdict(config).items() if name not in not_content},
@@ -187,6 +205,9 @@ def generate_groups(
     }
     state = PartialState(cpu=not torch.accelerator.is_available())  # it finds other processes of a CPU only if told
     features = _features(dataset, config, scorer)
+    if config.soft_labels is not None:
+        is_new = not (Path(config.output_dir) / "manifest.json").exists()  # a folder was checked when it was made
+        check_soft_labels(teacher or scorer, student, config.soft_labels, ask=is_new)
     size = config.prompts_per_shard
     shards = Shards(config.output_dir, math.ceil(len(dataset) / size), manifest)
     if state.is_main_process:
@@ -212,18 +233,6 @@ def generate_groups(
         logger.info(summary(total))
     state.wait_for_everyone()
     return groups
-
-
-def _check_chat_templates(dataset: Dataset, config: GroupsConfig, *roles: Teacher | Scorer | None) -> None:
-    """Refuse messages for models that cannot read them, before there is a folder."""
-    has_ids = config.completion_source == "dataset" and "tokenizer_hash" in dataset.column_names
-    if has_ids or isinstance(next((row["prompt"] for row in dataset if row["prompt"]), ""), str):
-        return
-    members = [role.teachers.values() if isinstance(role, TeacherEnsemble) else [role] for role in roles]
-    for role in chain.from_iterable(members):
-        model = role.teacher if isinstance(role, CalibratedTeacher) else role
-        if isinstance(model, LocalTeacher | ServerTeacher):
-            require_chat_template(model.processing_class)
 
 
 def _content_hash(dataset: Dataset) -> str:
@@ -254,6 +263,10 @@ def _features(dataset: Dataset, config: GroupsConfig, scorer: Scorer | None) -> 
         own = {"completions": Sequence(Value("string"))} | own | ids
     if scorer is not None:
         own |= {"teacher_scores": Sequence(Value("float64")), "num_tokens": Sequence(Value("int64"))}
+    if config.soft_labels is not None:
+        own |= SOFT_LABELS
+    elif config.completion_source == "dataset":
+        own |= {name: feature for name, feature in dataset.features.items() if name in SOFT_LABELS}
     further = {name: feature for name, feature in dataset.features.items() if name not in _OWN_COLUMNS}
     return Features({"prompt": dataset.features["prompt"], **own, **further})
 
@@ -292,7 +305,8 @@ def _make_shard(rows, shard, config, writers, scorer) -> tuple[list[dict[str, An
             groups.append(keep(group, kept))
     if scorer is not None and groups:
         num_before = sum(len(group["completions"]) for group in groups)
-        scored = add_scores(groups, scorer)
+        labels = {"teacher": writers["teacher"] or scorer, "k": config.soft_labels} if config.soft_labels else {}
+        scored = add_scores(groups, scorer, **labels)
         counts["unscored"] = num_before - sum(len(group["completions"]) for group in scored)
         groups = [group for group in scored if len(group["completions"]) >= 2]
         counts["small_groups"] += len(scored) - len(groups)

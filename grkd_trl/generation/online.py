@@ -1,13 +1,11 @@
 """Groups made while training: the current student and the teacher write, the teacher scores."""
 
-import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pandas as pd
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
@@ -15,14 +13,17 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_rich_available
 
 from .. import _trl, data
-from .._trl import print_prompt_completions_sample, unwrap_model_for_generation
+from .._trl import unwrap_model_for_generation
 from ..data import DataCollatorForGroups, encode_teacher_prompt, tokenize_completions
 from ..data.images import put_images
 from ..data.rows import WRITTEN
 from ..data.sampler import RepeatedPrompts, indices_of_process
-from ..teacher import CallableScorer, Completions, LocalTeacher
+from ..teacher import Completions, LocalTeacher, Scorer
 from ..teacher.retokenize import image_columns
+from ..teacher.topk import require_same_tokenizer
+from .checks import as_scorer, soft_label_teacher
 from .core import add_scores, as_groups, columns_of, content_seed, write_groups
+from .table import log_completions
 from .vllm import VLLMWriter
 
 
@@ -43,7 +44,7 @@ class OnlineGroups:
             Collator of groups.
         completion_fn (`Callable`, *optional*):
             Writes in place of student and teacher, see [`GRKDTrainer`].
-        score_fn (`Callable`, *optional*):
+        score_fn (`Callable` or [`~teacher.Scorer`], *optional*):
             Scores in place of the teacher, see [`GRKDTrainer`].
     """
 
@@ -52,10 +53,15 @@ class OnlineGroups:
         trainer: Any,
         collator: DataCollatorForGroups,
         completion_fn: Callable | None = None,
-        score_fn: Callable | None = None,
+        score_fn: Callable | Scorer | None = None,
     ):
         self.trainer, self.collator = trainer, collator
-        self.completion_fn, self.scorer = completion_fn, CallableScorer(score_fn) if score_fn else None
+        self.completion_fn, self.scorer = completion_fn, None if score_fn is None else as_scorer(score_fn)
+        self._labels: dict[str, Any] = {}
+        teacher = soft_label_teacher(trainer.args, score_fn)
+        if teacher is not None and trainer.teacher_model is None:
+            require_same_tokenizer(teacher, trainer.processing_class)
+            self._labels = {"teacher": teacher, "k": trainer.args.soft_label_top_k}
         self._buffer: list[dict[str, Any]] = []
         self._training_since: float | None = None
         args = trainer.args
@@ -183,7 +189,7 @@ class OnlineGroups:
 
         start, is_scored = time.perf_counter(), True
         if self.scorer is not None:
-            groups = add_scores(groups, self.scorer)
+            groups = add_scores(groups, self.scorer, **self._labels)
         elif not args.needs_teacher_logits:
             size, parts = args.per_device_train_batch_size, []
             with self._teacher() as teacher:
@@ -210,10 +216,16 @@ class OnlineGroups:
             if "teacher_prompt" in group and trainer.teacher_context is not None:
                 own_ids = encode_teacher_prompt(trainer.processing_class, group, prompt_ids, index)
                 tokens["teacher_prompt_ids"] = own_ids
-            tokenized.append(tokens | {name: group[name] for name in ("clipped", "teacher_scores") if name in group})
+            if group.get("teacher_token_ids", completion_ids) != completion_ids:
+                raise ValueError(
+                    f"The teacher reads the completions of {group['prompt']!r} as other tokens than the student, so it has no "
+                    'soft labels for them. Set `soft_label="group"` or `"none"`.'
+                )
+            read = ("clipped", "teacher_scores", "teacher_top_ids", "teacher_top_logps")
+            tokenized.append(tokens | {name: group[name] for name in read if name in group})
         every, step = args.log_completions, trainer.state.global_step
         if split == "train" and every and step % every < args.generate_every and trainer.accelerator.is_main_process:
-            self._log_completions(groups)
+            log_completions(trainer, groups)
         return tokenized
 
     def _write(self, rows: list[dict[str, Any]], index: int, offsets: list[int]) -> list[dict[str, Any]]:
@@ -286,27 +298,6 @@ class OnlineGroups:
                 yield LocalTeacher(
                     teacher, trainer.processing_class, score=trainer.args.score, tokens_per_batch=sys.maxsize
                 )
-
-    def _log_completions(self, groups: list[dict[str, Any]]) -> None:
-        step, report_to = self.trainer.state.global_step, self.trainer.args.report_to
-        table = {"prompt": [group["prompt"] for group in groups for _ in group["completions"]]}
-        table["completion"] = [text for group in groups for text in group["completions"]]
-        writers = {"written_by": [writer for group in groups for writer in group["written_by"]]}
-        columns = {}
-        if "teacher_scores" in groups[0]:
-            scored_by = "teacher" if self.trainer.score_fn is None else "score"  # a user's function is no teacher
-            columns[scored_by] = [score for group in groups for score in group["teacher_scores"]]
-        shown = sum(len(group["completions"]) for group in groups[:4])
-        scores, extra = ({name: values[:shown] for name, values in part.items()} for part in (columns, writers))
-        shown_texts = table["prompt"][:shown], table["completion"][:shown]
-        print_prompt_completions_sample(*shown_texts, scores, None, step, extra=extra)  # all of them
-        # To the trackers that have tables, as `GRPOTrainer` does
-        trackers = [name for name in ("wandb", "trackio") if name in report_to]
-        for tracker in map(importlib.import_module, trackers):
-            if tracker.__name__ == "wandb" and tracker.run is None:
-                continue
-            frame = pd.DataFrame({"step": step} | table | writers | columns)
-            tracker.log({"completions": tracker.Table(dataframe=frame)})
 
 
 def prepare_prompts(

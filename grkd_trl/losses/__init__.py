@@ -4,7 +4,7 @@ Every function is unreduced (one value a group, or a position), takes the scores
 computes in float32 or wider and returns the student's dtype. NaN in a present entry stays NaN in that list's value.
 """
 
-from .divergences import forward_kl, reverse_kl
+from .divergences import forward_kl, reverse_kl, topk_kl
 from .minillm import clipped_policy_loss, minillm_returns, mixture_logps
 from .preference import alphapo_rewards, pro_loss, simpo_loss
 from .ranking import (
@@ -41,5 +41,6 @@ __all__ = [
     "simpo_loss",
     "token_relative_loss",
     "token_soft_label_loss",
+    "topk_kl",
     "topk_soft_label_loss",
 ]

@@ -130,6 +130,27 @@ def topk_soft_label_loss(
 
     ```
     """
+    student, teacher = topk_classes(student_logits, top_ids, top_logps, temperature=temperature)
+    return _cross_entropy(teacher.exp(), student).to(student_logits.dtype)  # eq. 3 over k + 1 classes
+
+
+def topk_classes(
+    student_logits: torch.Tensor, top_ids: torch.Tensor, top_logps: torch.Tensor, *, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Student and teacher over k + 1 classes: the teacher's k most likely tokens, and all others together. Over the whole
+    vocabulary at k = V.
+
+    Args:
+        student_logits, top_ids, top_logps, temperature:
+            As in [`topk_soft_label_loss`].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Log-probabilities `(..., k + 1)` of both, in nats, softened.
+
+    Raises:
+        `ValueError`: If shapes differ or `temperature` is not above 0.
+    """
     check(top_ids, top_logps, temperature)
     if student_logits.shape[:-1] != top_ids.shape[:-1]:
         raise ValueError(
@@ -147,8 +168,7 @@ def topk_soft_label_loss(
         mass = teacher.logsumexp(-1, keepdim=True).exp().clamp(max=1.0)
         student = torch.cat([student, student_rest], -1)
         teacher = torch.cat([teacher, torch.log1p(-mass).masked_fill(none_left, -torch.inf)], -1)
-    loss = _cross_entropy((teacher / temperature).softmax(-1), (student / temperature).log_softmax(-1))
-    return loss.to(student_logits.dtype)  # eq. 3 over k + 1 classes
+    return (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
 
 
 def _soften(logits: torch.Tensor, temperature: float) -> torch.Tensor:

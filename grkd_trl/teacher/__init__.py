@@ -13,9 +13,10 @@ from .models import (
     shared_vocabulary,
     tokenizer_of,
 )
-from .protocol import Completions, Scorer, Teacher, TeacherScores
+from .prefill import TeacherError
+from .protocol import Completions, Scorer, Teacher, TeacherScores, TopKTeacher, TopTokens
 from .scorer import CallableScorer
-from .server import ServerTeacher, TeacherError
+from .server import ServerTeacher
 from .topk import cache_soft_labels
 from .writing import generate_completions
 
@@ -32,6 +33,8 @@ __all__ = [
     "TeacherEnsemble",
     "TeacherError",
     "TeacherScores",
+    "TopKTeacher",
+    "TopTokens",
     "cache_soft_labels",
     "calibrate_scores",
     "combine_scores",

@@ -14,7 +14,7 @@ from ..data import message_text, tokenize_completions
 from ..data.images import refuse_images
 from ..scoring import eval_mode, without_router_loss
 from .local import LocalTeacher
-from .protocol import Completions, TeacherScores
+from .protocol import Completions, TeacherScores, TopTokens
 from .retokenize import images_at, teacher_prompts
 
 
@@ -230,6 +230,7 @@ class CalibratedTeacher:
                 f'Calibration takes the mean of the logps, and the teacher has `score="{teacher.score_type}"`.'
             )
         self.teacher, self.ratio, self.template, self.both_orders = teacher, ratio, template, both_orders
+        self.processing_class, self.check_top_k = teacher.processing_class, teacher.check_top_k
 
     def describe(self) -> dict[str, Any]:
         """
@@ -289,9 +290,34 @@ class CalibratedTeacher:
         Returns:
             [`TeacherScores`]: NaN also where a group has a single completion that the teacher can score.
         """
+        return self._calibrate(
+            prompts, completions, columns, self.teacher.score(prompts, completions, columns=columns)
+        )
+
+    def top_k(
+        self,
+        prompts: Sequence[str | list[dict[str, Any]]],
+        completions: Sequence[Sequence[str | list[dict[str, Any]]]],
+        k: int,
+        *,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> TopTokens:
+        """
+        Calibrated scores, and the most likely tokens as the teacher gives them.
+
+        Args:
+            prompts, completions, k, columns:
+                As [`LocalTeacher.top_k`] takes them.
+
+        Returns:
+            [`TopTokens`]: Scores as in [`CalibratedTeacher.score`].
+        """
+        given = self.teacher.top_k(prompts, completions, k, columns=columns)
+        return given._replace(scored=self._calibrate(prompts, completions, columns, given.scored))
+
+    def _calibrate(self, prompts, completions, columns, scored: TeacherScores) -> TeacherScores:
         for row in range(len(prompts)):
             refuse_images({"images": images_at(columns, row)}, row, "`CalibratedTeacher`")
-        scored = self.teacher.score(prompts, completions, columns=columns)
         asked = teacher_prompts(prompts, columns)
         for prompt, group, scores in zip(asked, completions, scored.scores, strict=True):
             finite = [position for position, value in enumerate(scores) if math.isfinite(value)]

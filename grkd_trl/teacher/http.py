@@ -2,6 +2,7 @@
 
 import json
 import math
+import posixpath
 import random
 from collections.abc import Callable, Iterable
 from email.utils import parsedate_to_datetime
@@ -35,7 +36,7 @@ class ServerRequest(NamedTuple):
 
     Args:
         path (`str`):
-            Path below the client's base URL, such as `"/completions"`.
+            Path below the client's base URL, such as `"/completions"`; `"/../generate"` is beside it.
         body (`dict[str, Any]`):
             What is sent, as JSON.
         read (`Callable[[dict], Any]`):
@@ -232,7 +233,7 @@ class ServerClient:
 
     async def _send(self, http: httpx2.AsyncClient, path: str, body: dict) -> tuple[httpx2.Response, bytes]:
         content = json.dumps(body).encode()  # ASCII: a half of a surrogate pair in a text cannot be sent as UTF-8
-        url = self.url.copy_with(path=self.url.path.rstrip("/") + path)
+        url = self.url.copy_with(path=posixpath.normpath(self.url.path.rstrip("/") + path))
         request = http.build_request("POST", url, content=content, headers={"Content-Type": "application/json"})
         for _ in range(_MAX_REDIRECTS):
             response = await http.send(request, stream=True)

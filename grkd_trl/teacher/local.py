@@ -1,14 +1,13 @@
 """Local causal language models that write completions and score them."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .._trl import get_config_model_id
@@ -17,22 +16,20 @@ from ..data import (
     as_read,
     describe_tokenizer,
     is_score,
-    read_group,
     tokenizer_hash,
 )
-from ..data.rows import WRITTEN
 from ..scoring import (
-    check_packed_rows_on_all_ranks,
     eval_mode,
+    predicted_mask,
     refuse_not_finite,
     score_completions,
     sequence_scores,
-    to_groups,
 )
+from .batches import token_batches
 from .loading import hash_tensors
 from .models import context_length_of
-from .protocol import Completions, TeacherScores, prompt_seeds
-from .retokenize import image_columns, read_groups, read_prompts
+from .protocol import Completions, TeacherScores, TopTokens, check_k, prompt_seeds
+from .retokenize import columns_to_score, image_columns, read_groups, read_prompts
 from .writing import pad_token_id, write_completions
 
 
@@ -166,7 +163,6 @@ class LocalTeacher:
             completion_ids[row] = (written.completion_ids or [])[position]
         return Completions(texts, clipped, completion_ids, prompt_ids, tokenizer_hash(self.processing_class))
 
-    @torch.no_grad()
     def score(
         self,
         prompts: Sequence[str | list[dict[str, Any]]],
@@ -194,10 +190,50 @@ class LocalTeacher:
         Raises:
             `ValueError`: If the model's logits are not finite, or a `teacher_prompt` does not fit the context.
         """
-        groups, indices, num_tokens, surprises = [], [], [], []
+        return self._read(prompts, completions, columns).scored
+
+    def top_k(
+        self,
+        prompts: Sequence[str | list[dict[str, Any]]],
+        completions: Sequence[Sequence[str | list[dict[str, Any]]]],
+        k: int,
+        *,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> TopTokens:
+        """
+        Score completions and give the k most likely tokens at each of their positions, from the same forward.
+
+        Args:
+            prompts, completions, columns:
+                As in [`LocalTeacher.score`].
+            k (`int`):
+                Tokens at each position.
+
+        Returns:
+            [`TopTokens`]: None of a completion that has no token or exceeds the context with its prompt.
+
+        Raises:
+            `ValueError`: If k is out of range, or the model's logits are not finite.
+        """
+        self.check_top_k(k)
+        return self._read(prompts, completions, columns, k)
+
+    def check_top_k(self, k: int) -> None:
+        """
+        Raise a `ValueError` for a k that the vocabulary does not have.
+
+        Args:
+            k (`int`):
+                Tokens at each position.
+        """
+        check_k(k, self.model.config.get_text_config().vocab_size)
+
+    @torch.no_grad()
+    def _read(self, prompts, completions, columns, k: int | None = None) -> TopTokens:
+        groups, indices, token_ids, surprises = [], [], [], []
         read = read_groups(self.processing_class, prompts, completions, columns, self.context_length)
         for row, (prompt_ids, completion_ids, surprising) in enumerate(read):
-            num_tokens.append([len(ids) for ids in completion_ids])
+            token_ids.append(completion_ids)
             surprises.append(surprising)
             fits = [0 < len(ids) <= self.context_length - len(prompt_ids) for ids in completion_ids]
             if any(fits):
@@ -205,71 +241,41 @@ class LocalTeacher:
                 images = image_columns(self.processing_class, prompts[row], columns, row)
                 groups.append({"prompt_ids": prompt_ids, "completion_ids": kept, **images})
                 indices.append([(row, position) for position, fit in enumerate(fits) if fit])
-        scores = [[math.nan] * len(counts) for counts in num_tokens]
+        scores = [[math.nan] * len(group) for group in token_ids]
+        tops: list[list[list[Any]]] = [[[[], []] for _ in group] for group in token_ids]
+
+        def top(logits, rows):
+            logps, ids = logits.float().log_softmax(-1).topk(k)
+            return {"ids": ids, "logps": logps}
+
         with eval_mode(self.model):
             sharing: dict[str, Any] = {"prompt_sharing": self.prompt_sharing}
+            labels: dict[str, Any] = {} if k is None else {"token_losses": top}
             for rows in token_batches(self.model, groups, self.tokens_per_batch, progress=self.progress, **sharing):
-                batch = self._collate([groups[row] for row in rows])
-                logps = score_completions(self.model, batch, **sharing).per_token_logps
+                batch, places = (
+                    self._collate([groups[row] for row in rows]),
+                    [at for row in rows for at in indices[row]],
+                )
+                given = score_completions(self.model, batch, **sharing, **labels)
+                logps, mask = given.per_token_logps, batch["completion_mask"]
                 refuse_not_finite(logps, "The teacher's logits", allow_impossible=True)
                 logps = logps.masked_fill(logps == -math.inf, math.nan)  # no score
-                values = to_groups(
-                    sequence_scores(logps, batch["completion_mask"], score=self.score_type), batch["group_mask"]
-                )
-                for row, group_scores in zip(rows, values.tolist(), strict=True):
-                    for (prompt, position), value in zip(indices[row], group_scores, strict=False):
-                        scores[prompt][position] = value
-        return TeacherScores(scores, num_tokens, surprises)
+                values = sequence_scores(logps, mask, score=self.score_type).tolist()
+                for (row, position), value in zip(places, values, strict=True):
+                    scores[row][position] = value
+                if k is not None:
+                    lengths = predicted_mask(mask).sum(-1).tolist()
+                    parts = (given.token_losses[name].cpu().split(lengths) for name in ("ids", "logps"))
+                    for (row, position), *pair in zip(places, *parts, strict=True):
+                        tops[row][position] = [part.tolist() for part in pair]
+        num_tokens = [[len(ids) for ids in group] for group in token_ids]
+        top_ids, top_logps = ([[pair[index] for pair in group] for group in tops] for index in range(2))
+        return TopTokens(TeacherScores(scores, num_tokens, surprises), token_ids, top_ids, top_logps)
 
     def _collate(self, groups: list[dict[str, Any]]) -> dict[str, Any]:
         processor = self.processing_class if isinstance(self.processing_class, ProcessorMixin) else None
         collator = DataCollatorForGroups(pad_token_id=pad_token_id(self.processing_class), processor=processor)
         return send_to_device(collator(groups), self.model.device)
-
-
-def token_batches(
-    model: PreTrainedModel,
-    groups: list[dict[str, Any]],
-    tokens_per_batch: int,
-    *,
-    progress: bool,
-    prompt_sharing: str = "auto",
-) -> Iterator[list[int]]:
-    """
-    Rows in batches of similar length.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Model that is to read them.
-        groups (`list[dict]`):
-            Tokenized groups.
-        tokens_per_batch (`int`):
-            Tokens in a batch: of a group its prompt, once, and its completions, or, where the model cannot share prompts,
-            all its rows as padded in the batch. A larger group is a batch of its own.
-        progress (`bool`):
-            Whether to show a progress bar.
-        prompt_sharing (`str`, *optional*, defaults to `"auto"`):
-            As the batches will be scored, see [`~scoring.score_completions`].
-
-    Yields:
-        `list[int]`: Rows of `groups`.
-    """
-    packed = prompt_sharing != "off" and check_packed_rows_on_all_ranks(model, model.device) is None
-    lengths = [len(group["prompt_ids"]) + max(map(len, group["completion_ids"])) for group in groups]
-    rows: list[int] = []
-    num_sequences, num_packed = 0, 0
-    order = sorted(range(len(groups)), key=lengths.__getitem__)  # so the current row is the longest of its batch
-    for row in tqdm(order, desc="Scoring groups", disable=not progress):
-        size = len(groups[row]["completion_ids"])
-        own = len(groups[row]["prompt_ids"]) + sum(map(len, groups[row]["completion_ids"]))
-        num_tokens = num_packed + own if packed else (num_sequences + size) * lengths[row]
-        if rows and num_tokens > tokens_per_batch:
-            yield rows
-            rows, num_sequences, num_packed = [], 0, 0
-        rows.append(row)
-        num_sequences, num_packed = num_sequences + size, num_packed + own
-    if rows:
-        yield rows
 
 
 def score_groups(
@@ -309,14 +315,9 @@ def score_groups(
     dataset = as_read(dataset)
     if "teacher_scores" in dataset.column_names:
         dataset = dataset.remove_columns("teacher_scores")
-    rows = list(dataset)
-    groups = [read_group(row, index) for index, row in enumerate(rows)]
     teacher = LocalTeacher(model, processing_class, score=score, tokens_per_batch=tokens_per_batch, progress=progress)
-    columns = {name: [row.get(name) for row in rows] for name in ("tools", "chat_template_kwargs", "images", "image")}
-    columns |= {name: [group.get(name) for group in groups] for name in ("clipped", "teacher_prompt", *WRITTEN)}
-    scores, num_tokens, _ = teacher.score(
-        [group["prompt"] for group in groups], [group["completions"] for group in groups], columns=columns
-    )
+    prompts, completions, columns = columns_to_score(dataset)
+    scores, num_tokens, _ = teacher.score(prompts, completions, columns=columns)
     for index, row in enumerate(scores):
         for position, value in enumerate(row):
             if not is_score(value):

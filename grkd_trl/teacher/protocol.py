@@ -1,7 +1,7 @@
 """The interface of a teacher, which may write completions and scores them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 
 class Completions(NamedTuple):
@@ -48,6 +48,45 @@ class TeacherScores(NamedTuple):
     surprises: list[list[bool]]
 
 
+class TopTokens(NamedTuple):
+    """
+    A teacher's scores of P groups of completions, and its most likely tokens at each of their positions: token soft labels
+    that need no teacher in training.
+
+    Args:
+        scored ([`TeacherScores`]):
+            Scores.
+        token_ids (`list[list[list[int]]]`):
+            The teacher's tokens of each completion, T of them.
+        top_ids (`list[list[list[list[int]]]]`):
+            Of each completion `(T, k)`, the most likely token first; empty for a completion without labels.
+        top_logps (`list[list[list[list[float]]]]`):
+            Their log-probabilities, in nats, at temperature 1.
+    """
+
+    scored: TeacherScores
+    token_ids: list[list[list[int]]]
+    top_ids: list[list[list[list[int]]]]
+    top_logps: list[list[list[list[float]]]]
+
+
+def check_k(k: int, vocab_size: int) -> None:
+    """
+    Refuse a number of most likely tokens that a vocabulary does not have.
+
+    Args:
+        k (`int`):
+            Tokens at each position.
+        vocab_size (`int`):
+            Tokens in the vocabulary.
+
+    Raises:
+        `ValueError`: If k lies outside 1 and `vocab_size`.
+    """
+    if not 1 <= k <= vocab_size:
+        raise ValueError(f"`k` must lie between 1 and the vocabulary's {vocab_size}, got {k}.")
+
+
 def prompt_seeds(seed: int | Sequence[int], num_prompts: int) -> list[int]:
     """
     A seed for each prompt, so that its draws depend neither on the prompts beside it nor on the process.
@@ -64,6 +103,7 @@ def prompt_seeds(seed: int | Sequence[int], num_prompts: int) -> list[int]:
     return [seed + row for row in range(num_prompts)] if isinstance(seed, int) else list(seed)
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Anything with these methods: every [`Teacher`], [`CallableScorer`], or your own."""
 
@@ -134,4 +174,47 @@ class Teacher(Scorer, Protocol):
 
         Returns:
             [`Completions`]: Texts, whether each was cut, and the token ids where they are known.
+        """
+
+
+@runtime_checkable
+class TopKTeacher(Scorer, Protocol):
+    """
+    A scorer with a language model's distributions: [`LocalTeacher`], [`ServerTeacher`], [`CalibratedTeacher`], or your own.
+
+    Args:
+        processing_class (`Any`):
+            Its tokenizer.
+    """
+
+    processing_class: Any
+
+    def check_top_k(self, k: int) -> None:
+        """
+        Find out before a run whether [`TopKTeacher.top_k`] will be answered.
+
+        Args:
+            k (`int`):
+                Tokens at each position.
+        """
+
+    def top_k(
+        self,
+        prompts: Sequence[str | list[dict[str, Any]]],
+        completions: Sequence[Sequence[str | list[dict[str, Any]]]],
+        k: int,
+        *,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> TopTokens:
+        """
+        Score completions and give the most likely tokens at each of their positions.
+
+        Args:
+            prompts, completions, columns:
+                As in [`Scorer.score`].
+            k (`int`):
+                Tokens at each position.
+
+        Returns:
+            [`TopTokens`]: Scores and tokens.
         """

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from .http import UnusableAnswer
 
@@ -12,6 +12,24 @@ WITHHELD = {"content_filter": "filtered", "tool_calls": "tool calls", "function_
 
 class MissingLogps(Exception):
     """The answer has no log-probabilities of the prompt at all, as another attempt will not have."""
+
+
+class PromptLogps(NamedTuple):
+    """
+    What a server says of the T tokens of a prompt.
+
+    Args:
+        logps (`list[float]`):
+            T - 1 log-probabilities in nats, those of all tokens but the first.
+        top_ids (`list[list[int]]`, *optional*):
+            At each position that was asked for the k most likely tokens, the most likely first.
+        top_logps (`list[list[float]]`, *optional*):
+            Their log-probabilities.
+    """
+
+    logps: list[float]
+    top_ids: list[list[int]] | None = None
+    top_logps: list[list[float]] | None = None
 
 
 class SplitReasoning(Exception):
@@ -119,6 +137,114 @@ def read_vllm_logps(answer: dict[str, Any], ids: list[int]) -> list[float]:
         entry = entry.get(str(token_id)) if isinstance(entry, dict) else None
         values.append(entry.get("logprob") if isinstance(entry, dict) else None)
     return _logps(values)
+
+
+def read_vllm_top(answer: dict[str, Any], ids: list[int], k: int, first: int) -> PromptLogps:
+    """
+    Log-probabilities of a prompt and the k most likely tokens at its positions, as vLLM gives them for
+    `prompt_logprobs=k`: a map from ids, with the rank of each; k entries, or one more where the token that was sent is not
+    among them.
+
+    Args:
+        answer (`dict[str, Any]`):
+            Answer of `/completions`.
+        ids (`list[int]`):
+            T tokens that were sent.
+        k (`int`):
+            Tokens that were asked for.
+        first (`int`):
+            First position whose tokens are read, 1 or above.
+
+    Returns:
+        [`PromptLogps`]: With the tokens at `ids[first:]`.
+
+    Raises:
+        [`UnusableAnswer`]: If a position has not exactly these.
+        [`MissingLogps`]: If there is no log-probability at all.
+    """
+    logps = read_vllm_logps(answer, ids)
+    (choice,) = _choices(answer, 1)
+    tops = []
+    for position in range(first, len(ids)):
+        entry = choice["prompt_logprobs"][position]
+        ranked = {
+            value["rank"]: (int(token_id) if token_id.isdecimal() else None, value.get("logprob"))
+            for token_id, value in entry.items()
+            if isinstance(value, dict) and type(value.get("rank")) is int
+        }
+        if len(entry) > k + 1:
+            raise UnusableAnswer(f"{len(entry)} most likely tokens at position {position}, {k} were asked for")
+        pairs = [ranked[rank] for rank in range(1, k + 1) if rank in ranked]
+        tops.append(_top(pairs, k, ids, position, logps[position - 1]))
+    return PromptLogps(logps, [top[0] for top in tops], [top[1] for top in tops])
+
+
+def read_sglang_top(answer: dict[str, Any], ids: list[int], k: int, first: int) -> PromptLogps:
+    """
+    Log-probabilities of a prompt and the k most likely tokens at its positions, as SGLang's own `/generate` gives them for
+    `top_logprobs_num=k`: log-probability, id and text of each. (Its `/v1/completions` names tokens by their text, which
+    several may share.)
+
+    Args:
+        answer (`dict[str, Any]`):
+            Answer of `/generate`.
+        ids (`list[int]`):
+            T tokens that were sent.
+        k (`int`):
+            Tokens that were asked for.
+        first (`int`):
+            First position whose tokens are read, 1 or above.
+
+    Returns:
+        [`PromptLogps`]: With the tokens at `ids[first:]`.
+
+    Raises:
+        [`UnusableAnswer`]: If a position has not exactly these, or they are not those of the tokens sent.
+        [`MissingLogps`]: If there is no log-probability at all.
+    """
+    said = answer.get("meta_info")
+    said = said if isinstance(said, dict) else {}
+    given, tops = said.get("input_token_logprobs"), said.get("input_top_logprobs")
+    if not given or not tops:
+        raise MissingLogps
+    own, pairs = _sglang_pairs(given), [[] if top is None else _sglang_pairs(top) for top in tops]
+    if [token_id for token_id, _ in own] != ids or len(pairs) != len(ids) or said.get("prompt_tokens") != len(ids):
+        raise UnusableAnswer(f"log-probabilities of other tokens than the {len(ids)} sent")
+    if own[0][1] is not None or tops[0] is not None:
+        raise UnusableAnswer("a log-probability of the first token, before which there is nothing")
+    logps = _logps([value for _, value in own[1:]])
+    read = [_top(pairs[position], k, ids, position, logps[position - 1]) for position in range(first, len(ids))]
+    return PromptLogps(logps, [top[0] for top in read], [top[1] for top in read])
+
+
+def _sglang_pairs(entries: Any) -> list[tuple[Any, Any]]:
+    """Id and log-probability of each entry."""
+    if not isinstance(entries, list) or not all(isinstance(entry, list) and len(entry) > 1 for entry in entries):
+        raise UnusableAnswer("no lists of a log-probability and an id each")
+    return [(entry[1], entry[0]) for entry in entries]
+
+
+def _top(
+    pairs: list[tuple[Any, Any]], k: int, ids: list[int], position: int, own: float
+) -> tuple[list[int], list[float]]:
+    """
+    The most likely tokens at a position, the most likely first, if they are k of one distribution, and of that in which the
+    token sent has the log-probability `own`: an answer that is shifted has it elsewhere.
+    """
+    at = f"at position {position}"
+    if len({token_id for token_id, _ in pairs}) != k or len(pairs) != k:
+        raise UnusableAnswer(f"{len(pairs)} most likely tokens {at}, {k} were asked for")
+    if not all(type(token_id) is int and token_id >= 0 for token_id, _ in pairs):
+        raise UnusableAnswer(f"a most likely token {at} that has no id")
+    values = _logps([value for _, value in pairs])
+    mass = sum(map(math.exp, values))
+    if mass > 1.001:
+        raise UnusableAnswer(f"most likely tokens {at} whose probabilities sum to {mass:.4g}")
+    among = dict(zip((token_id for token_id, _ in pairs), values, strict=True)).get(ids[position])
+    if own > min(values) + 1e-3 if among is None else abs(own - among) > 1e-3:
+        raise UnusableAnswer(f"most likely tokens {at} of another position than the token sent")
+    order = sorted(range(k), key=lambda index: -values[index])
+    return [pairs[index][0] for index in order], [values[index] for index in order]
 
 
 def read_echoed_logps(answer: dict[str, Any], ids: list[int], texts: Sequence[set[str]]) -> list[float]:

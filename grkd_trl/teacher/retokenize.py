@@ -4,15 +4,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..data import encode_prompt, encode_teacher_prompt, tokenize_completions, tokenizer_hash
+from ..data import encode_prompt, encode_teacher_prompt, read_group, tokenize_completions, tokenizer_hash
 from ..data.images import images_of, process_images, put_images, render_prompt
 from ..data.rows import WRITTEN, check_teacher_prompt
 from ..data.teacher_prompts import require_room
 
 
 __all__ = [
+    "columns_to_score",
     "encode_prompt",
     "image_columns",
     "images_at",
@@ -102,6 +104,27 @@ def image_columns(processing_class: Any, prompt: Any, columns: Mapping[str, Sequ
     prompt = put_images(processing_class, prompt, images, row)
     text = render_prompt(processing_class, prompt, **template_columns(columns, row))
     return {"images": images, "image_prompt": text}
+
+
+def columns_to_score(dataset: Dataset) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
+    """
+    What a teacher is asked of a dataset of groups.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Groups.
+
+    Returns:
+        `tuple`: Prompts, completions and further columns, as [`Scorer.score`] takes them.
+
+    Raises:
+        `ValueError`: If a row is no group.
+    """
+    rows = list(dataset)
+    groups = [read_group(row, index) for index, row in enumerate(rows)]
+    columns = {name: [row.get(name) for row in rows] for name in ("tools", "chat_template_kwargs", "images", "image")}
+    columns |= {name: [group.get(name) for group in groups] for name in ("clipped", "teacher_prompt", *WRITTEN)}
+    return [group["prompt"] for group in groups], [group["completions"] for group in groups], columns
 
 
 def read_prompts(

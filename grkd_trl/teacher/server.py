@@ -12,17 +12,10 @@ from transformers.utils import logging
 
 from ..data import describe_tokenizer, encode_prompt
 from ..data.images import refuse_images
-from .http import ServerClient, ServerError, ServerRequest
-from .protocol import Completions, TeacherScores, prompt_seeds
-from .replies import (
-    MissingLogps,
-    SplitReasoning,
-    check_model,
-    read_echoed_logps,
-    read_llama_cpp_logps,
-    read_texts,
-    read_vllm_logps,
-)
+from .http import ServerClient, ServerRequest, UnusableAnswer
+from .prefill import PrefillRequests, TeacherError
+from .protocol import Completions, TeacherScores, TopTokens, check_k, prompt_seeds
+from .replies import SplitReasoning, check_model, read_texts
 from .retokenize import images_at, read_groups, template_columns
 
 
@@ -30,11 +23,6 @@ logger = logging.get_logger(__name__)
 
 _SERVERS = ("vllm", "sglang", "llama.cpp", "openai")
 _NEGATIVE_INFINITY = -9999.0  # what vLLM sends for a probability of 0, which JSON cannot hold
-_LOGPS_OF = {
-    "vllm": "vLLM gives `prompt_logprobs`",
-    "sglang": "SGLang gives them for `echo` with `logprobs`",
-    "llama.cpp": "llama-cpp-python gives them if it was started with `--logits_all true`",
-}
 # Servers take what is not said from the model's generation config or defaults of their own.
 _NEUTRAL = {
     "vllm": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
@@ -44,15 +32,12 @@ _NEUTRAL = {
 }
 
 
-class TeacherError(ServerError):
-    """A teacher's server gave no usable answer, after all attempts."""
-
-
 class ServerTeacher:
     """
     A model behind an OpenAI-compatible server as a [`Teacher`]. It scores through `/v1/completions` with the
     log-probabilities of the prompt, and writes through `/v1/chat/completions`, or `/v1/completions` for text. Token
-    ids are sent, so what is scored are the very tokens that a local teacher scores.
+    ids are sent, so what is scored are the very tokens that a local teacher scores. vLLM and SGLang also give the most
+    likely tokens at each position, for token soft labels without a teacher in memory.
 
     A request that fails (connection, deadline, 408, 409, 425, 429, 5xx, malformed) is repeated after a growing wait, or
     after what the server asks for. A wrong or missing log-probability is never taken for a score: an answer must have
@@ -66,8 +51,8 @@ class ServerTeacher:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             The model's tokenizer.
         server (`str`, *optional*, defaults to `"vllm"`):
-            The software that is running: `"vllm"` (scores with `prompt_logprobs`), `"sglang"` (`echo` with
-            `logprobs`), `"llama.cpp"` (the server of llama-cpp-python, which takes text in place of ids and scores
+            The software that is running: `"vllm"` (scores with `prompt_logprobs`), `"sglang"` (`echo` with `logprobs`;
+            most likely tokens through its own `/generate`, beside `/v1`), `"llama.cpp"` (the server of llama-cpp-python, which takes text in place of ids and scores
             prompts that start with BOS), or `"openai"`, any other, which can write but not score.
         api_key_env (`str`, *optional*, defaults to `"GRKD_TEACHER_API_KEY"`):
             Environment variable that holds the key, if the server wants one.
@@ -115,11 +100,12 @@ class ServerTeacher:
             timeout=timeout,
             max_retries=max_retries,
             backoff=backoff,
+            max_answer_bytes=2**28,  # 64 most likely tokens are 6 kB a token of the prompt
             error=TeacherError,
         )
         self.model, self.processing_class = model, processing_class
         self.server, self.score_type, self.context_length = server, score, context_length or math.inf
-        self._token_texts: dict[int, set[str]] = {}
+        self._prefill = PrefillRequests(server, model, processing_class)
 
     def describe(self) -> dict[str, Any]:
         """
@@ -205,7 +191,7 @@ class ServerTeacher:
             }
             if self.server == "llama.cpp":  # it ignores `n`, and what the chat template is given
                 rows += [row] * num_completions
-                body |= {"prompt": self._as_text(ids), "n": 1}
+                body |= {"prompt": self._prefill.as_text(ids), "n": 1}
                 requests += [
                     ServerRequest("/completions", body | {"seed": (seeds[row] + i) % 2**31}, read)
                     for i in range(num_completions)
@@ -262,79 +248,86 @@ class ServerTeacher:
             `ValueError`: If the server is of a kind that cannot score.
             [`TeacherError`]: If a request fails in every attempt, or is answered without the log-probabilities.
         """
-        if self.server == "openai":
-            raise ValueError(
-                'A server of the kind `"openai"` gives no log-probabilities of a prompt. Serve the teacher with vLLM or '
-                "SGLang to score, or score with a function."
-            )
+        return self._read(prompts, completions, columns).scored
+
+    def top_k(
+        self,
+        prompts: Sequence[str | list[dict[str, Any]]],
+        completions: Sequence[Sequence[str | list[dict[str, Any]]]],
+        k: int,
+        *,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> TopTokens:
+        """
+        Score completions and give the k most likely tokens at each of their positions, from one request a completion.
+
+        Args:
+            prompts, completions, columns:
+                As in [`ServerTeacher.score`].
+            k (`int`):
+                Tokens at each position, see [`ServerTeacher.check_top_k`].
+
+        Returns:
+            [`TopTokens`]: None of a completion that has no token, or an empty prompt, or with its prompt exceeds the
+            context.
+
+        Raises:
+            `ValueError`: If the server is of a kind that has none.
+            [`TeacherError`]: If a request is refused or fails in every attempt, or is answered without them.
+        """
+        return self._read(prompts, completions, columns, k)
+
+    def check_top_k(self, k: int) -> None:
+        """
+        Ask the server for the k most likely tokens of two tokens, so that its limit is found before a run.
+
+        Args:
+            k (`int`):
+                Tokens at each position.
+
+        Raises:
+            `ValueError`: If k is out of range, or the server is of a kind that has none.
+            [`TeacherError`]: If the server gives no or fewer of them; the message names k and the flag to set.
+        """
+        check_k(k, len(self.processing_class))
+        ids = (self.processing_class("a b", add_special_tokens=False)["input_ids"] or [0])[:1] * 2
+        request = self._prefill.request(ids, k, 1)
+        assert request is not None
+
+        def read(answer: dict[str, Any]) -> Any:  # another attempt would bring no more of them
+            try:
+                return request.read(answer)
+            except UnusableAnswer as error:
+                raise self._prefill.too_many(k, str(error)) from None
+
+        self._client.post_all([request._replace(read=read)])
+
+    def _read(self, prompts, completions, columns, k: int | None = None) -> TopTokens:
         groups = list(read_groups(self.processing_class, prompts, completions, columns, self.context_length - 1))
         scores = [[math.nan] * len(completion_ids) for _, completion_ids, _ in groups]
+        top_ids: list[list[list[list[int]]]] = [[[] for _ in completion_ids] for _, completion_ids, _ in groups]
+        top_logps: list[list[list[list[float]]]] = [[[] for _ in completion_ids] for _, completion_ids, _ in groups]
         positions, requests = [], []
         for row, (prompt_ids, completion_ids, _) in enumerate(groups):
             for position, own_ids in enumerate(completion_ids):
                 # The first token has no log-probability, and the server writes a token more.
                 if prompt_ids and 0 < len(own_ids) < self.context_length - len(prompt_ids):
-                    request = self._score_request(prompt_ids + own_ids)
+                    request = self._prefill.request(prompt_ids + own_ids, k, len(prompt_ids))
                     if request is not None:
                         positions.append((row, position))
                         requests.append(request)
-        for (row, position), logps in zip(positions, self._client.post_all(requests), strict=True):
-            logps = logps[len(groups[row][0]) - 1 :]
+        for (row, position), given in zip(positions, self._client.post_all(requests), strict=True):
+            logps = given.logps[len(groups[row][0]) - 1 :]
             if all(value > _NEGATIVE_INFINITY for value in logps):
                 scores[row][position] = sum(logps) / (len(logps) if self.score_type == "mean" else 1)
-        return TeacherScores(
-            scores, [[len(ids) for ids in completion_ids] for _, completion_ids, _ in groups], [g[2] for g in groups]
+            if k is not None:
+                top_ids[row][position] = given.top_ids
+                top_logps[row][position] = [
+                    [value if value > _NEGATIVE_INFINITY else -math.inf for value in values]
+                    for values in given.top_logps
+                ]
+        token_ids = [completion_ids for _, completion_ids, _ in groups]
+        num_tokens = [[len(ids) for ids in group] for group in token_ids]
+        return TopTokens(
+            TeacherScores(scores, num_tokens, [group[2] for group in groups]), token_ids, top_ids, top_logps
         )
-
-    def _score_request(self, ids: list[int]) -> ServerRequest | None:
-        bos_token_id = self.processing_class.bos_token_id
-
-        def read(answer: dict[str, Any]) -> list[float]:
-            check_model(answer, self.model)
-            try:
-                if self.server == "vllm":
-                    return read_vllm_logps(answer, ids)
-                texts = [self._texts_of(token_id) for token_id in ids]
-                if self.server == "sglang":
-                    return read_echoed_logps(answer, ids, texts)
-                return read_llama_cpp_logps(answer, ids, texts, bos_token_id)
-            except MissingLogps:
-                raise TeacherError(
-                    f"The teacher's server answered without log-probabilities of the prompt. {_LOGPS_OF[self.server]}. "
-                    "Check that `server=` names the software that is running."
-                ) from None
-
-        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 0.0}
-        if self.server == "vllm":
-            body |= {"prompt_logprobs": 0, "return_token_ids": True}
-        else:
-            body |= {"echo": True, "logprobs": 1}
-        if self.server == "llama.cpp":
-            if ids[0] != bos_token_id:
-                raise ValueError(
-                    "llama-cpp-python gives log-probabilities of other tokens for a prompt that does not start with "
-                    f"BOS, and this one starts with {self.processing_class.decode(ids[:5])!r}. Score with vLLM or "
-                    "SGLang, or give prompts as messages whose chat template starts with BOS."
-                )
-            body["prompt"] = self._as_text(ids)
-            if self.processing_class(body["prompt"])["input_ids"] != ids:
-                return None  # the text is read as other tokens
-        return ServerRequest("/completions", body, read)
-
-    def _as_text(self, ids: list[int]) -> str:
-        """Text that a server reads as these tokens, which adds BOS itself where the tokenizer does."""
-        added = self.processing_class("")["input_ids"]
-        kept = ids[len(added) :] if added and ids[: len(added)] == added else ids
-        return str(self.processing_class.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    def _texts_of(self, token_id: int) -> set[str]:
-        """Forms in which a server may write a token: decoded, as in the vocabulary, or without what is no text."""
-        if token_id not in self._token_texts:
-            decoded = str(self.processing_class.decode([token_id]))
-            token = str(self.processing_class.convert_ids_to_tokens(token_id))
-            self._token_texts[token_id] = {decoded, token}
-            if self.server == "llama.cpp":
-                special = token_id in self.processing_class.all_special_ids
-                bare = "" if special else decoded.replace("\ufffd", "")
-                self._token_texts[token_id] |= {bare, token.replace("\u2581", " ")}
-        return self._token_texts[token_id]

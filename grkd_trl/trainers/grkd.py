@@ -19,7 +19,8 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from .._trl import make_train_dataloader
-from ..data import bring_scores, bring_soft_labels, count_items
+from ..data import bring_scores, bring_soft_labels, count_items, first_rows
+from ..generation.checks import soft_label_teacher
 from ..generation.online import OnlineGroups, prepare_prompts
 from ..losses import (
     group_relative_loss,
@@ -29,6 +30,7 @@ from ..losses import (
     topk_soft_label_loss,
 )
 from ..scoring import score_as_teacher, score_completions, sequence_scores, to_groups
+from ..teacher import Scorer
 from .base import GroupTrainer
 from .checks import check_finite
 from .config import current_alpha
@@ -76,8 +78,10 @@ class GRKDTrainer(GroupTrainer):
         completion_fn (`Callable`, *optional*):
             Writes online groups: `completion_fn(prompts, num_completions, **columns)` gives as many texts for each prompt,
             or [`~teacher.Completions`], which also say which were cut and hold token ids.
-        score_fn (`Callable`, *optional*):
-            Scores online groups: `score_fn(prompts, completions, **columns)`, see [`~teacher.CallableScorer`].
+        score_fn (`Callable` or [`~teacher.Scorer`], *optional*):
+            Scores online groups: `score_fn(prompts, completions, **columns)`, see [`~teacher.CallableScorer`], or a teacher
+            such as [`~teacher.ServerTeacher`], which where no `teacher_model` is given also brings the token soft labels: its
+            `soft_label_top_k` most likely tokens.
 
     Raises:
         `ValueError`: Before the first step, if a row is no group, or a teacher is missing or has another vocabulary.
@@ -119,7 +123,7 @@ class GRKDTrainer(GroupTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
         completion_fn: Callable[..., list[list[str]]] | None = None,
-        score_fn: Callable[..., list[list[float]]] | None = None,
+        score_fn: Callable[..., list[list[float]]] | Scorer | None = None,
     ):
         self.completion_fn, self.score_fn, self.online = completion_fn, score_fn, None
         super().__init__(
@@ -148,7 +152,16 @@ class GRKDTrainer(GroupTrainer):
                 '`completion_fn` and `score_fn` are for online groups: set `completion_source` to "student", "teacher" or '
                 '"mixed", or write and score the groups beforehand with `grkd_trl.generation.generate_groups`.'
             )
-        cached = args.relative_level == "completions" and bring_soft_labels(*datasets)
+        labeller = soft_label_teacher(args, self.score_fn) if teacher_model is None else None
+        if labeller is not None:
+            groups = [row for row in first_rows(*datasets) if {"completions", "chosen"}.intersection(row)]
+            if groups and not all(row.get("teacher_top_ids") is not None for row in groups):
+                raise ValueError(
+                    "A dataset has completions without soft labels, and `score_fn` labels those that are written in training. "
+                    "Cache its soft labels (`grkd_trl.teacher.cache_soft_labels`), or give its prompts alone."
+                )
+            labeller.check_top_k(args.soft_label_top_k)
+        cached = args.relative_level == "completions" and (labeller is not None or bring_soft_labels(*datasets))
         uses = {
             "scores": self.score_fn is None and not bring_scores(*datasets),
             "soft labels or ranked tokens": args.needs_teacher_logits and not cached,

@@ -52,6 +52,9 @@ class GRKDConfig(GroupConfig):
             the scores over a group. `"none"`: the relative loss alone, with \\( \alpha \\) 1 throughout.
         soft_label_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature that softens both sides of the soft labels.
+        soft_label_top_k (`int`, *optional*, defaults to `20`):
+            Most likely tokens that a teacher given as `score_fn`, such as [`~teacher.ServerTeacher`], is asked for at each
+            position of online groups. vLLM gives 20, or `--max-logprobs`.
 
         > Parameters that control the balance (equation 4)
 
@@ -133,6 +136,9 @@ class GRKDConfig(GroupConfig):
         choices=["token", "group", "none"],
     )
     soft_label_temperature: float = option(1.0, "Temperature that softens both sides of the soft labels.")
+    soft_label_top_k: int = option(
+        20, "Most likely tokens that a teacher as `score_fn` is asked for at each position."
+    )
     alpha_start: float = option(0.0, "Share of the relative loss at the start of the run.")
     alpha_end: float = option(0.3, "Share of the relative loss at the end of the run.")
     alpha_schedule: str = option(
@@ -182,7 +188,7 @@ class GRKDConfig(GroupConfig):
             check_best_metric(self)
 
     def _check_online(self):
-        for name in ("max_completion_length", "generate_every", "reuse_groups"):
+        for name in ("max_completion_length", "generate_every", "reuse_groups", "soft_label_top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or above, got {getattr(self, name)}.")
         if self.num_completions < 2:

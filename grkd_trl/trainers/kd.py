@@ -4,11 +4,17 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any
 
-from ..losses import forward_kl
+from transformers.utils import logging
+
+from ..data import bring_soft_labels
+from ..losses import forward_kl, reverse_kl, topk_kl
 from ..scoring import predicted_mask, score_as_teacher, score_completions, sequence_scores, to_groups
 from .base import GroupTrainer
 from .checks import check_finite
 from .config import GroupConfig, option
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -26,10 +32,16 @@ class KDConfig(GroupConfig):
         hard_label_weight (`float`, *optional*, defaults to `0.0`):
             Share of the completions' own negative log-likelihood, the paper's hard labels. Theirs are the truth; in a
             group they are samples, good and bad, so the default learns from the teacher's distribution alone.
+        divergence (`str`, *optional*, defaults to `"forward"`):
+            Soft part: `"forward"`, the paper's \\( \mathrm{KL}(p_T \| p_S) \\), which covers all that the teacher may
+            write, or `"reverse"`, \\( \mathrm{KL}(p_S \| p_T) \\), which holds to what it mostly writes.
     """
 
     temperature: float = option(1.0, "Temperature that softens both next-token distributions.")
     hard_label_weight: float = option(0.0, "Share of the completions' own negative log-likelihood.")
+    divergence: str = option(
+        "forward", "Soft part: 'forward', KL of teacher to student, or 'reverse'.", choices=["forward", "reverse"]
+    )
 
     def __post_init__(self):
         if not self.temperature > 0:
@@ -62,8 +74,9 @@ class KDTrainer(GroupTrainer):
     ```
 
     Args:
-        teacher_model (`str` or [`~transformers.PreTrainedModel`]):
-            Teacher, with the student's tokenizer. If it is the base of the student's adapters it is not loaded again: they
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Teacher, with the student's tokenizer. Not loaded where every dataset has cached soft labels (see
+            [`~teacher.cache_soft_labels`]), whose k most likely tokens stand for the distribution. If it is the base of the student's adapters it is not loaded again: they
             are switched off.
         model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks,
         optimizers, quantization_config, peft_config:
@@ -97,6 +110,13 @@ class KDTrainer(GroupTrainer):
             }"""),
     }
 
+    def bring_teacher(self, args, model, teacher_model, processing_class, *datasets):
+        if not bring_soft_labels(*datasets):
+            return super().bring_teacher(args, model, teacher_model, processing_class, *datasets)
+        if teacher_model is not None:
+            logger.warning("`teacher_model` is used for nothing: the data has its soft labels.")
+        return None, *datasets
+
     def mean_loss(self, means):
         return (
             self.args.hard_label_weight * means["loss/hard"] + (1 - self.args.hard_label_weight) * means["loss/soft"]
@@ -105,18 +125,27 @@ class KDTrainer(GroupTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, group_mask, completion_mask = self.args, inputs["group_mask"], inputs["completion_mask"]
         sharing: dict[str, Any] = {"prompt_sharing": args.prompt_sharing}
-        with self.teaching(model) as teacher_model:
-            teacher = score_as_teacher(teacher_model, inputs, return_logits=True, **sharing)
+        teacher, teacher_scores = None, inputs.get("teacher_scores")
+        if self.teacher_model is not None:
+            with self.teaching(model) as teacher_model:
+                teacher = score_as_teacher(teacher_model, inputs, return_logits=True, **sharing)
+            scores = to_groups(sequence_scores(teacher.per_token_logps, completion_mask, score="mean"), group_mask)
+            teacher_scores = scores if teacher_scores is None else teacher_scores
 
-        # Soft labels over the whole vocabulary, and hard ones: one value a token each
+        # Soft labels over the whole vocabulary, or the teacher's most likely tokens, and hard ones: one value a token each
         def token_losses(logits, rows):
-            student_logits = logits[:, : self.vocab_size]
-            teacher_logits = teacher.logits[rows, : self.vocab_size].to(logits.device)
-            kl = forward_kl(student_logits, teacher_logits, temperature=args.temperature)
-            return {"soft": args.temperature**2 * kl}
+            reverse, temperature = args.divergence == "reverse", args.temperature
+            if teacher is None:  # its most likely tokens are cached
+                cached = inputs["teacher_top_ids"][rows].long(), inputs["teacher_top_logps"][rows]
+                kl = topk_kl(logits, *cached, temperature=temperature, reverse=reverse)
+            else:
+                teacher_logits = teacher.logits[rows, : self.vocab_size].to(logits.device)
+                divergence = reverse_kl if reverse else forward_kl
+                kl = divergence(logits[:, : self.vocab_size], teacher_logits, temperature=temperature)
+            return {"soft": temperature**2 * kl}
 
         student = score_completions(model, inputs, token_losses=token_losses, **sharing, **self.student_kwargs)
-        check_finite(student=student.per_token_logps, teacher=teacher.per_token_logps)
+        check_finite(student=student.per_token_logps, teacher=teacher and teacher.per_token_logps)
         soft = student.token_losses["soft"]
         mask = predicted_mask(completion_mask)
         hard = -student.per_token_logps[mask.to(student.per_token_logps.device)]
@@ -129,11 +158,8 @@ class KDTrainer(GroupTrainer):
         means = self.means
         means.add("loss/hard", hard)
         means.add("loss/soft", soft)
-        student_scores, teacher_scores = (
-            to_groups(sequence_scores(scored.per_token_logps, completion_mask, score="mean"), group_mask)
-            for scored in (student, teacher)
-        )
-        teacher_scores = inputs.get("teacher_scores", teacher_scores)
+        scores = sequence_scores(student.per_token_logps, completion_mask, score="mean")
+        student_scores = to_groups(scores, group_mask)
         self.add_group_metrics(inputs, student, student_scores, teacher_scores)
         outputs = {"student_scores": student_scores, "teacher_scores": teacher_scores}
         return (loss, outputs) if return_outputs else loss

@@ -1,0 +1,106 @@
+"""What is refused before groups are made."""
+
+from itertools import chain
+from typing import Any
+
+from datasets import Dataset
+
+from ..data import require_chat_template
+from ..teacher import (
+    CalibratedTeacher,
+    CallableScorer,
+    LocalTeacher,
+    Scorer,
+    ServerTeacher,
+    Teacher,
+    TeacherEnsemble,
+    TopKTeacher,
+)
+from ..teacher.topk import require_same_tokenizer
+
+
+def check_chat_templates(dataset: Dataset, completion_source: str, *roles: Teacher | Scorer | None) -> None:
+    """
+    Refuse messages for models that cannot read them.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Prompts.
+        completion_source (`str`):
+            Who writes.
+        *roles ([`~teacher.Teacher`] or [`~teacher.Scorer`], *optional*):
+            Who reads the prompts.
+
+    Raises:
+        `ValueError`: If the prompts are messages and a tokenizer has no chat template.
+    """
+    has_ids = completion_source == "dataset" and "tokenizer_hash" in dataset.column_names
+    if has_ids or isinstance(next((row["prompt"] for row in dataset if row["prompt"]), ""), str):
+        return
+    members = [role.teachers.values() if isinstance(role, TeacherEnsemble) else [role] for role in roles]
+    for role in chain.from_iterable(members):
+        model = role.teacher if isinstance(role, CalibratedTeacher) else role
+        if isinstance(model, LocalTeacher | ServerTeacher):
+            require_chat_template(model.processing_class)
+
+
+def check_soft_labels(teacher: Teacher | Scorer | None, student: Teacher | None, k: int, *, ask: bool) -> None:
+    """
+    Refuse token soft labels that cannot be had or used.
+
+    Args:
+        teacher ([`~teacher.Teacher`], *optional*):
+            Who is to give them.
+        student ([`~teacher.Teacher`], *optional*):
+            Whose tokens they are for, if it writes.
+        k (`int`):
+            Tokens at each position.
+        ask (`bool`):
+            Whether to ask the teacher for so many.
+
+    Raises:
+        `ValueError`: If the teacher has none, or reads other tokens than the student.
+        [`~teacher.TeacherError`]: If a server gives fewer.
+    """
+    if not isinstance(teacher, TopKTeacher):
+        given = "no teacher was given" if teacher is None else f"`{type(teacher).__name__}` has none"
+        raise ValueError(
+            f"`soft_labels={k}` stores a teacher's most likely tokens, and {given}. Pass `teacher`: a `LocalTeacher`, or a "
+            "`ServerTeacher` of vLLM or SGLang."
+        )
+    if isinstance(student, LocalTeacher | ServerTeacher):
+        require_same_tokenizer(teacher, student.processing_class)
+    if ask:
+        teacher.check_top_k(k)
+
+
+def as_scorer(score_fn: Any) -> Scorer:
+    """
+    A function as a scorer.
+
+    Args:
+        score_fn (`Callable` or [`~teacher.Scorer`]):
+            Function, or what is a scorer already.
+
+    Returns:
+        [`~teacher.Scorer`]: Scorer.
+    """
+    return score_fn if isinstance(score_fn, Scorer) else CallableScorer(score_fn)
+
+
+def soft_label_teacher(args: Any, score_fn: Any) -> TopKTeacher | None:
+    """
+    Who gives the token soft labels of online groups beside their scores, so that no teacher is needed in the training step.
+
+    Args:
+        args ([`GRKDConfig`]):
+            Configuration.
+        score_fn (`Callable` or [`~teacher.Scorer`], *optional*):
+            What scores.
+
+    Returns:
+        [`~teacher.TopKTeacher`], *optional*: `score_fn`, where it is a teacher with a language model's distributions and the
+        loss reads no more of them.
+    """
+    is_read = args.online and args.soft_label == "token" and args.relative_level == "completions"
+    return score_fn if is_read and isinstance(score_fn, TopKTeacher) else None
