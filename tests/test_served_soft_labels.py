@@ -79,6 +79,17 @@ class TestReading:
         for row, other in zip(served["teacher_scores"], plain.scores, strict=True):
             assert row == pytest.approx(other, abs=1e-5)
 
+    @pytest.mark.parametrize("kind", SERVERS)
+    def test_a_teacher_that_sees_more(self, server, remote, local, kind):
+        groups = make_groups(3)
+        plain = cache_soft_labels(remote(kind), TOKENIZER, groups, k=3)
+        groups = groups.add_column("teacher_prompt", ["e f g ", None, "a "])
+        served = cache_soft_labels(remote(kind), TOKENIZER, groups, k=3)
+        assert_same_labels(served, cache_soft_labels(local.model, TOKENIZER, groups, k=3, progress=False))
+        assert served["teacher_token_ids"][:] == plain["teacher_token_ids"][:]
+        assert served[0]["teacher_top_logps"] != plain[0]["teacher_top_logps"]
+        assert served[1]["teacher_top_logps"] == plain[1]["teacher_top_logps"]
+
     def test_a_masked_token_has_no_probability(self, server, remote, monkeypatch):
         """vLLM writes -9999 for the minus infinity that JSON does not have."""
         logps = torch.tensor([[-0.1, math.log(1 - math.exp(-0.1)), *[-9999.0] * (VOCAB - 2)]])
