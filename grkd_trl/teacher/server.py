@@ -100,7 +100,7 @@ class ServerTeacher:
             timeout=timeout,
             max_retries=max_retries,
             backoff=backoff,
-            max_answer_bytes=2**28,  # 64 most likely tokens are 6 kB a token of the prompt
+            max_answer_bytes=2**28,  # 64 most likely tokens are 5 kB a token that is sent
             error=TeacherError,
         )
         self.model, self.processing_class = model, processing_class
