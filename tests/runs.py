@@ -48,6 +48,14 @@ def make_rows(num: int = 4, *, sizes=(3, 2, 5, 2), scores: bool = True, seed: in
     return rows
 
 
+def shown_rows(**kwargs) -> list[dict[str, Any]]:
+    """Rows whose teacher reads a longer prompt, a shorter one, another and the student's."""
+    rows = make_rows(**{"scores": False} | kwargs)
+    for row, shown in zip(rows, ["h h p {} o n ", "p ", "k o k ", None], strict=False):
+        row["teacher_prompt"] = shown and shown.format(row["prompt"])
+    return rows
+
+
 def to_ids(row: dict[str, Any]) -> dict[str, Any]:
     """A row's token ids, looked up word by word; EOS ends a completion."""
     vocab = TOKENIZER.get_vocab()

@@ -1,4 +1,4 @@
-"""The benchmarks of scoring and of cached soft labels run, and print what they say."""
+"""The benchmarks of scoring, of cached soft labels and of a teacher that sees more run, and print what they say."""
 
 import json
 import runpy
