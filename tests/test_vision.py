@@ -318,7 +318,7 @@ class TestErrors:
 
     def test_methods_and_teachers_that_read_text_alone(self, tmp_path, processor):
         teacher = make_vision_model(self.FAMILY, seed=1)
-        with pytest.raises(ValueError, match="`MiniLLMTrainer` reads text alone"):
+        with pytest.raises(ValueError, match="column of images, and `MiniLLMTrainer` reads text alone"):
             make_trainer(tmp_path / "out", "MiniLLM", self.FAMILY, processor, teacher_model=teacher)
         calibrated = CalibratedTeacher(LocalTeacher(teacher, processor))
         columns = {"images": IMAGES[:1]}

@@ -197,13 +197,13 @@ def prepare_groups(
         raise ValueError(
             f"`max_length` must be 2 or above, a token and one of the completion to predict, got {max_length}."
         )
-    if truncation_mode == "keep_end" and max_length is not None and images_of(next(iter(dataset), {})):
-        raise ValueError(
-            '`truncation_mode="keep_end"` cuts prompts, and with them the tokens of their images. Use "keep_start", which '
-            "drops a row whose prompt does not fit."
-        )
     in_memory = isinstance(dataset, Dataset)  # an `IterableDataset` knows neither `num_proc` nor `desc`
     dataset, first = _open(dataset, name)
+    if truncation_mode == "keep_end" and max_length is not None and has_image_columns(first):
+        raise ValueError(
+            '`truncation_mode="keep_end"` cuts prompts, and with them the tokens of their images. Use "keep_start", which '
+            "drops a row whose prompt does not fit, or remove the column of images."
+        )
     columns = dataset.column_names or list(first)
     with global_then_local_main_first():
         if "completion_ids" not in columns or "tokenizer_hash" in columns:

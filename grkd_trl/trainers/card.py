@@ -53,7 +53,7 @@ def origins(model: Any, teacher_model: Any, dataset: Dataset | IterableDataset |
         "Student": _name_of(model),
         "Teacher": teacher if teacher_model is None else _name_of(teacher_model),
     }
-    if dataset is None:
+    if not isinstance(dataset, Dataset | IterableDataset):  # the check of the data refuses another type
         return made
     if isinstance(dataset, IterableDataset):
         return made | {"Data": "a dataset that streams"}

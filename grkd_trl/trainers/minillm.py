@@ -18,8 +18,8 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 
-from ..data import prepare_prompts
-from ..data.images import refuse_images
+from ..data import plain_rows, prepare_prompts
+from ..data.images import has_image_columns
 from ..generation.rollouts import MixtureRollouts
 from ..losses import clipped_policy_loss, minillm_returns, mixture_logps, reverse_kl
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
@@ -128,7 +128,12 @@ class MiniLLMTrainer(GroupTrainer):
         self.data_collator = data_collator or self.rollouts.collate
 
     def read(self, dataset, processing_class, args, name):
-        refuse_images(first := next(iter(dataset)), 0, "`MiniLLMTrainer`")
+        first: dict[str, Any] = next(iter(plain_rows(dataset)), {})
+        if has_image_columns(first):
+            raise ValueError(
+                f"The {name} dataset has a column of images, and `MiniLLMTrainer` reads text alone. Remove the column, or train "
+                "with another method."
+            )
         if "teacher_prompt" in first:
             raise ValueError(
                 f"The {name} dataset has a `teacher_prompt`, and MiniLLM draws each token from student and teacher after the "
