@@ -121,7 +121,7 @@ def complete_card(trainer: Any) -> None:
         text,
         flags=re.S,
     )
-    made_from = f"## What it was made from\n\n{_table(given.items(), ' | ')}\n\n## Training procedure"
+    made_from = f"## What it was made from\n\n{_table(given.items(), 'what | which')}\n\n## Training procedure"
     text = text.replace("## Training procedure", made_from, 1)
     fields = [*own_fields(type(args)), *(name for name in _RUN if name not in own_fields(type(args)))]
     unread = () if getattr(args, "online", True) else _ONLINE
@@ -129,10 +129,7 @@ def complete_card(trainer: Any) -> None:
     settings = {name: value.value if isinstance(value, Enum) else value for name, value in settings.items()}
     settings = {name: value for name, value in settings.items() if value is not None}
     values = _table(((f"`{name}`", f"`{value}`") for name, value in settings.items()), "field | value")
-    text += (
-        f"\n\n## Objective\n\nMinimised with grkd_trl {version('grkd_trl')}:\n\n$$ {trainer.equation} $$\n\n{values}\n"
-    )
-    text = text.replace(
-        "### Framework versions\n\n", f"### Framework versions\n\n- grkd_trl: {version('grkd_trl')}\n", 1
-    )
+    objective = f"### Objective and settings\n\nMinimised:\n\n$$ {trainer.equation} $$\n\n{values}\n\n"
+    versions = f"### Framework versions\n\n- grkd_trl: {version('grkd_trl')}\n"
+    text = text.replace("### Framework versions\n\n", objective + versions, 1)
     path.write_text(text, encoding="utf-8")
