@@ -122,8 +122,6 @@ def main(argv: list[str] | None = None) -> None:
         given = {name: value for name, value in given.items() if value is not None}
         own(args.output_dir, *args.own, groups_per_step=GROUPS_PER_STEP, **given)
     else:
-        if args.fast:
-            print("--fast shows that everything runs. It is too short for a student to get better.")
         size = copy.copy(FAST if args.fast else FULL)
         size.steps = args.steps or size.steps
         scan(args.output_dir, size, args.seed)
