@@ -5,7 +5,7 @@ Answer prompts with one model or several, and show the answers side by side with
         --teacher HuggingFaceTB/SmolLM2-360M-Instruct --output_file answers.jsonl
 
 A model is a hub id, or the path of a model or of an adapter. A row of `--prompts` has `prompt`, as text or messages; a
-.txt file has a prompt a line. A text is given to the model as it stands, and with `--chat` as a user's message. The
+.txt file has a prompt a line. A text is passed to the model unchanged, or with `--chat` as a user message. The
 teacher's score is the mean log-probability of an answer's tokens, in nats. A row of `--output_file` is a group: prompt,
 completions, who wrote each, whether it was cut, and the scores.
 """

@@ -1,12 +1,12 @@
 """
-Make a small model out of a larger one: leave layers out of an instruction-tuned model, and heal it with GRKD.
+Make a small model out of a larger one: remove layers from an instruction-tuned model, and train the rest with GRKD.
 
     python examples/prune_and_distill.py --output_dir pruned
 
-The model without some of its layers is the student, and the whole model its teacher. Both write completions of the
-prompts, the teacher scores them, and the student is trained on these groups. Before and after, on prompts that are held
-out, the student's answers are shown and scored by the teacher. With your own prompts, a .jsonl file of rows like
-{"prompt": "..."}, another model, and adapters in place of full training:
+The model without these layers is the student, and the full model is its teacher. Both write completions of the prompts, the
+teacher scores them, and the student is trained on these groups. Before and after training the script shows the student's
+answers to held-out prompts, with the teacher's score. With your own prompts (a .jsonl file of rows like
+{"prompt": "..."}), another model, and LoRA:
 
     python examples/prune_and_distill.py --output_dir pruned --prompts prompts.jsonl --model_name_or_path Qwen/Qwen3-0.6B \
         --drop every_second --use_peft
@@ -39,11 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--output_dir", type=Path, required=True, help="folder for models, groups and results")
     add("--model_name_or_path", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="teacher, by default %(default)s")
-    add("--drop", default="middle:6", help="layers to leave out, 'middle:N' or 'every_second' (default: %(default)s)")
-    add("--prompts", help=".json or .jsonl file of prompts; by default a list of ours, which comes with this script")
+    add("--drop", default="middle:6", help="layers to remove, 'middle:N' or 'every_second' (default: %(default)s)")
+    add("--prompts", help=".json or .jsonl file of prompts; by default those of this script")
     add("--num_prompts", type=int, default=72, help="prompts to train on (default: %(default)s)")
     add("--num_held_out", type=int, default=12, help="prompts to measure on (default: %(default)s)")
-    add("--max_prompt_length", type=int, default=96, help="longer ones are left out, in tokens (default: %(default)s)")
+    add("--max_prompt_length", type=int, default=96, help="longest prompt, in tokens (default: %(default)s)")
     add("--max_completion_length", type=int, default=32, help="longest completion, in tokens (default: %(default)s)")
     add("--num_completions", type=int, default=4, help="completions in a group, half by the teacher (default: 4)")
     add("--num_train_epochs", type=int, default=1, help="times that the groups are trained on (default: 1)")

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("quickstart"))
     parser.add_argument("--overwrite", action="store_true", help="write into an output folder that is not empty")
-    parser.add_argument("--fast", action="store_true", help="a minute of work, too little to learn much")
+    parser.add_argument("--fast", action="store_true", help="a minute of work, too little to learn anything")
     parser.add_argument("--steps", type=int, help="steps of GRKD; one epoch of your own groups by default")
     parser.add_argument("--learning_rate", type=float, help="for your own groups")
     parser.add_argument("--seed", type=int, default=0)

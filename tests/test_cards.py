@@ -31,11 +31,14 @@ def card(tmp_path_factory):
 class TestModelCard:
     def test_says_what_the_student_was_made_from(self, card):
         text, _ = card
-        assert "| Student | a LlamaForCausalLM without a name, " in text
-        assert "| Teacher | a LlamaForCausalLM without a name |" in text
-        assert "| Completions | 8 by the student, 4 by the teacher, 33% cut at their maximum length |" in text
+        assert "| Student | `LlamaForCausalLM` that was built in memory, " in text
+        assert "| Teacher | `LlamaForCausalLM` that was built in memory |" in text
+        assert "| Completions | 8 by the student, 4 by the teacher, 33% cut at the maximum length |" in text
         assert "| Steps | 1, of 4 groups |" in text
         assert "| `learning_rate` | `0.001` |" in text and "| `lr_scheduler_type` | `linear` |" in text
+        assert (
+            "| `None` |" not in text and "vllm" not in text and "| `temperature` |" not in text
+        )  # nothing reads them
         assert "None](" not in text and "fine-tuned version of" not in text and '"None"' not in text
 
     def test_names_the_folder_to_load(self, card):

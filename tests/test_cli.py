@@ -31,6 +31,23 @@ def test_every_script_is_a_command(capsys, monkeypatch):
     assert "Train a student with GRKD on groups" in listed
 
 
+def test_package_and_list_of_commands_load_no_library():
+    """Importing TRL and torch takes seconds."""
+    code = (
+        "import sys, grkd_trl\n"
+        "from grkd_trl.examples import __main__ as cli\n"
+        "sys.argv = ['grkd-trl', '--help']\n"
+        "cli.main()\n"
+        "assert {*grkd_trl.__all__, 'losses', 'evaluation'} <= set(dir(grkd_trl))\n"
+        "print('torch' in sys.modules)\n"
+        "import grkd_trl.losses\n"
+        "print('transformers' in sys.modules, grkd_trl.GRKDTrainer.__name__, 'transformers' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["False", "False GRKDTrainer True"]
+
+
 def test_unknown_command(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["grkd-trl", "grdk"])
     with pytest.raises(SystemExit, match="unknown command 'grdk'; choose from .*grkd"):

@@ -2,70 +2,18 @@
 
 import copy
 import math
-import sys
-import types
 
 import pytest
 import torch
 from datasets import Dataset
 from interrupted import make_prompts
+from online_runs import logged, make_model, make_trainer, record_groups
 from scipy.stats import chisquare
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_tokenizer
 
-from grkd_trl import GRKDConfig, GRKDTrainer
 from grkd_trl.data.sampler import RepeatedPrompts, indices_of_process
 from grkd_trl.generation import GroupsConfig, generate_groups
 from grkd_trl.teacher import Completions, LocalTeacher
-
-
-def make_model(seed, **kwargs):
-    return tiny_model("llama", len(tiny_tokenizer()), seed=seed, initializer_range=0.3, **kwargs)
-
-
-def make_trainer(folder, *, model=None, dataset=None, eval_dataset=None, teacher=True, **kwargs):
-    functions = {name: kwargs.pop(name) for name in ("completion_fn", "score_fn", "peft_config") if name in kwargs}
-    defaults = {
-        "completion_source": "student",
-        "num_completions": 3,
-        "max_completion_length": 8,
-        "per_device_train_batch_size": 4,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "soft_label": "group",
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    return GRKDTrainer(
-        model=make_model(0) if model is None else model,
-        teacher_model=make_model(1) if teacher is True else teacher,
-        args=GRKDConfig(str(folder), **defaults | kwargs),
-        train_dataset=make_prompts(24) if dataset is None else dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tiny_tokenizer(),
-        **functions,
-    )
-
-
-def record_groups(trainer):
-    """What each optimizer step trained on, as lists."""
-    seen, plain = [], trainer.online.batches
-
-    def batches(*args):
-        made = list(plain(*args))
-        seen.append([{name: tensor.tolist() for name, tensor in batch.items()} for batch in made])
-        return iter(made)
-
-    trainer.online.batches = batches
-    return seen
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 class TestTraining:
@@ -331,89 +279,3 @@ class TestEvaluation:
         once, again = (trainer.evaluate() for _ in range(2))
         for name in ("eval_prompts_loss", "eval_groups_loss", "eval_prompts_rank/accuracy", "eval_prompts_scores/gap"):
             assert once[name] == again[name]  # the prompts decide the draws
-
-
-class TestTable:
-    @pytest.mark.parametrize("scorer", ["teacher", "score"])
-    def test_is_printed(self, tmp_path, capsys, scorer):
-        """With the writer, and the score under the name of who scored: a user's function is no teacher."""
-        own = {"teacher": None, "score_fn": lambda completions, **_: [[1.0] * len(group) for group in completions]}
-        make_trainer(tmp_path, log_completions=2, max_steps=4, **(own if scorer == "score" else {})).train()
-        printed = capsys.readouterr().out
-        assert "Step 0" in printed and "Step 2" in printed and "Step 1" not in printed
-        table = printed[printed.index("Step 0") : printed.index("{'loss'")]
-        assert [name in table for name in ("teacher", "score", "student")] == [
-            scorer != "score",
-            scorer == "score",
-            True,
-        ]
-
-    def test_reaches_trackers(self, tmp_path, monkeypatch):
-        """Modules with the two names that are used of wandb and trackio stand in their place."""
-        tables = {}
-        for name in ("wandb", "trackio"):
-            log = lambda logs, name=name: tables.setdefault(name, []).append(logs["completions"])  # noqa: E731
-            tracker = types.SimpleNamespace(__name__=name, run=object(), log=log, Table=lambda dataframe: dataframe)
-            monkeypatch.setitem(sys.modules, name, tracker)
-        trainer = make_trainer(tmp_path, log_completions=2, max_steps=3)
-        trainer.args.report_to = ["wandb", "trackio"]  # after construction, so that no callback asks more of them
-        trainer.train()
-        for first, second in tables.values():
-            assert list(first.columns) == ["step", "prompt", "completion", "written_by", "teacher"]
-            assert set(first["step"]) == {0} and set(second["step"]) == {2}
-            sizes = first.groupby("prompt").size().tolist()
-            assert sizes == [trainer.args.num_completions] * trainer.online.batch_size
-        assert list(tables) == ["wandb", "trackio"]
-        sys.modules["wandb"].run = None
-        trainer.train()
-        assert len(tables["wandb"]) == 2 and len(tables["trackio"]) == 4
-
-
-class TestRefusals:
-    @pytest.mark.parametrize(
-        "field, value",
-        [
-            ("completion_source", "me"),
-            ("num_completions", 1),
-            ("num_teacher_completions", 3),
-            ("temperature", -0.1),
-            ("top_p", 1.5),
-            ("max_completion_length", 0),
-            ("generate_every", 0),
-            ("reuse_groups", 0),
-            ("log_completions", -1),
-            ("vllm_mode", "other"),
-        ],
-    )
-    def test_ranges(self, tmp_path, field, value):
-        fields = {"completion_source": "mixed", "num_completions": 3} | {field: value}
-        with pytest.raises(ValueError, match=f"`{field}`"):
-            GRKDConfig(str(tmp_path), bf16=False, **fields)
-
-    def test_vllm_is_for_the_student(self, tmp_path):
-        with pytest.raises(ValueError, match="`use_vllm` is for the student"):
-            GRKDConfig(str(tmp_path), bf16=False, use_vllm=True)
-
-    def test_vllm_that_is_not_installed(self, tmp_path):
-        """As far as the path can be gone without a GPU: TRL's own class is made, and says what it lacks."""
-        with pytest.raises(ImportError, match="vLLM is not available"):
-            make_trainer(tmp_path, use_vllm=True)
-
-    def test_functions_without_online_groups(self, tmp_path):
-        groups = Dataset.from_list([{"prompt": "a ", "completions": ["b", "c"]}])
-        with pytest.raises(ValueError, match="are for online groups: set `completion_source`"):
-            make_trainer(tmp_path, completion_source="dataset", dataset=groups, score_fn=len)
-
-    def test_too_few_prompts(self, tmp_path):
-        with pytest.raises(ValueError, match="has 3 prompts, and groups are made for 4 at once"):
-            make_trainer(tmp_path, dataset=make_prompts(3)).train()
-
-    def test_empty_prompt(self, tmp_path):
-        with pytest.raises(ValueError, match="`prompt` of row 1 is ''"):
-            make_trainer(tmp_path, dataset=Dataset.from_dict({"prompt": ["a", ""]}))
-
-    def test_prompts_without_room(self, tmp_path):
-        kept = make_trainer(tmp_path, max_length=11).train_dataset
-        assert 0 < len(kept) < 24 and all(len(prompt.split()) <= 3 for prompt in kept["prompt"])
-        with pytest.raises(ValueError, match="Raise `max_length`, or lower `max_completion_length`"):
-            make_trainer(tmp_path, max_length=8)

@@ -16,6 +16,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -304,10 +305,6 @@ def test_every_script_is_listed_with_a_command(path):
 
 
 def test_the_wheel_has_every_package():
-    if sys.version_info < (3, 11):
-        pytest.skip("needs `tomllib`")
-    import tomllib
-
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     assert setuptools["package-dir"] == {"grkd_trl.examples": "examples"}
     found = {path.parent for base in ("grkd_trl", "examples") for path in (ROOT / base).rglob("__init__.py")}

@@ -77,8 +77,8 @@ class TestImports:
             ("grkd_trl.scoring", "score_completions"),
             ("grkd_trl._trl", "get_config_model_id"),
         } <= seen
-        assert ("grkd_trl", "_trl") in imports(ROOT / "grkd_trl/__init__.py")
-        assert "_trl" in rooms(ROOT / "grkd_trl/__init__.py")
+        assert ("grkd_trl", "_trl") in imports(ROOT / "grkd_trl/trainers/__init__.py")
+        assert "_trl" in rooms(ROOT / "grkd_trl/trainers/__init__.py")
         assert "losses" in rooms(ROOT / "grkd_trl/trainers/grkd.py")
         assert "trainers.base" in rooms(ROOT / "grkd_trl/trainers/grkd.py")
 

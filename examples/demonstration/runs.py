@@ -115,14 +115,16 @@ def draw(path: Path, history: list[dict], curves: dict[str, list[tuple[int, floa
     from matplotlib import pyplot as plt
 
     logged = [entry for entry in history if "rank/accuracy" in entry]
-    panels = [("alpha", [entry["alpha"] for entry in logged])]
-    panels.append(("rank/accuracy", [entry["rank/accuracy"] for entry in logged]))
+    panels = [("alpha: share of the ranking loss", [entry["alpha"] for entry in logged])]
+    panels.append(
+        ("rank/accuracy: share of pairs\nin the teacher's order", [entry["rank/accuracy"] for entry in logged])
+    )
     if not curves:
         panels.insert(0, ("loss", [entry.get("loss", entry.get("train_loss")) for entry in logged]))
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for name, points in curves.items():
         axes[0].plot(*zip(*points, strict=True), marker="o", label=name)
-        axes[0].set(title="exact match on other held-out commands", xlabel="step")
+        axes[0].set(title="share of other held-out commands\nthat are answered exactly", xlabel="step")
         axes[0].legend()
     for axis, (name, values) in zip(axes[-len(panels) :], panels, strict=True):
         axis.plot([entry["step"] for entry in logged], values, color="C0")
@@ -151,9 +153,9 @@ def report(
     named = {"before": answers["student before"], "after": answers["student after GRKD"]}
     for index in [index for index, (_, right) in enumerate(rows) if len(right.split()) <= 12][:5]:
         prompt, right = rows[index]
-        print(f"\n    {prompt.strip()} {right}")
+        print(f"\n    {prompt.strip()}\n        right   {shorten(right, 100, placeholder=' ...')}")
         for name, texts in named.items():
-            said = "right" if texts[index] == right else shorten(texts[index], 100, placeholder=" ...")
+            said = "the same" if texts[index] == right else shorten(texts[index], 100, placeholder=" ...")
             print(f"        {name:<7} {said}")
     if can_draw():
         draw(out / "quickstart.png", history, curves)

@@ -45,7 +45,7 @@ TASKS = [
     "How has {} changed in the last hundred years?",
     "Compare {} with something unlike it.",
 ]
-# Each task with each subject, the subject moving fastest, so that the last ones ask of the same subjects what the others do not
+# The subject changes fastest, so the last prompts, which are held out, are other tasks about the same subjects.
 PROMPTS = [task.format(subject) for task in TASKS for subject in SUBJECTS]
 
 

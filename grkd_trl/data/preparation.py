@@ -217,9 +217,7 @@ def prepare_groups(
         dataset = with_teacher_context(dataset, teacher_context, max_length=cut_at)
         num_rows = len(dataset) if in_memory else 0
         if max_length is not None and truncation_mode == "keep_start":
-            kwargs = (
-                {"num_proc": num_proc, "desc": f"Dropping {name} prompts that fill max_length"} if in_memory else {}
-            )
+            kwargs = {"num_proc": num_proc, "desc": f"Checking lengths of {name} prompts"} if in_memory else {}
             dataset = dataset.filter(lambda row: len(row["prompt_ids"]) < max_length, **kwargs)
     if in_memory:
         if len(dataset) < num_rows:

@@ -34,7 +34,7 @@ tags:
 
 ## Samples
 
-Best completion first, with the teacher's score; long texts are shortened.
+Best completion first, with the teacher's score. Long texts are shortened and empty lines left out.
 
 {samples}
 
@@ -80,7 +80,7 @@ def summary(counts: dict[str, int]) -> str:
         `str`: A row for each count.
     """
     rows = [f"| {counts.get(name, 0)} | {meaning} |" for name, meaning in _MEANING.items()]
-    return "\n".join(["| count | of |", "|---|---|", *rows])
+    return "\n".join(["| count | what was counted |", "|---|---|", *rows])
 
 
 def _text(value: str | list[dict[str, Any]]) -> str:
@@ -97,7 +97,7 @@ def preview(dataset: Dataset, num_groups: int = 1, *, max_characters: int | None
         num_groups (`int`, *optional*, defaults to `1`):
             Groups to show.
         max_characters (`int`, *optional*):
-            Longest text to show, of a prompt or a completion.
+            Longest text to show, of a prompt or a completion. Empty lines are then left out.
 
     Returns:
         `str`: Prompts, and completions with score, writer, and whether they were cut.
@@ -105,12 +105,14 @@ def preview(dataset: Dataset, num_groups: int = 1, *, max_characters: int | None
 
     def shown(value: str | list[dict[str, Any]]) -> str:
         text = _text(value)
-        is_long = max_characters is not None and len(text) > max_characters
-        text = f"{text[:max_characters]} ..." if is_long else text
+        if max_characters is not None:
+            text = re.sub(r"\n\s*\n", "\n", text)
+            text = f"{text[:max_characters]} ..." if len(text) > max_characters else text
         return text.replace("\n", "\n      ")
 
-    lines = []
+    lines: list[str] = []
     for row in dataset.select(range(min(num_groups, len(dataset)))):
+        lines += [""] if lines else []
         lines.append(f"prompt: {shown(row['prompt'])}")
         scores = row.get("teacher_scores") or [None] * len(row["completions"])
         order = sorted(range(len(scores)), key=lambda position: -(scores[position] or 0.0))

@@ -1,5 +1,6 @@
 """Trainers, one file a method."""
 
+from .. import _trl  # noqa: F401 - first, to refuse an unsupported TRL before anything of it is used
 from .base import GroupTrainer
 from .config import GroupConfig
 from .dpo import DPOConfig, DPOTrainer

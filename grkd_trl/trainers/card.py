@@ -26,11 +26,16 @@ _RUN = (
     "bf16",
     "seed",
 )
+# How GRKD makes online groups, which nothing reads where the data has the groups.
+_ONLINE = (
+    *("num_completions", "num_teacher_completions", "temperature", "top_p", "max_completion_length"),
+    *("generate_every", "reuse_groups", "log_completions", "use_vllm", "vllm_"),
+)
 
 
 def _name_of(model: Any) -> str:
     name = model if isinstance(model, str) else get_config_model_id(model.config)
-    return f"`{name}`" if name else f"a {type(model).__name__} without a name"
+    return f"`{name}`" if name else f"`{type(model).__name__}` that was built in memory"
 
 
 def origins(model: Any, teacher_model: Any, dataset: Dataset | IterableDataset | None) -> dict[str, str]:
@@ -48,7 +53,7 @@ def origins(model: Any, teacher_model: Any, dataset: Dataset | IterableDataset |
     Returns:
         `dict[str, str]`: A description of each.
     """
-    teacher = "none in this run: the data brings what the method reads of one"
+    teacher = "not loaded: the data has all that the method needs of it"
     made = {
         "Student": _name_of(model),
         "Teacher": teacher if teacher_model is None else _name_of(teacher_model),
@@ -59,13 +64,13 @@ def origins(model: Any, teacher_model: Any, dataset: Dataset | IterableDataset |
         return made | {"Data": "a dataset that streams"}
     name, plain = dataset.info.dataset_name, dataset.with_format(None)
     made["Data"] = f"{len(dataset)} rows" + (f" of `{name}`" if name else "")
-    made["Data"] += f" with {', '.join(f'`{column}`' for column in sorted(plain.column_names))}"
+    made["Data"] += f", with the columns {', '.join(f'`{column}`' for column in sorted(plain.column_names))}"
     if "written_by" in plain.column_names:
         writers = Counter(writer for group in plain["written_by"] for writer in group or [])
         made["Completions"] = ", ".join(f"{count} by the {writer}" for writer, count in writers.most_common())
     if "clipped" in plain.column_names:
         cut = [value for group in plain["clipped"] for value in group or []]
-        share = f"{sum(cut) / max(len(cut), 1):.0%} cut at their maximum length"
+        share = f"{sum(cut) / max(len(cut), 1):.0%} cut at the maximum length"
         made["Completions"] = ", ".join([*filter(None, [made.get("Completions")]), share])
     return made
 
@@ -116,16 +121,15 @@ def complete_card(trainer: Any) -> None:
         text,
         flags=re.S,
     )
-    made_from = f"## What it was made from\n\n{_table(given.items(), ' | ')}\n\n## Training procedure"
+    made_from = f"## What it was made from\n\n{_table(given.items(), 'what | which')}\n\n## Training procedure"
     text = text.replace("## Training procedure", made_from, 1)
     fields = [*own_fields(type(args)), *(name for name in _RUN if name not in own_fields(type(args)))]
-    settings = {name: getattr(args, name) for name in fields}
+    unread = () if getattr(args, "online", True) else _ONLINE
+    settings = {name: getattr(args, name) for name in fields if not name.startswith(unread)}
     settings = {name: value.value if isinstance(value, Enum) else value for name, value in settings.items()}
+    settings = {name: value for name, value in settings.items() if value is not None}
     values = _table(((f"`{name}`", f"`{value}`") for name, value in settings.items()), "field | value")
-    text += (
-        f"\n\n## Objective\n\nMinimised with grkd_trl {version('grkd_trl')}:\n\n$$ {trainer.equation} $$\n\n{values}\n"
-    )
-    text = text.replace(
-        "### Framework versions\n\n", f"### Framework versions\n\n- grkd_trl: {version('grkd_trl')}\n", 1
-    )
+    objective = f"### Objective and settings\n\nMinimised:\n\n$$ {trainer.equation} $$\n\n{values}\n\n"
+    versions = f"### Framework versions\n\n- grkd_trl: {version('grkd_trl')}\n"
+    text = text.replace("### Framework versions\n\n", objective + versions, 1)
     path.write_text(text, encoding="utf-8")
