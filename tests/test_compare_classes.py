@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kendalltau
 from test_classification_example import write_csv
 
+from grkd_trl.classification.outputs import ClassifierOutputs
 from grkd_trl.evaluation.results import check_result, read_results
+from grkd_trl.examples.classification.rivals import RIVALS
 from grkd_trl.examples.comparison import classes
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 METHODS = ["grkd", "grkd_first_two", "grkd_doubt", "hard", "kd", "listnet", "ranknet", "dist", "pld"]
-METHODS += ["rkd_distance", "rkd_angle"]
+METHODS += ["kd_standardized", "kendall", "rkd_distance", "rkd_angle"]
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +151,24 @@ def test_the_published_runs_are_those_of_the_best_trials():
         assert all(
             row["settings"] == best["settings"] for row in runs if (row["task"], row["method"]) == (task, method)
         )
+
+
+def test_kendall_is_one_less_the_tau_of_scipy_where_differences_are_large():
+    logits = 1e3 * torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    student, teacher = (ClassifierOutputs(values, None) for values in logits)
+    tau = [kendalltau(*rows).statistic for rows in zip(*logits.tolist(), strict=True)]
+    kd = RIVALS["kd"](2.0)(student, teacher, None)
+    torch.testing.assert_close(
+        RIVALS["kendall"](2.0)(student, teacher, None) - kd,
+        1 - torch.tensor(tau, dtype=torch.float64),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+def test_standardized_kd_sees_no_scale():
+    logits = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0))
+    student, teacher, scaled = (ClassifierOutputs(values, None) for values in (*logits, 7 * logits[1] + 3))
+    loss = RIVALS["kd_standardized"](2.0)
+    torch.testing.assert_close(loss(student, scaled, None), loss(student, teacher, None))
+    assert (loss(teacher, scaled, None).abs() < 1e-5).all() and (loss(student, teacher, None) > 0.01).all()
