@@ -232,6 +232,7 @@ class TestTeacher:
         assert facts(results(launch), "GRKD+lora")["own_teacher"]
 
 
+@pytest.mark.slow
 class TestOrders:
     """Every method, from a dataset and from a stream, in each order of the groups: the steps of one process on two."""
 

@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 from grkd_trl.evaluation.results import read_results
 from grkd_trl.examples import study
 
@@ -10,6 +12,7 @@ from grkd_trl.examples import study
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, monkeypatch):
     names = ("grkd", "grkd groups of 2", "grkd student writes")
     monkeypatch.setattr(study, "ABLATIONS", {name: study.ABLATIONS[name] for name in names})

@@ -29,7 +29,7 @@ _RUN = (
 # How GRKD makes online groups, which nothing reads where the data has the groups.
 _ONLINE = (
     *("num_completions", "num_teacher_completions", "temperature", "top_p", "max_completion_length"),
-    *("generate_every", "reuse_groups", "log_completions", "use_vllm", "vllm_"),
+    *("generate_every", "reuse_groups", "log_completions", "soft_label_top_k", "use_vllm", "vllm_"),
 )
 
 
