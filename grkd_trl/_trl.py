@@ -157,6 +157,21 @@ def accept_adapters_on_head() -> Iterator[None]:
         vars(sft_trainer)["BaseTunerLayer"] = refused
 
 
+def forget_image_positions(model: Any) -> None:
+    """
+    Have a model of images and text forget how far images moved the positions of the batch before. Models with positions in
+    three dimensions (Qwen2-VL and those that follow it) keep that as `rope_deltas`, and `generate` adds it to the positions
+    of what follows any cache that it is given (transformers 5.23).
+
+    Args:
+        model (`torch.nn.Module`):
+            Model, as it is or wrapped.
+    """
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
+
+
 def last_round(accelerator: Accelerator) -> bool:
     """
     Whether the batch read last ends an epoch or an evaluation, on several processes.

@@ -375,6 +375,19 @@ class TestInvariants:
         assert value[2].isnan()
         close(value[[0, 1, 3]], expected[[0, 1, 3]], 0)
 
+    @pytest.mark.parametrize("at_once", [0, 2**18])
+    @pytest.mark.parametrize("target_temperature", [0.0, 0.7])
+    def test_a_nan_weight_stays_unless_it_is_masked(self, target_temperature, at_once, monkeypatch):
+        monkeypatch.setattr("grkd_trl.losses.ranking._MAX_DENSE", at_once)
+        student, teacher = draw(2, 4)
+        weights, mask = torch.ones(2, 4), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+        weights[:, 3] = NAN
+        kwargs = {"target_temperature": target_temperature, "mask": mask}
+        value, gradient = differentiate(group_relative_loss, student, teacher, weights=weights, **kwargs)
+        assert value[1].isnan() and gradient[1].isnan().any()
+        close(value[0], group_relative_loss(student, teacher, **kwargs)[0])
+        assert gradient[0].isfinite().all()
+
     @pytest.mark.parametrize("temperature", [0.1, 1.0, 2.5])
     def test_a_pair_is_the_pairwise_logistic_loss(self, temperature):
         student, teacher = draw(8, 2)

@@ -106,6 +106,24 @@ class TestLoss:
         grad = lambda logits: topk_kl(logits, ids, logps, temperature=2.0, reverse=reverse)  # noqa: E731
         assert torch.autograd.gradcheck(grad, student.requires_grad_())
 
+    @pytest.mark.parametrize("known", [[1, 0, 1], [0, 1, 1], [0, 0, 0]])
+    def test_tokens_that_the_student_lacks_count_among_the_others(self, known):
+        """A teacher's vocabulary may be padded further than the student's."""
+        student, known = draw(1, 9, seed=0).requires_grad_(), torch.tensor(known).bool()
+        ids, logps = torch.tensor([0, 4, 8]), draw(1, 5, seed=1).log_softmax(-1)[0, :3]
+        own = student, ids[known][None], logps[known][None]
+        padded = student, torch.where(known, ids, torch.tensor([11, 9, 20]))[None], logps[None]
+        for loss in (topk_soft_label_loss, topk_kl, lambda *args: topk_kl(*args, reverse=True)):
+            if known.any():
+                expected = loss(*own)
+            else:  # all of the mass is that of the others
+                expected = torch.zeros(1, dtype=torch.float64)
+            torch.testing.assert_close(loss(*padded), expected)
+            (gradient,) = torch.autograd.grad(loss(*padded).sum(), student)
+            assert gradient.isfinite().all()
+            if known.any():
+                torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), student)[0])
+
     @pytest.mark.parametrize("reverse", [False, True])
     def test_divergence_of_a_sure_teacher_is_finite(self, reverse):
         """In float32 nothing is left over."""

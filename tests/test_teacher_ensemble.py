@@ -70,6 +70,10 @@ class TestCombine:
         assert math.isnan(ours.pop(1))
         assert ours == pytest.approx(slow(rest, self.WEIGHTS, combine), abs=1e-12)
 
+    def test_scores_may_be_probabilities_of_whole_texts(self):
+        tiny = combine_scores({"a": [1e-30, 3e-30, 2e-30]}, {"a": 1.0}, combine="standardized")
+        assert tiny == pytest.approx(combine_scores({"a": [1.0, 3.0, 2.0]}, {"a": 1.0}, combine="standardized"))
+
     def test_equal_scores_give_no_order(self):
         assert combine_scores({"a": [0.1 + 0.2, 0.3]}, {"a": 1.0}, combine="standardized") == [0.0, 0.0]
 

@@ -186,6 +186,12 @@ class TestLogits:
                 score_completions(model, batch, prompt_sharing="off")
             assert len(calls) == 2 + num_tiles  # two for the first token: the model's forward and a tile, compared
 
+    def test_a_trained_tensor_beside_a_frozen_head_is_refused(self, monkeypatch):
+        model, scale = with_frozen_head("llama"), torch.nn.Parameter(torch.tensor(0.5))
+        use_tiles(monkeypatch.setattr, 5 * VOCAB)
+        with pytest.raises(ValueError, match="`token_losses` reads a trained tensor of shape ()"):
+            score_completions(model, make_batch(), token_losses=lambda logits, rows: {"own": (scale * logits).sum(-1)})
+
     @pytest.mark.parametrize("frozen", [False, True])
     def test_only_a_trained_head_is_read_again_in_backward(self, frozen, monkeypatch):
         model, batch, calls = with_frozen_head("llama") if frozen else head_model(), make_batch(), []

@@ -126,6 +126,10 @@ def test_a_teacher_scores_and_writes(family, processor):
     assert greedy.completion_ids[0][0] == own
     blank = teacher.generate(prompts, 2, columns={"images": [[image(0) for _ in row] for row in IMAGES]}, **settings)
     assert blank.completion_ids[2] == together.completion_ids[2] and blank.completion_ids != together.completion_ids
+    # The images of the batch before, and their effect on positions, are forgotten
+    asked = [[{"role": "user", "content": text}] for text in PROMPTS]
+    fresh = LocalTeacher(make_vision_model(family, seed=1), processor).generate(asked, 2, **settings)
+    assert teacher.generate(asked, 2, **settings).completion_ids == fresh.completion_ids
 
 
 def make_trainer(folder, method, family, processor, rows=None, config=None, **kwargs):

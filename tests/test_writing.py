@@ -277,6 +277,13 @@ class TestSharedPrompts:
         assert write(model, tokenizer, prompts, num_completions=2, temperature=0.0) == expected
         assert prompt_cache._proved == {model: False}
 
+    @pytest.mark.parametrize("kind", ["static", "hybrid"])
+    def test_a_checkpoint_that_asks_for_another_cache(self, tokenizer, words, model, kind):
+        prompts = make_prompts(words)
+        expected = write(model, tokenizer, prompts, num_completions=2, temperature=0.0)
+        model.generation_config.cache_implementation = kind
+        assert write(model, tokenizer, prompts, num_completions=2, temperature=0.0) == expected
+
     def test_state_that_is_no_cache_of_keys_reads_every_row(self, tokenizer, words):
         model, prompts = make_model("mamba", len(tokenizer)), make_prompts(words)
         texts, _ = write(model, tokenizer, prompts, num_completions=2, temperature=0.0)

@@ -71,7 +71,7 @@ class BlockedRelativeLoss(torch.autograd.Function):
                     slopes = torch.sigmoid(-margins) - torch.sigmoid(-targets)
                 if weights is not None:
                     pair_weights = weights[:, first, None] + weights[:, None, second]
-                    counts = pair_weights > 0  # 0 times an infinite loss is 0
+                    counts = ~(pair_weights <= 0)  # 0 times an infinite loss is 0, and NaN stays
                     losses, slopes = (torch.where(counts, pair_weights * x, 0.0) for x in (losses, slopes))
                 if is_full:
                     share += margins.shape[1] * margins.shape[2] if weights is None else pair_weights.sum((1, 2))

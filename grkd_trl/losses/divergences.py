@@ -95,7 +95,7 @@ def topk_kl(
         student_logits (`torch.Tensor` of shape `(..., V)`):
             Student's logits over the vocabulary.
         top_ids (`torch.Tensor` of shape `(..., k)`):
-            Different tokens.
+            Different tokens. One of V or above, as of a teacher whose vocabulary is padded further, counts among the others.
         top_logps (`torch.Tensor` of shape `(..., k)`):
             Teacher's log-probabilities of these, in nats, at temperature 1.
         temperature (`float`, *optional*, defaults to `1.0`):

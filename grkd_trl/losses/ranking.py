@@ -150,7 +150,7 @@ def group_relative_loss(
             losses = preference_divergence(torch.where(pairs, margins, 0.0), targets)
         if weights is not None:
             weights = weights if per_pair else weights.unsqueeze(-1) + weights.unsqueeze(-2)
-            pairs = pairs & (weights > 0)
+            pairs = pairs & ~(weights <= 0)  # a NaN stays
             losses = weights * losses
         losses = torch.where(pairs, losses, 0.0).sum((-2, -1))
         share = pairs.sum((-2, -1)) if weights is None else torch.where(pairs, weights, 0.0).sum((-2, -1))

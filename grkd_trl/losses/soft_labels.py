@@ -109,7 +109,7 @@ def topk_soft_label_loss(
         student_logits (`torch.Tensor` of shape `(..., V)`):
             Student's logits over the vocabulary.
         top_ids (`torch.Tensor` of shape `(..., k)`):
-            Different tokens.
+            Different tokens. One of V or above, as of a teacher whose vocabulary is padded further, counts among the others.
         top_logps (`torch.Tensor` of shape `(..., k)`):
             Teacher's log-probabilities of these, in nats, at temperature 1.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -158,9 +158,13 @@ def topk_classes(
             "leading dimensions."
         )
     log_p = widen(student_logits).log_softmax(-1)
-    student, teacher = log_p.gather(-1, top_ids), widen(top_logps)
-    if top_ids.shape[-1] < log_p.shape[-1]:
-        others = log_p.scatter(-1, top_ids, -torch.inf)
+    size = log_p.shape[-1]
+    unknown = top_ids >= size
+    student = log_p.gather(-1, top_ids.clamp(max=size - 1)).masked_fill(unknown, -torch.inf)
+    teacher = widen(top_logps).masked_fill(unknown, -torch.inf)
+    if top_ids.shape[-1] < size:
+        named = torch.zeros(*log_p.shape[:-1], size + 1, dtype=torch.bool, device=log_p.device)
+        others = log_p.masked_fill(named.scatter_(-1, top_ids.clamp(max=size), True)[..., :size], -torch.inf)
         none_left = (others == -torch.inf).all(-1, keepdim=True)  # the vocabulary is masked down to these: no rest
         student_rest = (
             others.masked_fill(none_left, 0.0).logsumexp(-1, keepdim=True).masked_fill(none_left, -torch.inf)

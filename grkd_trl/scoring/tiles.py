@@ -26,15 +26,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .leaves import refuse_other_leaves
+
 
 # A batch with no more logits is computed at once, and then nothing is computed twice.
 LOGITS_AT_ONCE = 2**24
 # Else a tile has an eighth of the batch's, so that they take an eighth of the memory, and never more than these.
 MIN_TILES, LOGITS_PER_TILE = 8, 2**25
 
-_unsuited: WeakKeyDictionary[torch.nn.Module, bool] = (
-    WeakKeyDictionary()
-)  # models that do with their logits what is not known here
+# Models that do with their logits what is not known here.
+_unsuited: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
 def unwrap(model: torch.nn.Module) -> PreTrainedModel | PeftModel:
@@ -132,9 +133,8 @@ class TiledLogits:
         }
         self._with_gradient = torch.is_grad_enabled()
         self.is_frozen = not any(parameter.requires_grad for parameter in self._head.parameters())
-        self.num_trained = (
-            sum(_local(p).numel() for p in core.parameters() if p.requires_grad) if self._with_gradient else 0
-        )
+        trained = [p.to_local() if isinstance(p, DTensor) else p for p in core.parameters() if p.requires_grad]
+        self.num_trained = sum(parameter.numel() for parameter in trained) if self._with_gradient else 0
 
     def of(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
@@ -155,10 +155,6 @@ class TiledLogits:
         rows, *columns = key if isinstance(key, tuple) else (key,)
         logits = self.of(self.hidden_states[rows])
         return logits[(slice(None), *columns)] if columns else logits
-
-
-def _local(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _holder(model: torch.nn.Module, head: torch.nn.Module) -> FSDPModule | None:
@@ -279,6 +275,7 @@ class _ThroughFrozenHead(torch.autograd.Function):
         with torch.enable_grad():
             states = hidden_states.detach().requires_grad_()
             values = function(states)
+            refuse_other_leaves(values.values(), states)
             names += values
             with_gradient = [value.requires_grad for value in values.values()]
             needed = sum(with_gradient)

@@ -17,7 +17,7 @@ def _standardized(scores: Sequence[float]) -> list[float]:
     mean = sum(scores) / len(scores)
     deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
     # Equal scores differ by rounding alone, which must not become an order
-    if deviation <= 1e-12 * max(1.0, *map(abs, scores)):
+    if deviation <= 1e-12 * max(map(abs, scores)):
         return [0.0] * len(scores)
     return [(score - mean) / deviation for score in scores]
 

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
+from .._trl import forget_image_positions
 from ..scoring import without_router_loss
 from ..scoring.tiles import takes
 
@@ -67,11 +68,16 @@ def prompt_cache(
 
     Returns:
         [`~transformers.DynamicCache`], *optional*: Cache of P x G rows, prompt after prompt. `None` if there is nothing to
-        share, or the model cannot: it is sharded, or has another state than keys and values.
+        share, or the model cannot: it is sharded, or has another state than keys and values, or its generation config asks
+        for another kind of cache.
     """
     sharded = isinstance(model, FSDPModule) or is_deepspeed_zero3_enabled()  # whose forwards wait for each other
     if num_completions == 1 or input_ids.shape[1] == 1 or sharded or not _proved.get(model, True):
         return None
+    # Gemma's "hybrid" is the cache made here. Beside any other kind `generate` refuses a cache.
+    if model.generation_config.cache_implementation not in (None, "hybrid"):
+        return None
+    forget_image_positions(model)  # `generate` works them out only where it is given no cache
     cache = _read(model, input_ids[:, :-1], attention_mask[:, :-1])
     if cache is None or model not in _proved:
         _proved[model] = cache is not None and _goes_on_alike(model, input_ids, attention_mask)
