@@ -208,6 +208,33 @@ class TestSampling:
         assert first_token_pvalue(model, tokenizer, 1.0) > 1e-3
         assert model.generation_config.to_dict() == kept
 
+    @pytest.mark.parametrize(
+        "setting",
+        [
+            {"min_new_tokens": 6},
+            {"min_length": 30},
+            {"guidance_scale": 1.5},
+            {"bad_words_ids": [[5]]},
+            {"sequence_bias": [[[5], 3.0]]},
+            {"begin_suppress_tokens": [5, 6, 7]},
+            {"forced_eos_token_id": 5},
+            {"exponential_decay_length_penalty": (2, 1.5)},
+            {"encoder_repetition_penalty": 2.0},
+            {"encoder_no_repeat_ngram_size": 2},
+            {"top_h": 0.3},
+            {"max_time": 1e-9},
+            {"return_dict_in_generate": True},
+        ],
+        ids=str,
+    )
+    def test_what_a_checkpoint_asks_for_changes_no_draw(self, tokenizer, words, model, setting):
+        written = []
+        for asked in ({}, setting):
+            model.generation_config.update(**asked)
+            torch.manual_seed(0)
+            written.append(write(likely_end(model, tokenizer, 1.0), tokenizer, make_prompts(words), num_completions=4))
+        assert written[0] == written[1]
+
     def test_layout(self, tokenizer, words, model):
         """Each prompt's completions stand in its row: the model is made so sure that sampling is greedy."""
         with torch.no_grad():

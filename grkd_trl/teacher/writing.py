@@ -25,6 +25,20 @@ from .prompt_cache import prompt_cache
 from .protocol import Completions
 
 
+# Settings of a generation config, each `None` where nothing is asked for, that would draw from another distribution.
+_NOT_ASKED_FOR = (
+    *(
+        "min_new_tokens",
+        "max_time",
+        "guidance_scale",
+        "top_h",
+        "watermarking_config",
+        "exponential_decay_length_penalty",
+    ),
+    *("bad_words_ids", "sequence_bias", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
+)
+
+
 def pad_token_id(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> int:
     """
     Token to pad with: the pad token, or EOS for tokenizers without one, such as Llama 3's. Masks come from lengths.
@@ -244,12 +258,18 @@ def write_completions(
             '"greedy" or "sampling".'
         )
     # What is not passed comes from the model's generation config, which may hold other sampling settings.
-    neutral = {
+    neutral: dict[str, Any] = {
         "num_beams": num_beams,
         "repetition_penalty": 1.0,
         "no_repeat_ngram_size": 0,
         "suppress_tokens": image_token_ids(model) or None,
+        "return_dict_in_generate": False,
+        "min_length": 0,
+        "encoder_repetition_penalty": 1.0,
+        "encoder_no_repeat_ngram_size": 0,
     }
+    asked_for = model.generation_config.to_dict()
+    neutral |= {name: None for name in _NOT_ASKED_FOR if asked_for.get(name) is not None}
     cutoffs = {"min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
     sampling: dict[str, Any] = {"do_sample": False} | neutral
     if temperature > 0 and seeds is None:
