@@ -166,6 +166,12 @@ class TestCache:
                 assert top_ids == expected.tolist()
                 torch.testing.assert_close(torch.tensor(top_logps), logps, rtol=0, atol=1e-5)
 
+    def test_a_prompt_that_merges_into_its_completions_has_no_labels(self):
+        """Nothing predicts their first token, and the labels of the others would be taken for those of the next ones."""
+        rows = Dataset.from_list([{"prompt": "b", "completions": ["g", "a b"], "clipped": [False, False]}])
+        with pytest.raises(ValueError, match="row 0 holds .* position 0, .* a token of the prompt"):
+            cache_soft_labels(make_model(1), tiny_tokenizer(), rows, k=4, progress=False)
+
     def test_survives_parquet(self, tmp_path):
         cached = cache_soft_labels(make_model(1), tiny_tokenizer(), make_groups(), k=3, progress=False)
         cached.to_parquet(tmp_path / "groups.parquet")

@@ -210,7 +210,8 @@ class LocalTeacher:
                 Tokens at each position.
 
         Returns:
-            [`TopTokens`]: None of a completion that has no token or exceeds the context with its prompt.
+            [`TopTokens`]: None of a completion that has no token, or an empty prompt, or with its prompt exceeds the
+            context.
 
         Raises:
             `ValueError`: If k is out of range, or the model's logits are not finite.
@@ -267,7 +268,8 @@ class LocalTeacher:
                     lengths = predicted_mask(mask).sum(-1).tolist()
                     parts = (given.token_losses[name].cpu().split(lengths) for name in ("ids", "logps"))
                     for (row, position), *pair in zip(places, *parts, strict=True):
-                        tops[row][position] = [part.tolist() for part in pair]
+                        if len(pair[0]) == len(token_ids[row][position]):  # after no prompt the first has no label
+                            tops[row][position] = [part.tolist() for part in pair]
         num_tokens = [[len(ids) for ids in group] for group in token_ids]
         top_ids, top_logps = ([[pair[index] for pair in group] for group in tops] for index in range(2))
         return TopTokens(TeacherScores(scores, num_tokens, surprises), token_ids, top_ids, top_logps)

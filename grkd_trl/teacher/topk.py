@@ -97,7 +97,8 @@ def cache_soft_labels(
             if not given.top_ids[row][position]:
                 raise ValueError(
                     f"`completions` of row {row} holds {len(ids)} tokens at position {position}, which have no soft labels: "
-                    "with the prompt it must come to at least one token and fit the teacher's context. Drop or shorten it."
+                    "before a completion there must be a token of the prompt, and together they must fit the teacher's context. "
+                    "Give the prompt more text, or drop or shorten the completion."
                 )
     cells = dict(zip(SOFT_LABELS, (given.top_ids, given.top_logps, given.token_ids), strict=True))
     features = SOFT_LABELS
