@@ -217,7 +217,9 @@ def run(library, folder, config=None, **kwargs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", set(table("Fields of DPOConfig")) - {"activation_offloading"})  # which needs a GPU
+@pytest.mark.parametrize(
+    "name", sorted(set(table("Fields of DPOConfig")) - {"activation_offloading"})
+)  # which needs a GPU
 def test_losses_of_dpo_with_each_field(name, tmp_path):
     config = {name: VALUES[name]} | WITH.get(name, {})
     ours, theirs = (run(library, tmp_path, config) for library in (grkd_trl, trl))
