@@ -168,3 +168,13 @@ class TestRefusals:
             scorer.score(["a", "b"], [["c", "d"]] * 2, columns={"by": ["a", route]})
         with pytest.raises(ValueError, match="no column `by`"):
             scorer.score(["a"], [["c", "d"]])
+
+    @pytest.mark.parametrize("values", [[1.0], [1.0, 2.0, 3.0]])
+    def test_another_number_of_scores(self, values):
+        class Miscounting(CallableScorer):
+            def score(self, prompts, completions, *, columns=None):
+                return super().score(prompts, completions, columns=columns)._replace(scores=[values])
+
+        scorer = TeacherEnsemble({"a": CallableScorer(short), "b": Miscounting(long)})
+        with pytest.raises(ValueError, match=f"'b' gave {len(values)} scores for the 2 completions of row 0"):
+            scorer.score(["p"], [["x", "yy"]])

@@ -121,7 +121,7 @@ class TeacherEnsemble:
 
     Raises:
         `ValueError`: If there are fewer than two teachers, or a choice is out of range; while scoring, if a row names an
-            unknown teacher.
+            unknown teacher, or a teacher does not give one score a completion.
 
     Example:
 
@@ -212,6 +212,11 @@ class TeacherEnsemble:
             own = {key: [values[row] for row in rows] for key, values in (columns or {}).items()}
             scored = teacher.score([prompts[row] for row in rows], [completions[row] for row in rows], columns=own)
             for row, scores, counts, surprising in zip(rows, *scored, strict=True):
+                if len(scores) != len(completions[row]):
+                    raise ValueError(
+                        f"The teacher {name!r} gave {len(scores)} scores for the {len(completions[row])} completions of row "
+                        f"{row}: a `Scorer` gives one each, in their order, NaN where it has none."
+                    )
                 given[row][name] = scores
                 num_tokens[row] = num_tokens[row] or counts
                 surprises[row] = [ours or theirs for ours, theirs in zip(surprises[row], surprising, strict=True)]
