@@ -1,5 +1,11 @@
 """Students and teachers of images and text: every score is that of one completion read alone."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy
 import pytest
 import torch
@@ -7,6 +13,7 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig
 from runs import FIELDS, Recorder, logged
+from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_model
 from trl import prepare_multimodal_messages
 from vision import FAMILIES, image, make_processor, make_vision_model
@@ -353,3 +360,23 @@ class TestErrors:
                 self.make(tmp_path, processor, make_rows(scores=False), teacher_model=str(tmp_path / name))
         with pytest.raises(ValueError, match="something else of images than the student's: image_mean differ"):
             self.make(tmp_path, processor, make_rows(scores=False), teacher_model=str(tmp_path / "other"))
+
+
+@slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("family", FAMILIES[:2])
+def test_two_processes_are_one(tmp_path, family):
+    """Of the four rows one has no image and one has two, so the processes hold different numbers of them."""
+    here, found = Path(__file__).resolve().parent, []
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, start in (("one", []), ("two", launch)):
+        (tmp_path / name).mkdir()
+        command = [sys.executable, *start, str(here / "vision_worker.py"), str(tmp_path / name), family]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]), "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, env=env, check=True, timeout=300)
+        losses = json.loads((tmp_path / name / "losses.json").read_text())
+        found.append((losses, load_file(tmp_path / name / "student/model.safetensors")))
+    (losses, weights), (other_losses, other_weights) = found
+    assert losses == pytest.approx(other_losses, rel=1e-5) and len(losses) == 3 and losses[0] != losses[-1]
+    for parameter, value in weights.items():
+        torch.testing.assert_close(other_weights[parameter], value, rtol=1e-5, atol=1e-5)
