@@ -62,7 +62,8 @@ class BlockedRelativeLoss(torch.autograd.Function):
                 nearest = teacher[:, first.stop - 1] - teacher[:, second.start]
                 is_full = i < j and bool((exceeds(nearest, min_gap) & ~teacher[:, second.stop - 1].isnan()).all())
                 margins = student[:, first, None] - student[:, None, second]
-                gaps = teacher[:, first, None] - teacher[:, None, second]
+                if target_temperature > 0 or not is_full:
+                    gaps = teacher[:, first, None] - teacher[:, None, second]
                 if target_temperature == 0:
                     losses, slopes = -F.logsigmoid(margins), torch.sigmoid(-margins)
                 else:
