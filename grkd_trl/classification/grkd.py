@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..losses import doubt_weights, group_relative_loss, group_soft_label_loss, sample_classes
-from ..trainers.config import current_alpha
+from ..trainers.config import current_alpha, ranking_options
 from .base import ClassifierTrainer
 from .grkd_config import GRKDForClassificationConfig
 from .metrics import add_class_metrics
@@ -75,7 +75,7 @@ class GRKDForClassificationTrainer(ClassifierTrainer):
                 generator=self.step_generator(teacher_logits.device),
             )
             ranked, ranked_teacher = logits.gather(-1, drawn), teacher_logits.gather(-1, drawn)
-        relative = group_relative_loss(ranked, ranked_teacher, **args.ranking(ranked_teacher))
+        relative = group_relative_loss(ranked, ranked_teacher, **ranking_options(args, ranked_teacher))
 
         # Equation 3
         soft = group_soft_label_loss(logits, teacher_logits, temperature=args.soft_label_temperature)

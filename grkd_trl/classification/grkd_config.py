@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 
-from ..losses import probability_weights
 from ..trainers.config import check_best_metric, check_choices, option
 
 
@@ -116,14 +114,3 @@ class GRKDForClassificationConfig(TrainingArguments):
             raise ValueError(f"`sampled_classes` must be at least 2 to make a pair, got {self.sampled_classes}.")
         super().__post_init__()
         check_best_metric(self)
-
-    def ranking(self, teacher: torch.Tensor) -> dict[str, Any]:
-        """Options of the relative loss for the teacher's logits."""
-        weights = probability_weights(teacher) if self.pair_weights == "probability" else None
-        return {
-            "temperature": self.ranking_temperature,
-            "target_temperature": self.target_temperature,
-            "weights": weights,
-            "min_gap": self.min_gap,
-            "standardize": self.standardize,
-        }

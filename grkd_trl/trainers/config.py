@@ -3,13 +3,14 @@
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.utils import logging
 from trl import SFTConfig
 
 from .._trl import get_config_model_id
-from ..losses import alpha_at
+from ..losses import alpha_at, probability_weights
 from ..teacher.loading import read_chat_template
 from .checks import check_launch, resolve_bf16, settle_inherited_fields
 
@@ -264,3 +265,27 @@ def resolve_args(
         raise TypeError(f"`args` must be a `{config_class.__name__}`, got `{type(args).__name__}`.")
     check_launch(args)
     return args
+
+
+def ranking_options(args: Any, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> dict[str, Any]:
+    """
+    Options of the relative loss, from the fields that GRKD's configurations share.
+
+    Args:
+        args (`GRKDConfig` or `GRKDForClassificationConfig`):
+            Configuration.
+        teacher (`torch.Tensor` of shape `(..., G)`):
+            Teacher's scores or logits.
+        mask (`torch.Tensor` of shape `(..., G)`, *optional*):
+            1 where a member is present.
+
+    Returns:
+        `dict[str, Any]`: Keyword arguments of [`~losses.group_relative_loss`] and [`~losses.token_relative_loss`].
+    """
+    return {
+        "temperature": args.ranking_temperature,
+        "target_temperature": args.target_temperature,
+        "weights": probability_weights(teacher, mask=mask) if args.pair_weights == "probability" else None,
+        "min_gap": args.min_gap,
+        "standardize": args.standardize,
+    }

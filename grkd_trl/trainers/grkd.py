@@ -33,7 +33,7 @@ from ..scoring import score_as_teacher, score_completions, sequence_scores, to_g
 from ..teacher import Scorer
 from .base import GroupTrainer
 from .checks import check_finite
-from .config import current_alpha
+from .config import current_alpha, ranking_options
 from .grkd_config import GRKDConfig
 
 
@@ -231,7 +231,7 @@ class GRKDTrainer(GroupTrainer):
             student_logits, losses = logits[:, : self.vocab_size], {}
             teacher_logits = teacher.logits[rows, : self.vocab_size].to(logits.device)
             if args.relative_level == "tokens":
-                ranking = args.ranking(teacher_logits) | {"top_k": args.relative_top_k}
+                ranking = ranking_options(args, teacher_logits) | {"top_k": args.relative_top_k}
                 losses["relative"] = token_relative_loss(student_logits, teacher_logits, **ranking)
             if args.soft_label == "token":
                 losses["soft"] = token_soft_label_loss(student_logits, teacher_logits, **softening)
@@ -246,7 +246,7 @@ class GRKDTrainer(GroupTrainer):
         # At the level of completions: one value a group
         losses = student.token_losses
         if args.relative_level == "completions":
-            ranking = args.ranking(teacher_scores, group_mask)
+            ranking = ranking_options(args, teacher_scores, group_mask)
             losses["relative"] = group_relative_loss(student_scores, teacher_scores, mask=group_mask, **ranking)
         if args.soft_label == "group":
             losses["soft"] = group_soft_label_loss(student_scores, teacher_scores, mask=group_mask, **softening)

@@ -1,11 +1,7 @@
 """Configuration of Group Relative Knowledge Distillation (https://huggingface.co/papers/2504.20482)."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from ..losses import probability_weights
 from .config import GroupConfig, check_best_metric, option
 
 
@@ -213,17 +209,6 @@ class GRKDConfig(GroupConfig):
     def online(self) -> bool:
         """Whether groups are made while training."""
         return self.completion_source != "dataset"
-
-    def ranking(self, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> dict[str, Any]:
-        """Options of the relative loss for the teacher's scores or logits."""
-        weights = probability_weights(teacher, mask=mask) if self.pair_weights == "probability" else None
-        return {
-            "temperature": self.ranking_temperature,
-            "target_temperature": self.target_temperature,
-            "weights": weights,
-            "min_gap": self.min_gap,
-            "standardize": self.standardize,
-        }
 
     @property
     def needs_teacher_logits(self) -> bool:
