@@ -112,7 +112,7 @@ class TestWholeStep:
         before = weights(teacher)
         rows = make_rows(scores=False)
         trainer = assert_equals_the_loops(method, tmp_path, rows, teacher_model=teacher)
-        assert getattr(trainer, "teacher_model", None) is None  # let go of
+        assert getattr(trainer, "teacher_model", None) is None  # freed
         assert all(torch.equal(value, before[name]) for name, value in weights(teacher).items())
 
     def test_teacher_of_another_vocabulary_size(self, tmp_path):

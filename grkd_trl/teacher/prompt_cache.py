@@ -17,7 +17,7 @@ from ..scoring.tiles import takes
 
 logger = logging.get_logger(__name__)
 
-# Whether a model goes on from a prompt's cache as it does from the prompt.
+# Whether a model's logits after a prompt's cache equal those after the prompt.
 _proved: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
@@ -49,7 +49,8 @@ def prompt_cache(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_completions: int, room: int
 ) -> DynamicCache | None:
     """
-    Keys and values of prompts but for their last token, repeated for several completions: what `generate` goes on from.
+    Keys and values of prompts but for their last token, repeated for several completions. `generate` continues from
+    them.
 
     On its first batch a model is compared with itself: the logits after the cache of the longest prompt are those of the
     whole prompt, or it reads each prompt once a completion from then on, with a warning.
@@ -84,7 +85,7 @@ def prompt_cache(
         if not _proved[model]:
             name = type(model).__name__
             logger.warning_once(
-                f"`{name}` reads each prompt once a completion: it cannot go on from a repeated cache."
+                f"`{name}` reads each prompt once a completion: its logits after a repeated cache differ."
             )
             return None
     if cache is not None:
