@@ -58,7 +58,7 @@ def _write(model, tokenizer, prompts: list, max_new_tokens: int) -> list[str]:
     return [text for (text,) in texts]
 
 
-def _trained(folder: Path, tokenizer, rows, *, num_layers: int, width: int, **kwargs) -> str:
+def trained(folder: Path, tokenizer, rows, *, num_layers: int, width: int, **kwargs) -> str:
     """Path of a model that was trained from scratch, once."""
     if not folder.exists():
         print(f"Training {folder} from scratch", flush=True)
@@ -109,8 +109,8 @@ def scan(settings: dict[str, Any], seed: int) -> Task:
     tokenizer = word_tokenizer([PROMPT.format(""), *(text for pair in scan_pairs() for text in pair)])
     steps = settings["pretraining_steps"]
     large, small = {"num_layers": 3, "width": 128, "lr": 2e-3}, {"num_layers": 2, "width": 64, "lr": 3e-3}
-    teacher = _trained(folder / "scan/teacher", tokenizer, rows, max_steps=steps, batch_size=64, **large)
-    student = _trained(folder / "scan/student", tokenizer, rows[:800], max_steps=steps // 3, batch_size=64, **small)
+    teacher = trained(folder / "scan/teacher", tokenizer, rows, max_steps=steps, batch_size=64, **large)
+    student = trained(folder / "scan/student", tokenizer, rows[:800], max_steps=steps // 3, batch_size=64, **small)
     prompts = [prompt for prompt, _ in rows[800:]]
     groups = _groups("scan", student, teacher, prompts, settings, seed)
 
@@ -140,8 +140,8 @@ def math_word(settings: dict[str, Any], seed: int) -> Task:
     tokenizer = word_tokenizer(text for row in rows for text in row)  # other words of held-out questions are <unk>
     steps = settings["pretraining_steps"]
     large, small = {"num_layers": 3, "width": 96, "batch_size": 32}, {"num_layers": 2, "width": 48, "batch_size": 32}
-    teacher = _trained(folder / "math_word/teacher", tokenizer, rows, max_steps=steps // 3, lr=2e-3, **large)
-    student = _trained(folder / "math_word/student", tokenizer, rows[:300], max_steps=steps // 6, lr=2e-3, **small)
+    teacher = trained(folder / "math_word/teacher", tokenizer, rows, max_steps=steps // 3, lr=2e-3, **large)
+    student = trained(folder / "math_word/student", tokenizer, rows[:300], max_steps=steps // 6, lr=2e-3, **small)
     prompts = [prompt for prompt, _ in rows]
     groups = _groups("math_word", student, teacher, prompts, settings, seed)
 

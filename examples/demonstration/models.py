@@ -35,7 +35,7 @@ def new_llama(tokenizer: PreTrainedTokenizerFast, *, num_layers: int, width: int
             intermediate_size=3 * width,
             num_hidden_layers=num_layers,
             num_attention_heads=4,
-            max_position_embeddings=128,
+            max_position_embeddings=512,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
