@@ -10,7 +10,7 @@ from datasets import Dataset, load_from_disk
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from grkd_trl.evaluation import MathWordProblem, read_math_word_problems, scan_pairs, scan_split, solves
+from grkd_trl.evaluation import MathWordProblem, read_math_word_problems, scan_split, solves
 from grkd_trl.examples.comparison.tasks import trained
 from grkd_trl.examples.demonstration.models import PROMPT, word_tokenizer
 from grkd_trl.generation import GroupsConfig, generate_groups
