@@ -38,7 +38,7 @@ RATES = (1e-5, 1e-4, 5e-4, 1e-3, 3e-3)
 SEEDS, TUNING_SEED = [0, 1, 2, 3, 4], 1000
 MEASURES = ("greedy", "samples", "samples at 0.7", "pass at 8", "best of 8", "teacher's score", "rank accuracy")
 NO_RANKING = {"alpha_start": 0.0, "alpha_end": 0.0}  # which leaves KD, with groups of one's own
-ONLINE = {"generate_every": 5}
+ONLINE = {"generate_every": 5, "learns_from": "prompts"}
 BEST, VERIFIED = {"learns_from": "best"}, {"learns_from": "groups with a right completion"}
 # By regime: what its tasks share, and its methods with their settings. The first word of a method is its trainer.
 REGIMES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {

@@ -1,0 +1,140 @@
+"""`examples/regimes.py` with little of everything: each regime's methods, what they learn from, and the command."""
+
+import csv
+import json
+import math
+
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from grkd_trl.evaluation.results import check_result, read_results
+from grkd_trl.examples import regimes
+from grkd_trl.examples.regime_study import measures, run, tasks
+
+
+METHODS = [(regime, method) for regime, (_, methods) in regimes.REGIMES.items() for method in methods]
+NOUNS = ("pears", "cards", "books", "coins", "shells")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_items():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, count in (("NUM_TEST", 6), ("NUM_VALIDATION", 4), ("NUM_HELD_OUT_GROUPS", 4)):
+            patch.setattr(tasks, name, count)
+        yield
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("regimes")
+    with open(folder / "problems.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Question", "Numbers", "Equation", "Answer"])
+        for index in range(60):
+            noun, equation = NOUNS[index % 5], ("+ number0 number1", "- number0 number1")[index % 2]
+            question = f"Ann has number0 {noun} and {'gets' if index % 2 == 0 else 'sells'} number1 ."
+            writer.writerow([question, f"{index + 5}.0 3.0", equation, index + 8.0 if index % 2 == 0 else index + 2.0])
+    shared = {"data": [str(folder / "problems.csv")], "work_dir": str(folder), "batch_size": 2, "num_prompts": 24}
+    return shared | {"max_new_tokens": 8, "pretraining": 0.1, "learns_from": "groups", "max_steps": 2}
+
+
+def ask(settings, regime, method, split, folder):
+    shared, methods = regimes.REGIMES[regime]
+    given = settings | {"task": "math_word", "learning_rate": 1e-4} | shared | methods.get(method, {})
+    given |= {"generate_every": 1} if "generate_every" in given else {}
+    request = {"task": f"{regime}, math_word", "method": method, "seed": 0, "split": split, "settings": given}
+    (folder / "request.json").write_text(json.dumps(request))
+    run.run(str(folder / "request.json"), str(folder / "result.json"))
+    row = {name: request[name] for name in ("task", "method", "seed", "settings")} | {"status": "done"}
+    return check_result(row | json.loads((folder / "result.json").read_text()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("regime", "method"), METHODS)
+def test_a_trial_of_each_method(settings, tmp_path, regime, method):
+    row = ask(settings, regime, method, "validation", tmp_path)
+    assert len(row["per_item"]) == 4
+    found = row["metrics"]
+    assert found["right"] == pytest.approx((found["greedy"] + found["samples"]) / 2)
+    assert row["tokens"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regime", regimes.REGIMES)
+def test_a_model_before_training_by_every_measure(settings, tmp_path, regime):
+    row = ask(settings, regime, "student before", "test", tmp_path)
+    path = run.measured_path(settings["work_dir"], row["task"], row["method"], 0)
+    by_item = json.loads(path.read_text())
+    assert set(regimes.MEASURES) <= set(by_item)
+    assert {len(by_item[name]) for name in by_item} == {6} | {len(by_item["rank accuracy"])}
+    assert all(once <= often for once, often in zip(by_item["samples"], by_item["pass at 8"], strict=True))
+    assert all(math.isfinite(score) and score <= 0 for score in by_item["teacher's score"])
+
+
+def test_what_a_method_learns_from():
+    groups = Dataset.from_dict(
+        {
+            "prompt": ["a", "b", "c"],
+            "completions": [["x", "y"], ["x", "y"], ["x", "y"]],
+            "written_by": [["student", "teacher"]] * 3,
+            "teacher_scores": [[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]],
+            "reference": ["r"] * 3,
+            "answer": [1.0] * 3,
+        }
+    )
+    start = tasks.Start("", "", groups, groups, {}, 8)
+
+    def learned(kind):
+        return run.training_data(start, kind).to_dict()
+
+    assert learned("best") == {"prompt": ["a", "b", "c"], "completion": ["x", "x", "y"]}
+    assert learned("best right") == {"prompt": ["a", "c"], "completion": ["x", "y"]}
+    assert learned("teacher's right") == {"prompt": ["c"], "completion": ["y"]}
+    assert learned("reference") == {"prompt": ["a", "b", "c"], "completion": ["r"] * 3}
+    assert learned("groups with a right completion")["prompt"] == ["a", "c"]
+    assert set(learned("prompts")) == {"prompt", "answer"}
+
+
+def test_no_token_of_parts_of_words_crosses_into_a_completion():
+    tokenizer = tasks.subword_tokenizer(["Ann has number0 pears . = + number0 number1"] * 3)
+    prompt, completion = "Ann has number0 pears = ", "+ number0 number1"
+    assert tokenizer(prompt + completion).input_ids == tokenizer(prompt).input_ids + tokenizer(completion).input_ids
+    assert tokenizer.decode(tokenizer(prompt + completion).input_ids) == prompt + completion
+
+
+def test_the_verifier():
+    texts = [["+ number0 number1", "- number0 number1", "+ number0"]]
+    assert tasks.verdicts(["?"], texts, numbers=[[2.0, 3.0]], answer=[5.0]) == [[1.0, 0.0, 0.0]]
+    assert run.reward(["?"] * 3, texts[0], [[2.0, 3.0]] * 3, [5.0] * 3) == [1.0, 0.0, 0.0]
+
+
+def test_agreement_leaves_out_ties():
+    assert measures._agreement([3.0, 1.0, 2.0], [1.0, 0.0, 0.0]) == 1.0
+    assert measures._agreement([3.0, 1.0, 2.0], [0.0, 1.0, 1.0]) == 0.0
+    assert measures._agreement([3.0, 1.0], [1.0, 1.0]) == 0.5
+
+
+@pytest.mark.slow
+def test_splits_never_meet_and_groups_differ_within(settings):
+    shared = settings | {"task": "math_word"} | regimes.REGIMES["logits"][0]
+    start = tasks.make_start(shared, 0)
+    prompts = {name: {item.row["prompt"] for item in items} for name, items in start.items.items()}
+    assert [len(start.items[name]) for name in ("test", "validation")] == [6, 4]
+    assert all(len(set(group)) == len(group) >= 2 for group in start.groups["completions"])
+    assert AutoTokenizer.from_pretrained(start.student).vocab == AutoTokenizer.from_pretrained(start.teacher).vocab
+    assert prompts["test"]
+
+
+def test_every_measure_becomes_a_task(tmp_path):
+    values = {name: [0.0, 1.0] for name in regimes.MEASURES}
+    path = run.measured_path(tmp_path, "logits, scan", "grkd", 0)
+    path.parent.mkdir()
+    path.write_text(json.dumps(values))
+    row = {"task": "logits, scan", "method": "grkd", "seed": 0, "settings": {}, "metrics": {"right": 0.5}}
+    row |= {"metric": "right", "per_item": [0.0, 1.0], "seconds": 1.0, "tokens": 2, "peak_memory_bytes": 3}
+    row |= {"versions": {}, "status": "done"}
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    spread = read_results(regimes.by_measure(tmp_path / "results.jsonl", tmp_path, tmp_path / "measures.jsonl"))
+    assert sorted(row["task"] for row in spread) == sorted(f"logits, scan: {name}" for name in regimes.MEASURES)
+    assert {row["metrics"][row["metric"]] for row in spread} == {0.5}
