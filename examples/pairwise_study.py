@@ -94,7 +94,7 @@ def main() -> None:
         one[f"{name}, one cell"] = best_on_all(trials, points)
     for shared in given.values():
         results = compare(run, args.output_dir, methods=list(one), seeds=SEEDS, settings=one, **shared)
-    for path in write_report(results, args.output_dir / "report")[:2]:
+    for path in write_report(results, args.output_dir / "report", reference="kd")[:2]:
         print(path)
 
 
