@@ -17,7 +17,7 @@ neither model was trained on, and their completions differ. The rules, fixed bef
   mean of the share of right greedy texts and of right samples at temperature 1. Five seeds on the test items follow.
 - Ranking helps in a regime where the interval of its difference to the same losses without ranking lies above 0, and the
   verifier's information where that of its difference to KD does; each by greedy text and by samples.
-- P-values are Holm's over the comparisons of a regime, task and measure.
+- P-values are Holm's over the comparisons of a regime, task and measure (`COMPARISONS`).
 
 Stop the command when you like and start it again: runs that are done are not repeated.
 """
@@ -27,9 +27,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from grkd_trl.evaluation import compare
 from grkd_trl.evaluation.report import write_report
 from grkd_trl.evaluation.results import append_result, read_results
+from grkd_trl.evaluation.statistics import holm_p_values, paired_difference
 from grkd_trl.examples.regime_study.run import measured_path, run
 from grkd_trl.examples.regime_study.tasks import make_start
 
@@ -98,6 +101,21 @@ REGIMES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
     ),
 }
+# By regime: a method and the one that it is compared to, for what the method has in addition.
+COMPARISONS = {
+    "logits": {
+        "ranking": [("grkd", "kd"), ("grkd constant", "kd"), ("grkd preference", "kd")],
+        "a schedule": [("grkd", "grkd constant")],
+        "online groups": [("grkd online", "grkd")],
+    },
+    "verifier": {
+        "ranking": [("grkd", "kd"), ("grkd +sft", "grkd no ranking +sft")],
+        "information": [("grkd", "kd"), ("grkd +sft", "kd"), ("grkd no ranking +sft", "kd"), ("grpo", "kd")],
+        "online groups": [("grkd online", "grkd")],
+    },
+    "scores": {"ranking": [("grkd +sft", "sft"), ("grkd group +sft", "sft"), ("pro", "sft")]},
+    "privileged": {"ranking": [("grkd", "kd"), ("grkd online", "grkd no ranking online")]},
+}
 TASKS = {"logits": ("math_word", "scan"), "verifier": ("math_word",), "scores": ("math_word", "scan")}
 TASKS |= {"privileged": ("math_word",)}
 MAX_NEW_TOKENS = {"math_word": 16, "scan": 49}
@@ -115,6 +133,37 @@ def by_measure(results: Path, work_dir: Path, path: Path) -> Path:
             own = {"task": f"{row['task']}: {measure}", "metric": measure, "per_item": values[measure]}
             append_result(path, row | own | {"metrics": {measure: sum(values[measure]) / len(values[measure])}})
     return path
+
+
+def verdicts(measures: Path) -> str:
+    """Each comparison's difference by each measure, in Markdown, with Holm's p-values over a regime, task and measure."""
+    items: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for row in read_results(measures):
+        if row["status"] == "done":
+            items.setdefault(row["task"], {}).setdefault(row["method"], {})[row["seed"]] = row["per_item"]
+    lines = []
+    for task in sorted({name.split(":")[0] for name in items}):
+        asked = [(what, *pair) for what, pairs in COMPARISONS[task.split(",")[0]].items() for pair in pairs]
+        cells: dict[tuple[str, str, str], list[str]] = {}
+        for measure in MEASURES:
+            found = items[f"{task}: {measure}"]
+            known = {}
+            for what, method, baseline in asked:
+                seeds = sorted(found.get(method, {}).keys() & found.get(baseline, {}).keys())
+                if seeds:
+                    values = [np.array([found[name][seed] for seed in seeds]) for name in (method, baseline)]
+                    known[what, method, baseline] = paired_difference(*values)
+            p_values = holm_p_values(np.array([estimate.p_value for estimate in known.values()]))
+            for key, estimate, p_value in zip(known, known.values(), p_values, strict=True):
+                mark = "**" if p_value < 0.05 else ""
+                text = f"{mark}{estimate.mean:+.3f}{mark} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
+                cells.setdefault(key, []).append(text)
+        lines += ["", f"## {task}", "", f"| adds | method | minus | {' | '.join(MEASURES)} |"]
+        lines += [
+            "|---" * (3 + len(MEASURES)) + "|",
+            *(f"| {' | '.join([*key, *row])} |" for key, row in cells.items()),
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -151,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
             results = compare(run, args.output_dir, methods=list(methods), seeds=args.seeds, **tuned, **common)
             spread = by_measure(results, work_dir, args.output_dir / "measures.jsonl")
             print(write_report(spread, args.output_dir / "report", title="When does ranking help?")[0])
+            (args.output_dir / "verdicts.md").write_text("# Verdicts\n" + verdicts(spread), encoding="utf-8")
 
 
 if __name__ == "__main__":
