@@ -11,7 +11,7 @@ from test_teacher import chat_tokenizer, make_model
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_tokenizer
 
 from grkd_trl.teacher import generate_completions, prompt_cache, sample_from_mixture, selection_probs
-from grkd_trl.teacher.writing import row_numbers
+from grkd_trl.teacher.draws import ManyEnded, row_numbers
 
 
 @pytest.fixture
@@ -249,6 +249,18 @@ class TestSampling:
         texts, _ = write(model, tokenizer, make_prompts(words), num_completions=4)
         assert all(len(set(group)) > 1 for group in texts)
 
+    def test_beams_draw_nothing(self, tokenizer, words, model):
+        with pytest.raises(ValueError, match=r"`temperature=0.5` with `num_beams=2`"):
+            write(model, tokenizer, words[:1], num_beams=2, temperature=0.5)
+
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    def test_batches_do_not_matter(self, tokenizer, words, model, batch_size):
+        drawn = []
+        for size in (64, batch_size):
+            torch.manual_seed(0)
+            drawn.append(write(model, tokenizer, make_prompts(words), num_completions=2, batch_size=size))
+        assert drawn[0] == drawn[1]
+
     def test_draws_come_from_the_global_generator(self, tokenizer, words, model):
         prompts, drawn = make_prompts(words), []
         for seed in (0, 0, 1):
@@ -315,6 +327,33 @@ class TestSharedPrompts:
         model, prompts = make_model("mamba", len(tokenizer)), make_prompts(words)
         texts, _ = write(model, tokenizer, prompts, num_completions=2, temperature=0.0)
         assert texts == [group * 2 for group in write(model, tokenizer, prompts, temperature=0.0)[0]]
+
+
+class TestRowsThatEnded:
+    """They leave the batch, and the others go on as if they had not."""
+
+    @pytest.mark.parametrize(("num_completions", "temperature"), [(1, 0.0), (3, 1.0)])
+    @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "gemma3", "qwen3", "opt", "mistral"])
+    def test_same_completions(self, tokenizer, words, architecture, temperature, num_completions, monkeypatch):
+        window = {"sliding_window": 4} if architecture in ("gemma2", "gemma3", "mistral") else {}
+        model, prompts = make_model(architecture, len(tokenizer), **window), make_prompts(words)
+        written, read = [], []
+        ends = [tokenizer.eos_token_id, *range(4, 12)]  # a third of the vocabulary
+        model.generation_config.eos_token_id = ends
+        for leave in (True, False):
+            if not leave:
+                monkeypatch.setattr(ManyEnded, "__call__", lambda self, ids, *_: ids[:, 0] < 0)
+            torch.manual_seed(0)
+            read.append([])
+            hook = model.register_forward_pre_hook(
+                lambda _, args, kwargs: read[-1].append(kwargs["input_ids"].shape), with_kwargs=True
+            )
+            settings = {"num_completions": num_completions, "temperature": temperature, "batch_size": 5}
+            written.append(write(model, tokenizer, prompts, **settings))
+            hook.remove()
+        assert written[0] == written[1]
+        batches = [[rows for rows, length in sizes if length == 1] for sizes in read]
+        assert sum(batches[0]) < 0.8 * sum(batches[1])
 
 
 class TestMixturesOfExperts:

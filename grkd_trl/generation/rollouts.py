@@ -10,7 +10,8 @@ from ..data import DataCollatorForGroups, first_groups
 from ..data.repeats import num_without_repeats
 from ..scoring import predicted_mask
 from ..teacher import sample_from_mixture
-from ..teacher.writing import end_token_ids, row_numbers
+from ..teacher.draws import row_numbers
+from ..teacher.writing import end_token_ids
 from .core import content_seed, draw_seed
 
 

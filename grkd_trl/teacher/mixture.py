@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from ..losses import mixture_logps
 from ..scoring import eval_mode, refuse_not_finite, without_router_loss
-from .writing import draw_tokens
+from .draws import draw_tokens
 
 
 class _Reader:

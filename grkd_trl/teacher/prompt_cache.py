@@ -44,13 +44,18 @@ class _LayerWithRoom(DynamicLayer):
         self._show(end)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        length = self.get_seq_length()
+        self._all_keys, self._all_values = self._all_keys[indices], self._all_values[indices]
+        self._show(length)
+
 
 def prompt_cache(
     model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_completions: int, room: int
 ) -> DynamicCache | None:
     """
     Keys and values of prompts but for their last token, repeated for several completions. `generate` continues from
-    them.
+    them, and again after rows that ended are dropped from them.
 
     On its first batch a model is compared with itself: the logits after the cache of the longest prompt are those of the
     whole prompt, or it reads each prompt once a completion from then on, with a warning.
@@ -73,7 +78,8 @@ def prompt_cache(
         for another kind of cache.
     """
     sharded = isinstance(model, FSDPModule) or is_deepspeed_zero3_enabled()  # whose forwards wait for each other
-    if num_completions == 1 or input_ids.shape[1] == 1 or sharded or not _proved.get(model, True):
+    alone = num_completions * len(input_ids) == 1
+    if alone or input_ids.shape[1] == 1 or sharded or not _proved.get(model, True):
         return None
     # Gemma's "hybrid" is the cache made here. Beside any other kind `generate` refuses a cache.
     if model.generation_config.cache_implementation not in (None, "hybrid"):

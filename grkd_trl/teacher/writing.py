@@ -8,19 +8,20 @@ from accelerate.utils import send_to_device
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import (
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 
 from .._trl import pad
 from ..data import decode_completion, encode_prompt, tokenizer_hash
-from ..scoring import eval_mode, refuse_not_finite, without_router_loss
+from ..scoring import eval_mode, without_router_loss
 from ..scoring.images import TOKEN_TYPES, image_kwargs, image_token_ids
+from .draws import DrawByRow, ManyEnded, RefuseNaN, row_numbers
 from .prompt_cache import prompt_cache
 from .protocol import Completions
 
@@ -81,64 +82,6 @@ def end_token_ids(model: PreTrainedModel, processing_class: PreTrainedTokenizerB
     return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
 
-def row_numbers(seed: int, num_rows: int, num_tokens: int) -> torch.Tensor:
-    """
-    Random numbers that decide the draws of some rows, the same on every device.
-
-    Args:
-        seed (`int`):
-            Seed.
-        num_rows (`int`):
-            Number of rows (N).
-        num_tokens (`int`):
-            Most tokens of a row (T).
-
-    Returns:
-        `torch.Tensor` of shape `(N, T)`: Numbers from 0 to 1, of 53 random bits, on the CPU.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(num_rows, num_tokens, generator=generator, dtype=torch.float64)
-
-
-def draw_tokens(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """
-    Draw a token for each row by inverting the cumulative distribution at the row's own random number, so that the draws
-    of one row do not depend on the others.
-
-    Args:
-        probs (`torch.Tensor` of shape `(N, V)`):
-            Probabilities of the V tokens.
-        numbers (`torch.Tensor` of shape `(N,)`):
-            Numbers from 0 to 1, below 1.
-
-    Returns:
-        `torch.Tensor` of shape `(N,)`: Tokens.
-    """
-    dtype = torch.float32 if probs.device.type == "mps" else torch.float64
-    sums = probs.cumsum(-1, dtype=dtype)
-    numbers = numbers.to(probs.device, dtype).unsqueeze(-1)
-    return torch.searchsorted(sums, numbers * sums[:, -1:], right=True).squeeze(-1)
-
-
-class _RefuseNaN(LogitsProcessor):
-    """Refuses logits that are not finite, on which `generate` would fail with an index error."""
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        refuse_not_finite(scores.max(-1).values, "The writing model's logits")  # of masked tokens alone -inf is right
-        return scores
-
-
-class _DrawByRow(LogitsProcessor):
-    """Masks all next tokens of a row but the drawn one, so that greedy search takes it."""
-
-    def __init__(self, numbers: torch.Tensor, num_prompt: int):
-        self.numbers, self.num_prompt = numbers, num_prompt
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        tokens = draw_tokens(scores.softmax(-1), self.numbers[:, input_ids.shape[1] - self.num_prompt])
-        return torch.full_like(scores, -torch.inf).scatter(-1, tokens.unsqueeze(-1), 0.0)
-
-
 def _images_of(
     model: PreTrainedModel, images: list[dict[str, torch.Tensor]], num_rows: int, input_ids: torch.Tensor
 ) -> dict[str, torch.Tensor]:
@@ -171,8 +114,8 @@ def generate_completions(
     progress: bool = True,
 ) -> tuple[list[list[str]], list[list[bool]]]:
     """
-    Write completions, in evaluation mode. Prompts of similar length share a batch; draws come from torch's global
-    generator.
+    Write completions, in evaluation mode. Prompts of similar length share a batch, the longest ones the first, and
+    completions that ended leave it. Each prompt's draws come from a seed of its own, drawn from torch's global generator.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -249,7 +192,7 @@ def write_completions(
 
     Raises:
         `ValueError`: If the model's logits are not finite, the tokenizer has no token to pad with, or there are images
-            and beams.
+            or a temperature, and beams.
     """
     images = images or [{}] * len(prompt_ids)
     if any(images) and num_beams > 1:
@@ -257,8 +200,14 @@ def write_completions(
             "Prompts with images cannot be searched with beams. Set `num_beams=1`, in `SeqKDConfig` `decoding` to "
             '"greedy" or "sampling".'
         )
+    if temperature > 0 and num_beams > 1:
+        raise ValueError(
+            f"A search with beams draws nothing: got `temperature={temperature}` with `num_beams={num_beams}`. Set "
+            "`temperature=0`, or `num_beams=1` to sample."
+        )
     # What is not passed comes from the model's generation config, which may hold other sampling settings.
     neutral: dict[str, Any] = {
+        "do_sample": False,
         "num_beams": num_beams,
         "repetition_penalty": 1.0,
         "no_repeat_ngram_size": 0,
@@ -270,11 +219,10 @@ def write_completions(
     }
     asked_for = model.generation_config.to_dict()
     neutral |= {name: None for name in _NOT_ASKED_FOR if asked_for.get(name) is not None}
-    cutoffs = {"min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-    sampling: dict[str, Any] = {"do_sample": False} | neutral
     if temperature > 0 and seeds is None:
-        sampling |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} | cutoffs
-    order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
+        seeds = torch.randint(2**62, (len(prompt_ids),)).tolist()
+    # The longest prompts come first, so that a batch that does not fit in memory fails at once.
+    order = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]), reverse=True)
     texts: list[list[str]] = [[] for _ in prompt_ids]
     clipped: list[list[bool]] = [[] for _ in prompt_ids]
     completion_ids: list[list[list[int]]] = [[] for _ in prompt_ids]
@@ -287,38 +235,54 @@ def write_completions(
         ids = [torch.tensor(prompt_ids[row], device=model.device) for row in rows for _ in range(rows_per_prompt)]
         input_ids = pad(ids, padding_value=padding, padding_side="left")
         attention_mask = pad([torch.ones_like(row) for row in ids], padding_side="left")
+        num_prompt = input_ids.shape[1]
         # Each prompt is read once; its rows go on from there. A search with beams repeats and reorders rows by itself.
-        cache = None
-        if rows_per_prompt == num_completions and num_beams == 1 and not any(images):
+        cache, numbers = None, torch.empty(0)
+        if num_beams == 1 and not any(images):
             first = slice(None, None, num_completions)
             cache = prompt_cache(model, input_ids[first], attention_mask[first], num_completions, max_new_tokens)
-        processors = LogitsProcessorList([_RefuseNaN()])
         if temperature > 0 and seeds is not None:
             numbers = torch.cat([row_numbers(seeds[row], num_completions, max_new_tokens) for row in rows])
-            processors += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
-            processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-            processors.append(_DrawByRow(numbers, input_ids.shape[1]))
-        output = model.generate(  # type: ignore[operator]  # a method, for which torch knows no type
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            num_return_sequences=num_completions // rows_per_prompt,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=padding,
-            use_cache=True,
-            logits_processor=processors,
-            synced_gpus=True if sharded else None,
-            **_images_of(model, [images[row] for row in rows], rows_per_prompt, input_ids),
-            **without_router_loss(model),
-            **sampling,
-        )[:, input_ids.shape[1] :]
-        for position, ids in enumerate(output.tolist()):
+        written: dict[int, tuple[list[int], bool]] = {}  # ids of each completion, and whether it was cut
+        going = list(range(len(rows) * num_completions))
+        while True:
+            processors = LogitsProcessorList([RefuseNaN()])
+            if temperature > 0:
+                processors += [TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
+                processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+                processors.append(DrawByRow(numbers[going], num_prompt))
+            criteria = [] if cache is None else [ManyEnded(ends, len(going), model.device)]
+            output = model.generate(  # type: ignore[operator]  # a method, for which torch knows no type
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                max_new_tokens=num_prompt + max_new_tokens - input_ids.shape[1],
+                num_return_sequences=num_completions // rows_per_prompt,
+                eos_token_id=sorted(ends) or None,
+                pad_token_id=padding,
+                use_cache=True,
+                logits_processor=processors,
+                stopping_criteria=StoppingCriteriaList(criteria),
+                synced_gpus=True if sharded else None,
+                **_images_of(model, [images[row] for row in rows], rows_per_prompt, input_ids),
+                **without_router_loss(model),
+                **neutral,
+            )
+            for row, ids in zip(going, output[:, num_prompt:].tolist(), strict=True):
+                end = next((index for index, token in enumerate(ids) if token in ends), None)
+                written[row] = (ids, True) if end is None else (ids[: end + 1], False)
+            kept = [position for position, row in enumerate(going) if written[row][1]]
+            if cache is None or not kept or output.shape[1] == num_prompt + max_new_tokens:
+                break
+            cache.batch_select_indices(torch.tensor(kept, device=model.device))
+            num_new = output.shape[1] - input_ids.shape[1]
+            input_ids, attention_mask = output[kept], F.pad(attention_mask[kept], (0, num_new), value=1)
+            going = [going[position] for position in kept]
+        for position, (ids, cut) in sorted(written.items()):
             row = rows[position // num_completions]
-            end = next((index for index, token in enumerate(ids) if token in ends), None)
-            completion_ids[row].append(ids if end is None else ids[: end + 1])
-            clipped[row].append(end is None)
-            texts[row].append(decode_completion(processing_class, completion_ids[row][-1], clipped=end is None))
+            completion_ids[row].append(ids)
+            clipped[row].append(cut)
+            texts[row].append(decode_completion(processing_class, ids, clipped=cut))
 
     with eval_mode(model):
         for start in tqdm(range(0, len(order), batch_size), desc="Writing completions", disable=not progress):
