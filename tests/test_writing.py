@@ -345,9 +345,8 @@ class TestRowsThatEnded:
                 monkeypatch.setattr(ManyEnded, "__call__", lambda self, ids, *_: ids[:, 0] < 0)
             torch.manual_seed(0)
             read.append([])
-            hook = model.register_forward_pre_hook(
-                lambda _, args, kwargs: read[-1].append(kwargs["input_ids"].shape), with_kwargs=True
-            )
+            keep = lambda _, args, kwargs: read[-1].append(kwargs["input_ids"].shape)  # noqa: E731
+            hook = model.register_forward_pre_hook(keep, with_kwargs=True)
             settings = {"num_completions": num_completions, "temperature": temperature, "batch_size": 5}
             written.append(write(model, tokenizer, prompts, **settings))
             hook.remove()
