@@ -14,8 +14,10 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from grkd_trl.data import DataCollatorForGroups
-from grkd_trl.scoring import check_packed_rows_on_all_ranks, packed_rows, score_completions, shared_prompts
+from grkd_trl.scoring import attention_costs as costs_of_devices
+from grkd_trl.scoring import check_packed_rows_on_all_ranks, score_completions, shared_prompts
 from grkd_trl.scoring import rows as scoring_rows
+from grkd_trl.scoring.attention_costs import attention_costs
 from grkd_trl.scoring.packed_rows import PackedRows, causal_pairs, read_rows
 
 
@@ -83,6 +85,11 @@ def lengths_read(monkeypatch):
     return lengths
 
 
+def set_costs(monkeypatch, **costs):
+    changed = attention_costs(torch.device("cpu"))._replace(**costs)
+    monkeypatch.setitem(costs_of_devices._COSTS, "cpu", changed)
+
+
 class TestExactness:
     @pytest.mark.parametrize("name", MODELS)
     def test_equals_reading_every_row(self, name, lengths_read):
@@ -92,7 +99,7 @@ class TestExactness:
 
     @pytest.mark.parametrize("name", MODELS)
     def test_in_several_calls(self, name, monkeypatch):
-        monkeypatch.setattr(packed_rows, "_QUERIES", 3)
+        set_costs(monkeypatch, queries=3)
         assert_same(make_model(name), make_batch())
 
     @pytest.mark.parametrize("name", ["gemma2", "mistral"])
@@ -223,7 +230,8 @@ class Work(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             query, key, *_ = args
             assert query.shape[2] <= key.shape[2]
-            pairs = causal_pairs(key.shape[2]) if kwargs["is_causal"] else query.shape[2] * key.shape[2]
+            num_queries = attention_costs(key.device).queries
+            pairs = causal_pairs(key.shape[2], num_queries) if kwargs["is_causal"] else query.shape[2] * key.shape[2]
             self.pairs += len(query) * pairs
         elif function is F.embedding:
             self.tokens += args[0].numel()
@@ -234,7 +242,7 @@ class TestChoice:
     @pytest.mark.parametrize("hidden_size", [32, 256])
     def test_auto_takes_what_is_less_work(self, hidden_size, lengths_read, monkeypatch):
         """As counted in the forwards themselves, tokens weighed by 6 H pairs."""
-        monkeypatch.setattr(packed_rows, "_QUERIES", 16)
+        set_costs(monkeypatch, queries=16)
         model = make_model(hidden_size=hidden_size, num_hidden_layers=1, attn_implementation="sdpa")
         lengths = [(20, 3), (2, 40), (8, 64), (64, 64), (1, 150), (30, 30)]
         shapes = [[(prompt, [length] * size)] for prompt, length in lengths for size in (1, 2, 4)]
@@ -251,6 +259,17 @@ class TestChoice:
             chosen.append(bool(lengths_read))
             assert chosen[-1] == (works["on"] <= 0.9 * works["off"]), (shape, works)
         assert 3 < sum(chosen) < len(chosen) - 3
+
+    @pytest.mark.parametrize(
+        ("costs", "packs"),
+        [({}, True), ({"causal": 0.2}, False), ({"causal": 0.2, "token": 60.0}, True), ({"worthwhile": 0.5}, False)],
+        ids=str,
+    )
+    def test_costs_of_the_device_decide(self, costs, packs, lengths_read, monkeypatch):
+        set_costs(monkeypatch, **costs)
+        model = make_model(hidden_size=32, num_hidden_layers=1, attn_implementation="sdpa")
+        score_completions(model, make_batch([(16, [40] * 2)]))
+        assert bool(lengths_read) == packs
 
     def test_long_tails_do_not_attend_to_what_is_masked(self):
         batch = make_batch([(10, [2000, 2000])])

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from .attention_costs import attention_costs
+
 
 class Row(NamedTuple):
     """
@@ -74,36 +76,36 @@ def read_rows(
     ]
 
 
-# Queries that attend in one call, without the keys that none of them sees.
-_QUERIES = 256
-
-
-def query_slices(length: int) -> list[slice]:
+def query_slices(length: int, num_queries: int) -> list[slice]:
     """
     Cut a sequence for causal attention: queries `rows` see no key past `rows.stop`.
 
     Args:
         length (`int`):
             Tokens of the sequence.
+        num_queries (`int`):
+            Most queries of a call.
 
     Returns:
         `list[slice]`: Queries of each call.
     """
-    return [slice(first, min(first + _QUERIES, length)) for first in range(0, length, _QUERIES)]
+    return [slice(first, min(first + num_queries, length)) for first in range(0, length, num_queries)]
 
 
-def causal_pairs(length: int) -> int:
+def causal_pairs(length: int, num_queries: int) -> int:
     """
     Query-key pairs that causal attention over a sequence computes, those that are masked included.
 
     Args:
         length (`int`):
             Tokens of the sequence.
+        num_queries (`int`):
+            Most queries of a call.
 
     Returns:
         `int`: Area of the steps that cover the triangle.
     """
-    return sum((rows.stop - rows.start) * rows.stop for rows in query_slices(length))
+    return sum((rows.stop - rows.start) * rows.stop for rows in query_slices(length, num_queries))
 
 
 class Block:
@@ -118,7 +120,7 @@ class Block:
     """
 
     def __init__(self, groups: list[list[Row]], device: torch.device):
-        self.groups = groups
+        self.groups, self._costs = groups, attention_costs(device)
         self.prompt_shape = (len(groups), max(group[0].prompt_length for group in groups))
         self.tail_shape = (sum(map(len, groups)), max(row.tail_length for group in groups for row in group))
         number = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for group in groups]))
@@ -127,10 +129,11 @@ class Block:
         self._masks: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
-    def num_pairs(self) -> int:
-        """Query-key pairs that attention computes, those of padding and those that are masked included."""
-        (num_prompts, prompt), (num_rows, tail) = self.prompt_shape, self.tail_shape
-        return num_prompts * causal_pairs(prompt) + num_rows * (tail * prompt + causal_pairs(tail))
+    def cost(self) -> float:
+        """What attention costs, in pairs with a mask, those of padding included. The prompts are plainly causal."""
+        (num_prompts, prompt), (num_rows, tail), costs = self.prompt_shape, self.tail_shape, self._costs
+        of_prompts = costs.causal * num_prompts * causal_pairs(prompt, costs.queries)
+        return of_prompts + num_rows * (tail * prompt + causal_pairs(tail, costs.queries))
 
     def to_rows(self, prompts: torch.Tensor) -> torch.Tensor:
         """
@@ -175,17 +178,13 @@ class Block:
         return self._masks[window]
 
 
-# What one more call of attention costs, in pairs, and how much padding it may save. Measured on two CPU cores.
-_PAIRS_OF_A_CALL, _PADDING = 2**14, 1.1
-
-
 def _in_blocks(groups: list[list[Row]], device: torch.device) -> list[Block]:
-    blocks: list[Block] = []
+    blocks, costs = list[Block](), attention_costs(device)
     for group in sorted(groups, key=lambda rows: rows[0].prompt_length, reverse=True):
         alone = Block([group], device)
         for index, block in enumerate(blocks):
             joined = Block([*block.groups, group], device)
-            if joined.num_pairs <= _PADDING * (block.num_pairs + alone.num_pairs) + _PAIRS_OF_A_CALL:
+            if joined.cost <= costs.padding * (block.cost + alone.cost) + costs.call:
                 blocks[index] = joined
                 break
         else:
@@ -227,7 +226,7 @@ class PackedRows:
         predicts (`torch.Tensor` of shape `(M,)`): Token of the sequence that predicts each completion token of the
             batch, row after row.
         blocks (`list[Block]`): What attends together.
-        num_pairs (`int`): Query-key pairs that their attention computes.
+        cost (`float`): What their attention costs, in the unit of [`~scoring.attention_costs.AttentionCosts`].
         calls (`list[AttentionCall]`): Calls of attention so far, one a layer.
     """
 
@@ -256,7 +255,7 @@ class PackedRows:
         self.position_ids = torch.cat(positions).unsqueeze(0).to(device)
         self.predicts = torch.cat(predicts).to(device)
         self.blocks = _in_blocks(groups, device)
-        self.num_pairs = sum(block.num_pairs for block in self.blocks)
+        self.cost = sum(block.cost for block in self.blocks)
         self.calls: list[AttentionCall] = []
 
         def padded(first: int, length: int, to: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
+from .attention_costs import attention_costs
 from .forward import predicted_mask, run_packed, run_plain
 from .images import has_images, refuse_mixture_on_all_ranks
 from .packed_check import check_packed_rows_on_all_ranks
@@ -16,9 +17,6 @@ from .tiles import core_model, map_tiles
 
 
 logger = logging.get_logger(__name__)
-
-# Share of the work of plain rows up to which packed rows pay for what packing itself costs. Measured on two CPU cores.
-_WORTHWHILE = 0.9
 
 
 class CompletionScores(NamedTuple):
@@ -59,12 +57,6 @@ def _token_metrics(logits: torch.Tensor, labels: torch.Tensor, nll: torch.Tensor
     return -torch.linalg.vecdot(logps.exp(), logps), logits.argmax(-1) == labels
 
 
-def _work(model: torch.nn.Module, num_tokens: int, num_pairs: int) -> int:
-    # In query-key pairs: a pair takes 2 H multiplications in a layer, a token 4 H^2 in the projections of attention and
-    # about 8 H^2 in the MLP. The head reads the same tokens whatever the layout.
-    return num_tokens * 6 * core_model(model).config.get_text_config().hidden_size + num_pairs
-
-
 def _pack_on_all_ranks(
     model: torch.nn.Module, batch: Mapping[str, torch.Tensor], sharing: str, aux: bool
 ) -> PackedRows | None:
@@ -89,8 +81,12 @@ def _pack_on_all_ranks(
         return packed
     # Of plain rows only `sdpa` leaves out what causality masks, and only where there is no padding to mask.
     causal = implementation_of(model) == "sdpa" and bool(batch["attention_mask"].all())
-    plain = _work(model, num_rows * length, num_rows * (causal_pairs(length) if causal else length**2))
-    return packed if _work(model, packed.source.numel(), packed.num_pairs) <= _WORTHWHILE * plain else None
+    costs = attention_costs(batch["input_ids"].device)
+    plain = num_rows * (costs.causal * causal_pairs(length, costs.queries) if causal else length**2)
+    # The head reads the same tokens whatever the layout.
+    token = costs.token * core_model(model).config.get_text_config().hidden_size
+    work = packed.source.numel() * token + packed.cost
+    return packed if work <= costs.worthwhile * (num_rows * length * token + plain) else None
 
 
 def score_completions(

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from .attention_costs import attention_costs
 from .packed_rows import AttentionCall, PackedRows, query_slices
 from .tiles import core_model, takes, unwrap
 
@@ -39,7 +40,7 @@ def _packed_attention(own, implementation, module, query, key, value, mask, pack
         if mask is None:
             return own(module, query, key, value, None, **kwargs)[0]
         outputs, before = [], key.shape[2] - query.shape[2]
-        for rows in query_slices(query.shape[2]):
+        for rows in query_slices(query.shape[2], attention_costs(query.device).queries):
             keys = slice(0, before + rows.stop)
             seen = mask[:, :, rows, keys]
             if implementation == "eager":

@@ -1,0 +1,56 @@
+"""What attention costs on a kind of device, which decides how packed rows are laid out and whether they pay."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class AttentionCosts(NamedTuple):
+    """
+    Costs in the unit of a query-key pair of attention with a mask.
+
+    Args:
+        queries (`int`):
+            Queries that attend in one call, without the keys that none of them sees.
+        call (`int`):
+            What one more call of attention costs.
+        causal (`float`):
+            What a pair costs that is masked by causality alone.
+        token (`float`):
+            What a token costs in the matrices of a layer, for each unit of the hidden size.
+        padding (`float`):
+            How many times as many pairs groups may take together as one by one.
+        worthwhile (`float`):
+            Share of the work of plain rows up to which packed rows pay for what packing itself costs.
+    """
+
+    queries: int
+    call: int
+    causal: float
+    token: float
+    padding: float
+    worthwhile: float
+
+
+# `examples/benchmarks/calibrate.py` measures these on a device and prints them as they stand here.
+_COSTS = {
+    # A pair takes 2 H multiplications in a layer, a token 4 H^2 in the projections of attention and about 8 H^2 in the MLP.
+    "cpu": AttentionCosts(queries=256, call=2**14, causal=1.0, token=6.0, padding=1.1, worthwhile=0.9),
+    # Not measured: a model of the kernels in bfloat16. With a mask they run at a third of the speed of a matrix product,
+    # causal ones at three quarters, and the host launches a call, forward and backward, in 60 microseconds.
+    "cuda": AttentionCosts(queries=512, call=2**17, causal=0.4, token=2.0, padding=1.1, worthwhile=0.8),
+}
+
+
+def attention_costs(device: torch.device) -> AttentionCosts:
+    """
+    Costs on a device: those of CUDA on every kind that has none of its own.
+
+    Args:
+        device (`torch.device`):
+            Device.
+
+    Returns:
+        [`AttentionCosts`]: Its costs.
+    """
+    return _COSTS.get(device.type, _COSTS["cuda"])
