@@ -1,4 +1,4 @@
-"""The benchmarks of scoring, of cached soft labels and of a teacher that sees more run, and print what they say."""
+"""The benchmarks of scoring, of data, of cached soft labels and of a teacher that sees more run, and print what they say."""
 
 import json
 import runpy
@@ -9,6 +9,8 @@ import pytest
 from datasets import Dataset
 from interrupted import make_teacher
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model
+
+from grkd_trl.scoring.attention_costs import AttentionCosts
 
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "examples/benchmarks"
@@ -26,6 +28,25 @@ def test_scoring_throughput(capsys):
     result = run("scoring_throughput.py", [*small.split(), "--rounds", 1], capsys)
     assert result["tokens"] == 2 * 4 * 17
     assert len(result["seconds"]) == 3
+
+
+def test_calibrate(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", "--hidden_size", "64", "--length", "256", "--rounds", "1"])
+    runpy.run_path(str(BENCHMARKS / "calibrate.py"), run_name="__main__")
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    ((_, costs),) = eval("{" + line + "}", {"AttentionCosts": AttentionCosts}).items()
+    assert costs.queries in (128, 256) and costs.causal > 0 and costs.token > 0 and 0 < costs.worthwhile <= 1
+
+
+def test_data_preparation(tmp_path, capsys):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATES["plain"]
+    tokenizer.save_pretrained(tmp_path)
+    row = {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}
+    Dataset.from_list([row] * 3).to_json(tmp_path / "rows.jsonl")
+    arguments = ["--model", tmp_path, "--data", tmp_path / "rows.jsonl", "--groups", 20, "--rounds", 2, "--run_groups"]
+    result = run("data_preparation.py", arguments, capsys)
+    assert result["groups"] == 20 and result["ours / theirs"]["ratio"] > 0
 
 
 def test_topk_soft_labels(tmp_path, capsys):

@@ -9,7 +9,8 @@ from trl import prepare_multimodal_messages
 
 from .._trl import remove_none_values
 from ..scoring.images import TOKEN_TYPES
-from .tokenization import render_messages, template_kwargs
+from .conversations import render_messages
+from .tokenization import template_kwargs
 
 
 # `SFTTrainer` leaves a dataset with columns of TRL's names as it is, and tokenizes it in its own collator.

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
-from trl import prepare_multimodal_messages
 
 from .._trl import common_prefix_length, remove_none_values, tokenize
+from .conversations import encode_conversations, render_messages
 
 
 logger = logging.get_logger(__name__)
@@ -121,24 +121,6 @@ def template_kwargs(tools: list | str | None, chat_template_kwargs: dict[str, An
     # Arrow gives every row the fields of every other, `None` where it has none.
     own = {"tools": remove_none_values(tools) if tools else None}
     return own | dict(remove_none_values(chat_template_kwargs or {}))
-
-
-def render_messages(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin, messages: list[dict[str, Any]], **kwargs: Any
-) -> str:
-    """
-    Text that the chat template makes of messages, with one placeholder for each image.
-
-    Args:
-        processing_class, messages, kwargs:
-            Tokenizer or processor, messages, and what the template is passed.
-
-    Returns:
-        `str`: Text.
-    """
-    if isinstance(processing_class, ProcessorMixin):  # whose templates may read parts alone
-        messages = prepare_multimodal_messages(messages)
-    return str(processing_class.apply_chat_template(messages, tokenize=False, **kwargs))
 
 
 def encode_prompt(
@@ -262,21 +244,25 @@ def _encode_messages(processing_class, prompt, completions, clipped, kwargs) -> 
     """Ids of a conversation up to the assistant's turn, and of it with each completion."""
     require_chat_template(processing_class)
     prompt = remove_none_values(prompt)
-    prompt_ids = tokenize(processing_class, prompt, add_generation_prompt=True, **kwargs)["input_ids"]
-    start, full_ids = None, []
-    for completion, was_cut in zip(completions, clipped, strict=True):
+    conversations, start = {-1: (prompt, {"add_generation_prompt": True})}, None
+    for position, (completion, was_cut) in enumerate(zip(completions, clipped, strict=True)):
         if isinstance(completion, str):
             messages = [*prompt, {"role": "assistant", "content": completion}]
             if start is None:
                 start = render_messages(processing_class, prompt, **kwargs)
             if was_cut or not _shows(processing_class, start, messages, kwargs):
-                written = _encode_written(processing_class, prompt, prompt_ids, completion, was_cut, kwargs)
-                full_ids.append(prompt_ids + written)
                 continue
         else:
             messages = prompt + remove_none_values(completion)
-        end = {"continue_final_message": True} if was_cut else {}
-        full_ids.append(tokenize(processing_class, messages, **end, **kwargs)["input_ids"])
+        conversations[position] = messages, {"continue_final_message": True} if was_cut else {}
+    ids = encode_conversations(processing_class, list(conversations.values()), **kwargs)
+    shown = dict(zip(conversations, ids, strict=True))
+    prompt_ids, full_ids = shown[-1], []
+    for position, (completion, was_cut) in enumerate(zip(completions, clipped, strict=True)):
+        if position not in shown:
+            written = _encode_written(processing_class, prompt, prompt_ids, completion, was_cut, kwargs)
+            shown[position] = prompt_ids + written
+        full_ids.append(shown[position])
     return prompt_ids, full_ids
 
 
