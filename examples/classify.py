@@ -15,6 +15,8 @@ Texts are classified by sums of n-gram embeddings, images by a ResNet. Data, noi
 `examples/classification/`.
 """
 
+import grkd_trl.examples.arguments.quick_help  # noqa: F401 # isort: skip # answers `--help` in a second
+
 from dataclasses import dataclass, field, fields
 
 from transformers import Trainer, TrainingArguments, set_seed

@@ -11,6 +11,8 @@ together. The hours are FLOPs by the throughput that you name, at those lengths:
 for KD; for methods without a teacher in training give `--teacher_model_name_or_path none --soft_label none`.
 """
 
+import grkd_trl.examples.arguments.quick_help  # noqa: F401 # isort: skip # answers `--help` in a second
+
 from grkd_trl.examples.arguments.parser import ScriptParser
 from grkd_trl.examples.estimation.memory import EstimateArguments, estimate
 

@@ -15,6 +15,8 @@ stopped between them:
 `--adapter_name_or_path` adds a LoRA adapter. Questions come from the hub, or from `--questions` (a path).
 """
 
+import grkd_trl.examples.arguments.quick_help  # noqa: F401 # isort: skip # answers `--help` in a second
+
 import json
 from dataclasses import dataclass, field
 from pathlib import Path

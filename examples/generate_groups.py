@@ -18,6 +18,8 @@ stores the teacher's 20 most likely tokens as well, so that training needs no te
 Then: `accelerate launch examples/grkd.py --dataset_name my_groups ...`
 """
 
+import grkd_trl.examples.arguments.quick_help  # noqa: F401 # isort: skip # answers `--help` in a second
+
 from dataclasses import dataclass, field
 from pathlib import Path
 

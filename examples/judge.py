@@ -15,6 +15,8 @@ A server on this machine needs no key. Replies are kept in `--output_dir`, so a 
 is paid twice. These figures are this judge's: they compare your models, not yours with a published table.
 """
 
+import grkd_trl.examples.arguments.quick_help  # noqa: F401 # isort: skip # answers `--help` in a second
+
 import json
 from dataclasses import dataclass
 from pathlib import Path

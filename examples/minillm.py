@@ -21,6 +21,8 @@ groups of two: `--dataset_name trl-lib/ultrafeedback_binarized`. A mixture of da
 `datasets` in that file, as TRL's scripts have it. `--resume_from_checkpoint true` resumes from the last whole checkpoint.
 """
 
+import grkd_trl.examples.arguments.quick_help  # noqa: F401 # isort: skip # answers `--help` in a second
+
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,10 +97,8 @@ def main(script_args, training_args, model_args, dataset_args):
 
     # Train
     if script_args.ignore_bias_buffers:  # which DDP cannot broadcast
-        buffers = trainer.model.named_buffers()
-        trainer.model._ddp_params_and_buffers_to_ignore = [
-            name for name, value in buffers if value.dtype == torch.bool
-        ]
+        ignored = [name for name, value in trainer.model.named_buffers() if value.dtype == torch.bool]
+        trainer.model._ddp_params_and_buffers_to_ignore = ignored
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
     # Save, and push to the hub

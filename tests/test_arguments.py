@@ -1,6 +1,10 @@
 """The command line of the scripts: what `--help` shows first, and that it accepts what TRL's parser accepts."""
 
+import json
+import os
 import runpy
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from grkd_trl.examples.arguments.parser import ScriptParser
 
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [path for path in sorted((ROOT / "examples").glob("*.py")) if "ScriptParser(" in path.read_text()]
 
 
 @dataclass
@@ -64,13 +69,65 @@ def test_accepts_what_trls_parser_accepts(tmp_path):
             assert shown[0].get(name) == shown[1].get(name)
 
 
+def printed_help(script, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [script.name, "--help"])
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(script), run_name="__main__")
+    return capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["evaluate", "generate_groups", "judge"])
 def test_every_argument_of_a_script_is_explained(name, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(ROOT / f"examples/{name}.py"), run_name="__main__")
-    text = capsys.readouterr().out
+    text = printed_help(ROOT / f"examples/{name}.py", monkeypatch, capsys)
     assert f" examples/{name}.py " in text  # a command
     for part in text.split("\n  --")[1:]:
         about = part.split("\n\n")[0].split(None, 2)
         assert len(about) == 3 and "(default" != about[2][:8], part
+
+
+@pytest.fixture(scope="module")
+def quick_help():
+    """Text by script, of one process without torch."""
+    code = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from grkd_trl.examples.arguments.quick_help import help_of\n"
+        "texts = {}\n"
+        "for path in sys.argv[1:]:\n"
+        "    sys.argv[0] = path\n"
+        "    texts[path] = help_of(Path(path))\n"
+        "print(json.dumps(texts))\n"
+    )
+    command, env = [sys.executable, "-c", code, *map(str, SCRIPTS)], os.environ | {"COLUMNS": "100"}
+    return json.loads(subprocess.run(command, env=env, capture_output=True, check=True, timeout=300).stdout)
+
+
+class TestQuickHelp:
+    """`--help` without the imports that take seconds."""
+
+    @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+    def test_is_what_the_parser_prints(self, quick_help, script, monkeypatch, capsys):
+        assert quick_help[str(script)] == printed_help(script, monkeypatch, capsys)
+        assert "import grkd_trl.examples.arguments.quick_help " in script.read_text()
+
+    @pytest.mark.parametrize("command", [["examples/grkd.py"], ["-m", "grkd_trl.examples", "grkd"]], ids=len)
+    def test_imports_no_torch(self, command, quick_help, tmp_path):
+        (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")
+        path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", ""), str(ROOT)])
+        env = os.environ | {"COLUMNS": "100", "PYTHONPATH": path}
+        done = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, quick_help[str(ROOT / "examples/grkd.py")]), done.stderr
+
+    def test_falls_back_to_the_parser_in_a_process_with_torch(self):
+        code = (
+            "import sys\n"
+            "from grkd_trl.examples.arguments import quick_help\n"
+            f"sys.modules['__main__'].__file__ = {str(ROOT / 'examples/grkd.py')!r}\n"
+            "sys.argv = ['grkd.py', '--help']\n"
+            "quick_help.help_of = lambda script: int('not a number')\n"
+            "quick_help._answer()\n"
+            "print('imports', sys.modules.get('torch', 'what it needs'))\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+        assert done.stdout == "imports what it needs\n"
