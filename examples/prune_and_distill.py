@@ -1,5 +1,5 @@
 """
-Make a small model out of a larger one: remove layers from an instruction-tuned model, and train the rest with GRKD.
+Make a small model out of a larger one: remove layers from an instruction-tuned model, and train the rest with GRKD, KD or SeqKD.
 
     python examples/prune_and_distill.py --output_dir pruned
 
@@ -13,11 +13,15 @@ answers to held-out prompts, with the teacher's score. With your own prompts (a 
 
 In `--output_dir` are the student without layers (`start/`), the groups with a data card (`groups/`), the trained student
 (`student/`, with `--use_peft` an adapter on `start/`) and `results.json`. A run that stopped while writing groups resumes.
+
+To compare methods on the same groups, give each run a name: its `student/` and `results.json` are in a folder of that name,
+and all else is shared. Every method is tested in the same way, whatever it trains on:
+
+    python examples/prune_and_distill.py --output_dir pruned --method kd --name kd-0
+    python examples/prune_and_distill.py --output_dir pruned --method seqkd --training_seed 1 --name seqkd-1
 """
 
-import argparse
 import time
-from pathlib import Path
 
 import torch
 from datasets import disable_progress_bars, load_dataset
@@ -25,35 +29,22 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from grkd_trl import GRKDConfig, GRKDTrainer
+from grkd_trl import GRKDConfig, GRKDTrainer, KDConfig, KDTrainer, SeqKDConfig, SeqKDTrainer
 from grkd_trl.examples.demonstration.runs import phase, save, train_quietly
-from grkd_trl.examples.pruning.layers import drop_layers
+from grkd_trl.examples.pruning.arguments import read_arguments
+from grkd_trl.examples.pruning.layers import claim_folder, drop_layers
 from grkd_trl.examples.pruning.prompts import PROMPTS, short_prompts
-from grkd_trl.examples.pruning.report import Tests
+from grkd_trl.examples.pruning.report import Tests, table_of_runs
 from grkd_trl.generation import GroupsConfig, generate_groups
 from grkd_trl.teacher import LocalTeacher
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--output_dir", type=Path, required=True, help="folder for models, groups and results")
-    add("--model_name_or_path", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="teacher, by default %(default)s")
-    add("--drop", default="middle:6", help="layers to remove, 'middle:N' or 'every_second' (default: %(default)s)")
-    add("--prompts", help=".json or .jsonl file of prompts; by default those of this script")
-    add("--num_prompts", type=int, default=72, help="prompts to train on (default: %(default)s)")
-    add("--num_held_out", type=int, default=12, help="prompts to measure on (default: %(default)s)")
-    add("--max_prompt_length", type=int, default=96, help="longest prompt, in tokens (default: %(default)s)")
-    add("--max_completion_length", type=int, default=32, help="longest completion, in tokens (default: %(default)s)")
-    add("--num_completions", type=int, default=4, help="completions in a group, half by the teacher (default: 4)")
-    add("--num_train_epochs", type=int, default=1, help="times that the groups are trained on (default: 1)")
-    add("--groups_per_step", type=int, default=2, help="groups in a step (default: 2)")
-    add("--learning_rate", type=float, help="3e-4 by default, and with --use_peft 1e-3")
-    add("--use_peft", action="store_true", help="train LoRA adapters of rank 16 in place of all parameters")
-    add("--seed", type=int, default=0, help="seed of draws and order (default: 0)")
-    args = parser.parse_args(argv)
+METHODS = {"grkd": (GRKDConfig, GRKDTrainer), "kd": (KDConfig, KDTrainer), "seqkd": (SeqKDConfig, SeqKDTrainer)}
 
-    started, out = time.perf_counter(), args.output_dir
+
+def main(argv: list[str] | None = None) -> None:
+    args = read_arguments(argv, __doc__, METHODS)
+    started, out, run = time.perf_counter(), args.output_dir, args.output_dir / args.name
     disable_progress_bars()
     disable_progress_bar()  # of transformers, which has one for each file
     set_seed(args.seed)
@@ -66,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = load_dataset("json", data_files=args.prompts, split="train")["prompt"] if args.prompts else PROMPTS
         count = args.num_prompts + args.num_held_out
         prompts = short_prompts(rows, tokenizer, args.max_prompt_length, count, seed=args.seed)
+        claim_folder(out / "start", model_name_or_path=args.model_name_or_path, drop=args.drop)
         drop_layers(teacher, args.drop).save_pretrained(out / "start")
         tokenizer.save_pretrained(out / "start")
         student = AutoModelForCausalLM.from_pretrained(out / "start", dtype=torch.float32)  # known by this name
@@ -90,8 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     held_out = groups.filter(lambda row: row["prompt"] in asked)
 
     # Trainer
-    training = GRKDConfig(
-        output_dir=str(out / "student"),
+    config_class, trainer_class = METHODS[args.method]
+    training = dict(
+        output_dir=str(run / "student"),
         learning_rate=args.learning_rate or (1e-3 if args.use_peft else 3e-4),
         lr_scheduler_type="cosine",
         warmup_steps=0.1,  # as a share of the steps
@@ -103,35 +96,39 @@ def main(argv: list[str] | None = None) -> None:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        seed=args.seed,
+        seed=args.training_seed,
     )
-    trainer = GRKDTrainer(
+    trainer = trainer_class(
         student,
-        teacher,
-        training,
+        None if args.method == "seqkd" else teacher,  # it learns from the groups' text by the teacher
+        config_class(**training),
         train_dataset=groups.filter(lambda row: row["prompt"] not in asked),
-        eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear") if args.use_peft else None,
     )
-    tests = Tests(trainer, writers["teacher"], asked, max_new_tokens=args.max_completion_length, seed=args.seed)
+    # Every method is measured by GRKD's metrics
+    tested = {"train_dataset": held_out, "eval_dataset": held_out, "processing_class": tokenizer}
+    tester = GRKDTrainer(trainer.model, teacher, GRKDConfig(**training), **tested)
+    tests = Tests(tester, writers["teacher"], asked, max_new_tokens=args.max_completion_length, seed=args.seed)
 
     # Test, train, test
     with phase(f"3/6 Testing the student on {len(held_out)} held-out groups"):
         tests.student("before")
-    with phase(f"4/6 Training it on {len(groups) - len(held_out)} groups"):
+    with phase(f"4/6 Training it with {args.method} on {len(groups) - len(held_out)} groups"):
         train_quietly(trainer)
     with phase("5/6 Testing it again, and the teacher's own answers"):
         tests.student("after")
         tests.answer("teacher", teacher)
     with phase("6/6 Saving the student and its card"):
-        save(trainer, out / "student")
+        save(trainer, run / "student")
 
     seconds = round(time.perf_counter() - started)
     given = {name: str(value) for name, value in vars(args).items()}
-    print(tests.report(out / "results.json", arguments=given, seconds=seconds, threads=torch.get_num_threads()))
-    print(f"\n{seconds} seconds. All answers are in {out / 'results.json'}. To ask the student yourself:")
-    print(f"    python examples/generate.py --model {out / 'student'} --prompts prompts.jsonl --chat")
+    log, threads = trainer.state.log_history, torch.get_num_threads()
+    print(tests.report(run / "results.json", arguments=given, seconds=seconds, threads=threads, log=log))
+    print(table_of_runs(out), end="")
+    print(f"\n{seconds} seconds. All answers are in {run / 'results.json'}. To ask the student yourself:")
+    print(f"    python examples/generate.py --model {run / 'student'} --prompts prompts.jsonl --chat")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """`examples/prune_and_distill.py` and `examples/benchmarks/learning_rates.py` on tiny models, and how layers are left out."""
 
 import copy
+import itertools
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -109,6 +111,54 @@ def test_from_a_model_to_a_student(teacher, tmp_path, capsys, use_peft):
         assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "start")
         assert adapted.peft_config["default"].r == 16
     assert f"| Student | `{tmp_path / 'start'}`" in (tmp_path / "student/README.md").read_text(encoding="utf-8")
+
+
+def test_methods_and_seeds_share_groups_and_tests(teacher, tmp_path, capsys):
+    sizes = "--num_prompts 4 --num_held_out 2 --max_prompt_length 300 --max_completion_length 6 --drop middle:2"
+    main = runpy.run_path(str(ROOT / "examples/prune_and_distill.py"))["main"]
+    runs = {"": "", "kd-0": "--method kd", "seqkd-0": "--method seqkd", "grkd-1": "--training_seed 1"}
+    made, groups, logits = {}, set(), []
+    for name, given in runs.items():
+        named = ["--name", name] if name else []
+        main(
+            [
+                "--model_name_or_path",
+                str(teacher),
+                "--output_dir",
+                str(tmp_path),
+                *named,
+                *sizes.split(),
+                *given.split(),
+            ]
+        )
+        made[name] = json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8"))
+        groups.add(tuple((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "groups/data").iterdir()))
+        student = AutoModelForCausalLM.from_pretrained(tmp_path / name / "student")
+        logits.append(student(torch.arange(5)[None]).logits)
+    assert len(groups) == 1  # written once
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(logits, 2))
+    before, after = ([run["results"][when] for run in made.values()] for when in ("before", "after"))
+    assert before == [before[0]] * 4 and len({run["loss/soft"] for run in after}) == 4
+    assert {run["results"]["teacher"]["teacher's score of its text"] for run in made.values()} == {
+        made[""]["results"]["teacher"]["teacher's score of its text"]
+    }
+    (table,) = re.findall(r"\nrun .*\n((?:.+\n)+)", capsys.readouterr().out)[-1:]
+    rows = [line.rsplit(None, 5) for line in table.splitlines()]
+    assert [row[-5:-3] for row in rows] == [["grkd", "0"], ["grkd", "1"], ["kd", "0"], ["seqkd", "0"]]
+    with pytest.raises(SystemExit):
+        main(["--output_dir", str(tmp_path), "--name", "groups"])
+    with pytest.raises(ValueError, match='made from .*"drop": "middle:2".*Choose another'):  # same size, same name
+        main(
+            [
+                "--model_name_or_path",
+                str(teacher),
+                "--output_dir",
+                str(tmp_path),
+                *sizes.split(),
+                "--drop",
+                "every_second",
+            ]
+        )
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """A smaller student by leaving layers out."""
 
 import copy
+import json
 import re
+from pathlib import Path
 
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -80,3 +82,26 @@ def drop_layers(model: PreTrainedModel, drop: str) -> PreTrainedModel:
     student.load_state_dict(weights)
     student.generation_config = copy.deepcopy(model.generation_config)
     return student
+
+
+def claim_folder(folder: Path, **made_from: str) -> None:
+    """
+    Note what a student is made from, before it is saved.
+
+    Args:
+        folder (`Path`):
+            Folder of the student, made if need be.
+        **made_from (`str`):
+            The options that decide it.
+
+    Raises:
+        `ValueError`: If the folder is that of another student, whose groups and adapters would be taken for this one's.
+    """
+    note = folder / "made_from.json"
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != made_from:
+        raise ValueError(
+            f"{folder} holds a student that was made from {note.read_text(encoding='utf-8')}, and not from "
+            f"{json.dumps(made_from)}. Choose another `--output_dir`."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(made_from), encoding="utf-8")

@@ -1,14 +1,17 @@
-"""What a student says before and after, and what is printed of it."""
+"""What a student says before and after, and what is printed of it and of other runs."""
 
 import json
 from pathlib import Path
 from typing import Any
+
+from transformers import PrinterCallback
 
 from grkd_trl import GRKDTrainer
 from grkd_trl.teacher import LocalTeacher
 
 
 METRICS = ("loss/soft", "rank/accuracy")
+SCORE = "teacher's score of its text"
 
 
 def answer(model, teacher: LocalTeacher, prompts: list, *, max_new_tokens: int, seed: int) -> tuple[list[str], float]:
@@ -44,6 +47,7 @@ class Tests:
     """The tests of a student in training, by name: metrics of the held-out groups, answers, and the teacher's score."""
 
     def __init__(self, trainer: GRKDTrainer, teacher: LocalTeacher, prompts: list, **writing: Any):
+        trainer.remove_callback(PrinterCallback)  # the report prints them
         self.trainer, self.teacher, self.prompts, self.writing = trainer, teacher, prompts, writing
         self.results: dict[str, dict[str, float]] = {}
         self.answers: dict[str, list[str]] = {}
@@ -55,7 +59,7 @@ class Tests:
 
     def answer(self, name: str, model) -> None:
         self.answers[name], score = answer(model, self.teacher, self.prompts, **self.writing)
-        self.results[name] = {"teacher's score of its text": score}
+        self.results[name] = {SCORE: score}
 
     def report(self, path: Path, **made: Any) -> str:
         """Write all of it as JSON, and give a table with the first four answers."""
@@ -64,10 +68,10 @@ class Tests:
             dict(zip(("prompt", *self.answers), row, strict=True))
             for row in zip(asked, *self.answers.values(), strict=True)
         ]
-        made |= {"results": self.results, "answers": rows, "log": self.trainer.state.log_history}
+        made |= {"results": self.results, "answers": rows}
         path.write_text(json.dumps(made, indent=2, ensure_ascii=False), encoding="utf-8")
         lines = [f"\nOn {len(rows)} held-out prompts{'':<16}" + "".join(f"{name:>10}" for name in self.results)]
-        for metric in (*METRICS, "teacher's score of its text"):
+        for metric in (*METRICS, SCORE):
             values = [result.get(metric) for result in self.results.values()]
             shown = "".join(f"{'' if value is None else f'{value:.3f}':>10}" for value in values)
             lines.append(f"    {metric:<36}{shown}")
@@ -75,3 +79,15 @@ class Tests:
             lines.append("")
             lines += [f"    {name:<8} {' '.join(text.split())[:300]}" for name, text in row.items()]
         return "\n".join(lines)
+
+
+def table_of_runs(folder: Path) -> str:
+    """The students of all runs in a folder, that without a name first, where there is more than one run."""
+    paths = [*folder.glob("results.json"), *sorted(folder.glob("*/results.json"))]
+    lines = [f"\n{'run':<20}{'method':<8}{'seed':<6}" + "".join(f"{name:>30}" for name in (*METRICS, SCORE)) + "\n"]
+    for path in paths:
+        made = json.loads(path.read_text(encoding="utf-8"))
+        given, after = made["arguments"], made["results"]["after"]
+        measured = "".join(f"{after[name]:>30.3f}" for name in (*METRICS, SCORE))
+        lines.append(f"{given['name'] or '(no name)':<20}{given['method']:<8}{given['training_seed']:<6}{measured}\n")
+    return "".join(lines) if len(paths) > 1 else ""
