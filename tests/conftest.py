@@ -1,4 +1,5 @@
 import gc
+import logging
 import os
 
 import pytest
@@ -26,3 +27,13 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def words(tokenizer):
     return sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+
+
+@pytest.fixture
+def warnings():
+    """Messages of the package's loggers, wherever transformers sends them."""
+    said, handler, logger = [], logging.Handler(), logging.getLogger("grkd_trl")
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    yield said
+    logger.removeHandler(handler)

@@ -99,6 +99,12 @@ def make_trainer(folder, rows=None, *, trainer_class=GRKDForClassificationTraine
     )
 
 
+def trainer_of_a_launch(folder, **kwargs):
+    """What each process of a launch makes."""
+    held_out = make_rows(16, seed=1)
+    return make_trainer(folder, make_rows(16), hard_label_weight=0.2, eval_dataset=held_out, optim="sgd", **kwargs)
+
+
 def batch_of(rows):
     return DataCollatorWithPadding(TOKENIZER)([rows[i] for i in range(len(rows))])
 

@@ -5,9 +5,8 @@ import shutil
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from runs import TOKENIZER, logged, make_rows, make_student, make_teacher, make_trainer, train, weights
+from runs import METHODS, TOKENIZER, logged, make_rows, make_student, make_teacher, make_trainer, train, weights
 from test_rivals import rows_for
 from tiny import CHAT_TEMPLATES, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -16,7 +15,6 @@ from grkd_trl.teacher import LocalTeacher, load_teacher, shared_vocabulary, toke
 from grkd_trl.teacher.loading import find_adapter, load_config
 
 
-METHODS = ["GRKD", "DPO", "SimPO", "PRO", "RankNet", "KD", "SeqKD", "MiniLLM"]
 each_method = pytest.mark.parametrize("method", METHODS)
 IDS = torch.arange(4, 14)[None]
 UNSCORED = make_rows(scores=False)
@@ -183,8 +181,3 @@ class TestRefused:
 
     def test_a_model_is_no_adapter(self, base):
         assert find_adapter(str(base)) is None and find_adapter("nobody/nothing") is None
-
-
-def test_rows_are_without_scores():
-    """Or no teacher would be loaded above."""
-    assert "teacher_scores" not in Dataset.from_list(UNSCORED).column_names

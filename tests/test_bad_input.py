@@ -1,6 +1,5 @@
 """What users get wrong: an error before the first step, which names what was given, what is accepted, what to do."""
 
-import logging
 import math
 
 import pytest
@@ -35,24 +34,6 @@ def refuse(tmp_path, tokenizer):
         return str(caught.value)
 
     return refuse
-
-
-class Records(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.messages = []
-
-    def emit(self, record):
-        self.messages.append(record.getMessage())
-
-
-@pytest.fixture
-def warnings():
-    """Messages of the logger of groups, wherever transformers sends them."""
-    records, logger = Records(), logging.getLogger("grkd_trl.data")
-    logger.addHandler(records)
-    yield records.messages
-    logger.removeHandler(records)
 
 
 def test_good_rows_are_accepted(tmp_path, tokenizer, warnings):

@@ -1,6 +1,5 @@
 """What a launch, a step and the first log are checked for."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -134,20 +133,6 @@ class TestLaunch:
             tmp_path, "torch.distributed.run", "--nproc_per_node", "2", "--standalone", OMP_NUM_THREADS="1"
         )
         assert run.stdout.count("processes 2") == 2, run.stderr
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    said = []
-    monkeypatch.setattr(logging.getLogger("grkd_trl"), "propagate", True)
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    loggers = [logging.getLogger(f"grkd_trl.{name}") for name in ("trainers", "generation")]
-    for logger in loggers:
-        logger.addHandler(handler)
-    yield said
-    for logger in loggers:
-        logger.removeHandler(handler)
 
 
 class TestWarnings:

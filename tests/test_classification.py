@@ -24,12 +24,12 @@ from runs_of_classifiers import (
     make_rows,
     make_teacher,
     make_trainer,
+    trainer_of_a_launch,
     with_logits,
 )
 from transformers import (
     AutoModelForImageClassification,
     DataCollatorWithPadding,
-    EvalPrediction,
     LlamaConfig,
     LlamaForSequenceClassification,
     TrainerCallback,
@@ -39,7 +39,6 @@ from transformers import (
 from grkd_trl import DistillationForClassificationTrainer, GRKDForClassificationConfig, GRKDForClassificationTrainer
 from grkd_trl.classification.metrics import rank_correlation
 from grkd_trl.classification.outputs import add_teacher_outputs, classify
-from grkd_trl.evaluation import classification_metrics
 from grkd_trl.losses import (
     dist_loss,
     group_relative_loss,
@@ -224,11 +223,6 @@ class TestTeacher:
     def test_rows_need_no_labels_without_a_share_of_them(self, tmp_path):
         make_trainer(tmp_path, make_rows().remove_columns("labels")).train()
 
-    def test_a_layer_as_wide_as_the_classes_is_no_head(self):
-        model, batch = make_model(hidden_size=16, num_labels=16).eval(), batch_of(make_rows(5))
-        outputs = classify(model, batch)
-        torch.testing.assert_close(model.classifier(outputs.embeddings), outputs.logits)
-
     def test_a_teacher_without_embeddings_is_named(self):
         """Its head reads every token."""
         config = LlamaConfig(
@@ -242,10 +236,11 @@ class TestTeacher:
         assert "teacher_embeddings" not in rows.column_names and len(rows["teacher_logits"][0]) == CLASSES
 
     def test_embeddings_are_what_the_head_reads(self):
-        model, batch = make_teacher(), batch_of(make_rows(5))
-        outputs = classify(model, batch)
+        same_width = make_model(hidden_size=16, num_labels=16).eval()  # a layer as wide as the classes is no head
+        for model in (same_width, make_teacher()):
+            outputs = classify(model, batch_of(make_rows(5)))
+            torch.testing.assert_close(model.classifier(outputs.embeddings), outputs.logits)
         assert outputs.embeddings.shape == (5, 32)
-        torch.testing.assert_close(model.classifier(outputs.embeddings), outputs.logits)
         rows = with_logits(make_rows(5)).with_format("torch")
         torch.testing.assert_close(rows["teacher_logits"][:], outputs.logits.detach())
         torch.testing.assert_close(rows["teacher_embeddings"][:], outputs.embeddings.detach())
@@ -323,11 +318,9 @@ WORKER = """
 import sys
 import torch
 from runs import end_process
-from runs_of_classifiers import make_rows, make_trainer
+from runs_of_classifiers import trainer_of_a_launch
 
-trainer = make_trainer(
-    sys.argv[1], make_rows(16), hard_label_weight=0.2, eval_dataset=make_rows(16, seed=1), optim="sgd"
-)
+trainer = trainer_of_a_launch(sys.argv[1])
 trainer.train()
 found = trainer.evaluate()
 if trainer.is_world_process_zero():
@@ -344,14 +337,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launch, tmp_path / "worker.py", tmp_path], check=True, env=environment, timeout=300)
     weights, logs, metrics = torch.load(tmp_path / "found.pt", weights_only=False)
-    alone = make_trainer(
-        tmp_path,
-        make_rows(16),
-        hard_label_weight=0.2,
-        eval_dataset=make_rows(16, seed=1),
-        optim="sgd",
-        per_device_train_batch_size=8,
-    )
+    alone = trainer_of_a_launch(tmp_path, per_device_train_batch_size=8)
     alone.train()
     assert_same(weights, alone.model.state_dict(), 1e-4)
     for ours, theirs in zip(logs, alone.state.log_history[:2], strict=True):
@@ -385,35 +371,6 @@ class TestEvaluation:
         agreement = (logits.argmax(-1) == taught.argmax(-1)).float().mean().item()
         assert found["eval_rank/agreement"] == pytest.approx(agreement)
         assert found["eval_rank/spearman"] == pytest.approx(rank_correlation(logits, taught).mean().item(), rel=1e-5)
-
-    def test_metrics_against_loops(self):
-        random = np.random.default_rng(0)
-        logits, labels = 2 * random.normal(size=(60, 9)), random.integers(0, 7, 60)  # two classes never occur
-        logits[:, 8] = -99.0  # and one of them is never predicted
-        found = classification_metrics(EvalPrediction(logits, labels))
-        probabilities = torch.tensor(logits).softmax(-1).numpy()
-        predicted = [int(row.argmax()) for row in logits]
-        hits = [p == y for p, y in zip(predicted, labels, strict=True)]
-        f1 = []
-        for label in set(predicted) | set(labels.tolist()):
-            right = sum(p == y == label for p, y in zip(predicted, labels, strict=True))
-            f1.append(2 * right / (predicted.count(label) + labels.tolist().count(label)))
-        gap = 0.0
-        for low in range(15):
-            inside = [i for i, row in enumerate(probabilities) if low / 15 <= row.max() < (low + 1) / 15]
-            gap += abs(sum(hits[i] - probabilities[i].max() for i in inside)) / 60
-        top5 = [y in row.argsort()[-5:] for y, row in zip(labels, logits, strict=True)]
-        assert found["accuracy"] == pytest.approx(np.mean(hits))
-        assert found["macro_f1"] == pytest.approx(np.mean(f1))
-        assert found["top5_accuracy"] == pytest.approx(np.mean(top5))
-        assert found["calibration_error"] == pytest.approx(gap)
-
-    def test_rank_correlation(self):
-        stats = pytest.importorskip("scipy.stats")
-        student, teacher = torch.randn(6, 9).round(), torch.randn(6, 9)  # the student ties
-        expected = [stats.spearmanr(*row).statistic for row in zip(student, teacher, strict=True)]
-        torch.testing.assert_close(rank_correlation(student, teacher).double(), torch.tensor(expected))
-        assert rank_correlation(torch.zeros(1, 4), teacher[:1, :4]).item() == 0
 
 
 def test_default_config_is_named_after_the_student(tmp_path, monkeypatch):

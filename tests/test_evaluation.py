@@ -92,30 +92,6 @@ class TestWilsonInterval:
         assert low == pytest.approx(total / (total + z2), rel=1e-9)
         assert 1 - 1e-12 < high <= 1
 
-    def test_mirror(self):
-        low, high = wilson_interval(3, 17)
-        assert wilson_interval(14, 17) == pytest.approx((1 - high, 1 - low), abs=1e-12)
-
-    def test_higher_confidence_is_wider(self):
-        low, high = wilson_interval(4, 20, confidence=0.5)
-        wide_low, wide_high = wilson_interval(4, 20, confidence=0.999)
-        assert wide_low < low < 0.2 < high < wide_high
-
-    def test_coverage(self):
-        # The exact chance that the interval holds the proportion, averaged over proportions. The usual p +- z * se
-        # reaches only 0.85 here.
-        n, grid = 20, [(i + 0.5) / 500 for i in range(500)]
-        intervals = [wilson_interval(k, n) for k in range(n + 1)]
-        coverage = [
-            sum(
-                math.comb(n, k) * p**k * (1 - p) ** (n - k)
-                for k, (low, high) in enumerate(intervals)
-                if low <= p <= high
-            )
-            for p in grid
-        ]
-        assert sum(coverage) / len(grid) == pytest.approx(0.95, abs=0.01)
-
     @pytest.mark.parametrize(
         "arguments, confidence, message",
         [
@@ -282,12 +258,6 @@ class TestExactMatch:
         model.train(training)
         assert matches(model, tokenizer) == [True] * 8
         assert {module.training for module in model.modules()} == {training}
-
-    def test_progress_bar(self, model, tokenizer, capsys):
-        matches(model, tokenizer)
-        assert capsys.readouterr().err == ""
-        matches(model, tokenizer, progress=True, batch_size=3)
-        assert "3/3" in capsys.readouterr().err
 
     def test_nothing_to_do(self, model, tokenizer):
         assert matches(model, tokenizer, [], []) == []

@@ -1,6 +1,5 @@
 import gzip
 import json
-import logging
 
 import pytest
 import torch
@@ -353,24 +352,6 @@ class TestBringScores:
         tokenizer = make_tokenizer()
         assert bring_scores(prepare_groups(self.SCORED, tokenizer), prepare_groups(self.PAIRS, tokenizer))
         assert not bring_scores(prepare_groups(self.BARE, tokenizer))
-
-
-class Records(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.messages = []
-
-    def emit(self, record):
-        self.messages.append(record.getMessage())
-
-
-@pytest.fixture
-def warnings():
-    """Messages of the module's logger, wherever transformers sends them."""
-    records, logger = Records(), logging.getLogger("grkd_trl.data")
-    logger.addHandler(records)
-    yield records.messages
-    logger.removeHandler(records)
 
 
 class TestDroppedRows:

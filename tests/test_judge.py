@@ -204,12 +204,6 @@ class TestClient:
         assert len(server.bodies) == 1  # nothing is asked whose reply could not be kept
         assert judge_pairs(judge, ["?", "!"], ["aa", "bb"], ["c", "d"]) == [1, 1]
 
-    def test_a_server_that_is_not_there(self, serve, tmp_path, monkeypatch):
-        monkeypatch.setenv("OPENAI_API_KEY", "x")
-        judge = JudgeClient("judge", tmp_path / "c", base_url="http://127.0.0.1:9/v1", max_retries=0, timeout=2)
-        with pytest.raises(RuntimeError, match="failed, ConnectError"):
-            judge.ask([[{"role": "user", "content": "?"}]])
-
     def test_never_asks_twice(self, serve, tmp_path):
         server = serve(longer_is_better)
         arguments = ["?", "?"], ["aa", "aa"], ["b", "b"]
@@ -288,13 +282,6 @@ class TestClient:
         monkeypatch.delenv("OPENAI_API_KEY")
         assert judge_pairs(client(server, tmp_path), ["?"], ["aa"], ["b"]) == [1]
         assert set(server.keys) == {None}
-
-    def test_the_key_is_masked_where_the_server_echoes_it(self, serve, tmp_path):
-        server = serve(longer_is_better)
-        server.faults = [401]
-        with pytest.raises(RuntimeError, match=r"Incorrect API key provided: \[key\]") as error:
-            judge_pairs(client(server, tmp_path, num_workers=1), ["?"], ["aa"], ["b"])
-        assert "secret-key" not in str(error.value) and error.value.__cause__ is None
 
     def test_missing_key(self, tmp_path, monkeypatch):
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)

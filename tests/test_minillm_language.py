@@ -5,12 +5,16 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_cases import F64, close, differentiate
 from scipy.optimize import minimize
-from test_losses_rivals import EOS, F64, INF, LENGTH, LETTERS, close, differentiate
 
 from grkd_trl.losses import clipped_policy_loss, minillm_returns, mixture_logps, reverse_kl
 
 
+INF = float("inf")
+
+# A language of every string of up to three letters, small enough to write down: MiniLLM against exact sums over it.
+LETTERS, LENGTH, EOS = 3, 3, 0
 STRINGS = [  # of the letters 1..2, each closed by EOS unless cut at three
     (*letters, EOS)[:LENGTH] for size in range(LENGTH + 1) for letters in itertools.product((1, 2), repeat=size)
 ]

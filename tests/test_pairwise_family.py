@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from test_losses import differentiate, restate
+from loss_cases import close, differentiate, draw, each_setting, restate
 
 from grkd_trl.losses import (
     _pair_blocks,
@@ -23,30 +23,8 @@ from grkd_trl.losses import (
 NAN, INF = math.nan, math.inf
 
 
-def draw(*shape, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = (2 * torch.randn(2, *shape, generator=generator, dtype=torch.float64)).to(dtype)
-    return student.requires_grad_(), teacher
-
-
 def gradient_of(values, student):
     return torch.autograd.grad(values.sum(), student)[0]
-
-
-def close(found, expected, tolerance=1e-10):
-    for value, truth in zip(found, expected, strict=True):
-        torch.testing.assert_close(value, truth, rtol=tolerance, atol=tolerance)
-
-
-SETTINGS = [
-    {"target_temperature": 1.0},
-    {"target_temperature": 0.3, "temperature": 2.0},
-    {"target_temperature": 1.0, "min_gap": 0.8},
-    {"target_temperature": 2.0, "min_gap": 99.0},
-    {"target_temperature": 0.5, "standardize": True},
-    {"target_temperature": 0.0, "standardize": True, "temperature": 0.5, "min_gap": 0.4},
-]
-each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
 
 
 class TestParity:
@@ -60,16 +38,10 @@ class TestParity:
         options = {**setting, "weights": members if members is None else members.expand(shape)}
         loop = partial(reference.pairwise_family, **setting, weights=members if members is None else members.tolist())
         close(
-            [value.double() for value in differentiate(group_relative_loss, student, teacher, **options)],
+            tuple(value.double() for value in differentiate(group_relative_loss, student, teacher, **options)),
             restate(loop, student, teacher),
             tolerance,
         )
-
-    @each_setting
-    def test_gradcheck(self, setting):
-        student, teacher = draw(3, 4)
-        loss = partial(group_relative_loss, teacher_scores=teacher, weights=teacher.exp(), **setting)
-        assert torch.autograd.gradcheck(loss, student) and torch.autograd.gradgradcheck(loss, student)
 
     @each_setting
     def test_tokens_are_the_same_function(self, setting):
@@ -78,7 +50,7 @@ class TestParity:
         found = token_relative_loss(student, teacher, top_k=4, weights=weights, **setting)
         members = weights.gather(-1, top.indices)
         expected = group_relative_loss(student.gather(-1, top.indices), top.values, weights=members, **setting)
-        close([found], [expected], 0)
+        close(found, expected, 0)
 
     @each_setting
     def test_weights_of_members_are_sums_in_pairs(self, setting):
@@ -88,14 +60,6 @@ class TestParity:
         close(
             differentiate(group_relative_loss, student, teacher, weights=members, **setting),
             differentiate(group_relative_loss, student, teacher, weights=pairs, **setting),
-        )
-
-    @each_setting
-    def test_equal_weights_are_none(self, setting):
-        student, teacher = draw(5, 6)
-        close(
-            differentiate(group_relative_loss, student, teacher, weights=torch.full_like(teacher, 7.0), **setting),
-            differentiate(group_relative_loss, student, teacher, **setting),
         )
 
 
@@ -151,46 +115,12 @@ class TestLimits:
         value, gradient = differentiate(group_relative_loss, teacher * tau / target + 3.0, teacher, **options)
         close([value, gradient], [torch.zeros_like(value), torch.zeros_like(gradient)], 1e-12)
 
-    def test_first_two_are_a_mask(self):
-        student, teacher = draw(6, 5)
-        top = teacher.topk(2).indices
-        first_two = torch.zeros_like(teacher).scatter(-1, top, 1.0)
-        found = group_relative_loss(student, teacher, mask=first_two)
-        close([found], [-F.logsigmoid(student.gather(-1, top) @ torch.tensor([1.0, -1.0], dtype=torch.float64))])
-
-    def test_standardizing_removes_scale_and_shift(self):
-        student, teacher = draw(6, 5)
-        options = {"standardize": True, "target_temperature": 1.0}
-        found = group_relative_loss(5 * student - 2, teacher / 3 + 7, **options)
-        close([found], [group_relative_loss(student, teacher, **options)])
-
 
 class TestEdges:
-    @pytest.mark.parametrize("options", [{"target_temperature": 1.0}, {"standardize": True}], ids=str)
-    @pytest.mark.parametrize("fill", [0.0, NAN, INF, -INF])
-    def test_masked_is_removed(self, options, fill):
-        student, teacher = draw(4, 5)
-        mask = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
-        rubbish = [scores.detach().masked_fill(mask == 0, fill) for scores in (student, teacher)]
-        weights = teacher.exp().masked_fill(mask == 0, fill)
-        value, gradient = differentiate(group_relative_loss, *rubbish, mask=mask, weights=weights, **options)
-        assert (gradient[mask == 0] == 0).all()
-        for row, present in enumerate(mask.bool()):
-            kept = [values[row, present] for values in (student.detach(), teacher, weights)]
-            close([value[row]], [group_relative_loss(*kept[:2], weights=kept[2], **options)])
-
     def test_ties_pull_together_at_a_target_temperature(self):
         student, _ = draw(2, 4)
         _, gradient = differentiate(group_relative_loss, student, torch.zeros_like(student), target_temperature=1.0)
         assert (student.argsort(-1) == gradient.argsort(-1)).all()  # the highest falls, the lowest rises
-
-    @pytest.mark.parametrize("options", [{"target_temperature": 1.0}, {"standardize": True}], ids=str)
-    @pytest.mark.parametrize("size", [1e4, 1e18])
-    def test_extreme_scores_are_finite(self, options, size):
-        student = torch.tensor([[size, -size, 0.0, 1.0], [-size, size, 1.0, 0.0], [size] * 4, [0.0] * 4])
-        for teacher in (student, -student, student.flip(-1)):
-            value, gradient = differentiate(group_relative_loss, student, teacher, **options)
-            assert value.isfinite().all() and gradient.isfinite().all()
 
     def test_a_teacher_score_of_minus_infinity_is_a_sure_preference(self):
         student, teacher = draw(1, 3)
@@ -198,13 +128,6 @@ class TestEdges:
         value, gradient = differentiate(group_relative_loss, student, teacher, target_temperature=1.0)
         teacher[0, 1] = -1e5
         close([value, gradient], differentiate(group_relative_loss, student, teacher, target_temperature=1.0))
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @each_setting
-    def test_half_precision_is_computed_in_float32(self, setting, dtype):
-        student, teacher = draw(32, 20, dtype=dtype)
-        wide = group_relative_loss(student.float(), teacher.float(), **setting)
-        close([group_relative_loss(student, teacher, **setting)], [wide.to(dtype)], 0)
 
     def test_errors(self):
         with pytest.raises(ValueError, match="`target_temperature` must be 0 or above, got -1.0"):
@@ -286,30 +209,6 @@ class TestAllPairsInBlocks:
         loss = group_relative_loss(*given)
         assert loss[1].isnan()
         torch.testing.assert_close(loss[[0, 2]], expected[[0, 2]])
-
-    def test_negative_gap_is_refused(self, blocked):
-        with pytest.raises(ValueError, match="`min_gap` must be 0 or above, got -1.0"):
-            group_relative_loss(torch.zeros(2, 9), torch.zeros(2, 9), min_gap=-1.0)
-
-    @pytest.mark.parametrize("size", [77, 200])
-    def test_equals_the_loops_of_the_paper(self, size):
-        student, teacher = draw(1600 // size, size)
-        assert student.numel() * size > 2**14
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ranking, "_MAX_DENSE", -1)
-            loss = group_relative_loss(student, teacher, temperature=0.5, min_gap=0.1)
-            gradient = gradient_of(loss, student)
-        for row in range(0, len(student), 4):
-            lists = student[row].tolist(), teacher[row].tolist()
-            assert loss[row].item() == pytest.approx(reference.group_relative(*lists, 0.5, 0.1).real, rel=1e-10)
-            for index in (0, size // 2, size - 1):
-                shifted = [value + 1e-30j * (position == index) for position, value in enumerate(lists[0])]
-                slope = reference.group_relative(shifted, lists[1], 0.5, 0.1).imag / 1e-30
-                assert gradient[row, index].item() == pytest.approx(slope, rel=1e-10, abs=1e-14)
-
-    def test_gradcheck(self, blocked):
-        student, teacher = draw(2, 6)
-        assert torch.autograd.gradcheck(lambda values: group_relative_loss(values, teacher), student)
 
     def test_large_groups_are_chosen_by_size(self, monkeypatch):
         monkeypatch.setattr(ranking, "ranked_pairs", None)  # the dense path

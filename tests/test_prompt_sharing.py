@@ -102,15 +102,6 @@ class TestExactness:
         set_costs(monkeypatch, queries=3)
         assert_same(make_model(name), make_batch())
 
-    @pytest.mark.parametrize("name", ["gemma2", "mistral"])
-    def test_windows_are_at_work(self, name):
-        batch = make_batch()
-        narrow, wide = (
-            score_completions(make_model(name, sliding_window=window), batch, prompt_sharing="on").per_token_logps
-            for window in (4, 64)
-        )
-        assert (narrow - wide).abs().max() > 1e-2
-
     @pytest.mark.parametrize(
         "shapes",
         [[(1, [1, 1])], [(5, [6, 6, 6])], [(4, [3])], [(30, [2] * 5)] * 3, [(2, [9, 1]), (19, [1, 9])]],

@@ -141,6 +141,12 @@ class TestErrors:
             ("SeqKD", "decoding", "magic", "`decoding` must be one of"),
             ("SeqKD", "num_beams", 0, "`num_beams` must be 1 or above"),
             ("SeqKD", "top_p", 0.0, "`temperature` must be above 0 and `top_p` in"),
+            ("MiniLLM", "teacher_share", 1.2, "`teacher_share` must lie in 0..1"),
+            ("MiniLLM", "gamma", -0.1, "`gamma` must lie in 0..1"),
+            ("MiniLLM", "clip_range", 0.0, "`clip_range` must be above 0"),
+            ("MiniLLM", "max_completion_length", 0, "`max_completion_length` must be above 0"),
+            ("MiniLLM", "text_weight", -1.0, "`text_weight` must be 0 or above"),
+            ("MiniLLM", "return_from", "end", "`return_from` must be one of"),
         ],
     )
     def test_fields(self, tmp_path, method, field, value, says):

@@ -6,8 +6,8 @@ from importlib.metadata import version
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from runs import TOKENIZER, Recorder, logged, make_rows, make_student, make_teacher, make_trainer, train, weights
-from transformers import AutoModelForCausalLM, TrainerCallback
+from runs import Recorder, logged, make_rows, make_student, make_teacher, make_trainer, train, weights
+from transformers import TrainerCallback
 
 from grkd_trl import GRKDConfig
 
@@ -51,12 +51,6 @@ class TestResume:
             assert len(logged(whole, name)) == 6
         alphas = logged(whole, "alpha")
         assert len(set(alphas)) == (1 if "soft_label" in fields else 6)
-
-    def test_test_sees_a_difference(self, tmp_path):
-        whole = self.run(tmp_path / "whole")
-        other = self.run(tmp_path / "other", tmp_path / "whole" / "checkpoint-2", alpha_end=0.7)
-        moved = weights(other.model)
-        assert not all(torch.equal(moved[name], value) for name, value in weights(whole.model).items())
 
 
 class TestCutOff:
@@ -216,18 +210,6 @@ class TestLoRA:
             assert torch.equal(resumed.model.get_parameter(name), value), name
 
 
-class TestFullFinetuning:
-    @pytest.mark.parametrize("fields", [{}, LIGHT], ids=["plain", "bf16 and checkpointing"])
-    def test_saves_what_it_trained(self, tmp_path, fields):
-        models = {"model": make_student(dtype=torch.float32), "teacher_model": make_teacher(dtype=torch.float32)}
-        trainer, _ = train(tmp_path, make_rows(8), **models, **fields)
-        trainer.save_model()
-        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-        for name, value in weights(trainer.model).items():
-            assert torch.equal(reloaded.get_parameter(name), value), name
-        assert TOKENIZER.get_vocab() == type(TOKENIZER).from_pretrained(tmp_path).get_vocab()
-
-
 # What a user sees
 
 METRICS = [
@@ -326,7 +308,7 @@ OF_ONLINE_GROUPS += ["vllm_server_base_url", "vllm_tensor_parallel_size", "vllm_
 
 
 class TestModelCard:
-    def test_names_the_paper(self, card):
+    def test_names_paper_equation_and_versions(self, card):
         text, _ = card
         assert "# Model Card for student-of-the-test" in text
         assert "trained with GRKD" in text
@@ -334,9 +316,8 @@ class TestModelCard:
         assert "Group Relative Knowledge Distillation: Learning from Teacher's Relational Inductive Bias" in text
         assert "Chao Li and Changhua Zhou and Jia Chen" in text  # to cite
         assert "- grkd" in text.split("---")[1]  # the tag
-
-    def test_has_the_equation(self, card):
-        assert card[0].count("$$ L = (1 - \\alpha) L_{soft} + \\alpha L_{relative}") == 1
+        assert text.count("$$ L = (1 - \\alpha) L_{soft} + \\alpha L_{relative}") == 1
+        assert all(f": {version(package)}" in text for package in ("trl", "torch", "grkd_trl"))
 
     @pytest.mark.parametrize("field", list(GRKDConfig.__annotations__))
     def test_has_every_field_that_was_read_with_its_value(self, card, field):
@@ -344,18 +325,6 @@ class TestModelCard:
         if not field.startswith("_"):
             row = f"| `{field}` | `{getattr(args, field)}` |"
             assert (row in text) == (field not in OF_ONLINE_GROUPS and getattr(args, field) is not None)
-
-    def test_fields_set_are_those_of_the_run(self, card):
-        for row in ("`soft_label` | `group`", "`ranking_temperature` | `0.25`", "`min_gap` | `0.125`"):
-            assert row in card[0]
-
-    @pytest.mark.parametrize("package", ["trl", "transformers", "torch", "datasets", "tokenizers"])
-    def test_has_the_versions(self, card, package):
-        label = {"trl": "TRL", "torch": "Pytorch"}.get(package, package.title())
-        assert f"- {label}: {version(package)}" in card[0]
-
-    def test_has_the_version_of_this_package(self, card):
-        assert f"- grkd_trl: {version('grkd_trl')}" in card[0]
 
     def test_is_written_with_a_checkpoint(self, tmp_path):
         train(tmp_path, make_rows(), save_strategy="steps", save_steps=1)

@@ -221,16 +221,6 @@ class TestSFTTrainer:
         assert getattr(GRKDTrainer, attribute) != getattr(SFTTrainer, attribute)
 
 
-class TestConstructor:
-    def test_is_that_of_dpo_with_a_teacher_for_the_reference(self):
-        theirs = [name.replace("ref_model", "teacher_model") for name in names(DPOTrainer.__init__)]
-        assert names(GRKDTrainer.__init__) == [*theirs, "completion_fn", "score_fn"]
-
-    def test_has_the_same_defaults(self):
-        ours, theirs = parameters(GRKDTrainer.__init__), parameters(DPOTrainer.__init__)
-        assert [parameter.default for parameter in ours] == [parameter.default for parameter in theirs] + [None] * 2
-
-
 class TestTrainer:
     @pytest.mark.parametrize(
         "function, taken",
