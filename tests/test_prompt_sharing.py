@@ -28,7 +28,12 @@ MODELS = {
     "llama, eager": {"attn_implementation": "eager"},
     "qwen2": {},
     "qwen3": {},
-    "gemma2": {"sliding_window": 4, "attn_implementation": "eager", "final_logit_softcapping": 2.0},
+    "gemma2": {
+        "sliding_window": 4,
+        "attn_implementation": "eager",
+        "attn_logit_softcapping": 0.5,
+        "final_logit_softcapping": 2.0,
+    },
     "gemma3": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "mistral": {"sliding_window": 4},
     "mistral, window between": {"sliding_window": 11},

@@ -89,6 +89,7 @@ class TestExactness:
         for rows in (1, 5):
             tiled, lazily, again = run(model, teacher, batch, monkeypatch, rows_per_tile=rows, prompt_sharing=sharing)
             assert isinstance(lazily.logits, tiles.TiledLogits)
+            assert tiles.why_at_once(model) is None  # or its own logits were not in tiles
             torch.testing.assert_close(lazily.logits[:], taught.logits)
             torch.testing.assert_close(tiled.per_token_logps, whole.per_token_logps, rtol=0, atol=1e-5)
             torch.testing.assert_close(tiled.token_losses, whole.token_losses, rtol=1e-5, atol=1e-5)
