@@ -351,7 +351,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
 class TestEvaluation:
     @pytest.mark.parametrize("weigh", [False, True])
     def test_metrics_are_those_of_all_rows(self, tmp_path, weigh):
-        rows, student, teacher = make_rows(11), make_model(), make_teacher()
+        rows, student, teacher = make_rows(13), make_model(), make_teacher()
         trainer = make_trainer(
             tmp_path, model=student, teacher=teacher, eval_dataset=rows, hard_label_weight=0.2,
             per_device_eval_batch_size=4, alpha_start=0.5, weigh_by_doubt=weigh,
@@ -361,7 +361,7 @@ class TestEvaluation:
         labels = inputs.pop("labels")
         with torch.no_grad():
             logits, taught = student.eval()(**inputs).logits, teacher(**inputs).logits
-        weights = 1 / taught.softmax(-1).norm(dim=-1) if weigh else torch.ones(11)
+        weights = 1 / taught.softmax(-1).norm(dim=-1) if weigh else torch.ones(13)
         soft, relative = (
             (weights * loss(logits, taught)).mean() for loss in (group_soft_label_loss, group_relative_loss)
         )
