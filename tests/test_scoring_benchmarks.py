@@ -44,7 +44,17 @@ def test_data_preparation(tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path)
     row = {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}
     Dataset.from_list([row] * 3).to_json(tmp_path / "rows.jsonl")
-    arguments = ["--model", tmp_path, "--data", tmp_path / "rows.jsonl", "--groups", 20, "--rounds", 2, "--run_groups"]
+    arguments = [
+        "data_against_dpo",
+        "--model",
+        tmp_path,
+        "--data",
+        tmp_path / "rows.jsonl",
+        "--groups",
+        20,
+        "--rounds",
+        2,
+    ]
     result = run("data_preparation.py", arguments, capsys)
     assert result["groups"] == 20 and result["ours / theirs"]["ratio"] > 0
 

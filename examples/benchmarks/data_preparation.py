@@ -1,11 +1,12 @@
 """
-What it takes to prepare conversational groups of four: against TRL's DPO on the same texts as pairs, the memory it needs, and
-how soon a run starts whose groups are in the cache.
+What it takes to prepare conversational groups of four.
 
-    python examples/benchmarks/data_preparation.py --model path/to/model --data rows.jsonl.gz --output_dir results
+    python examples/benchmarks/data_preparation.py data_against_dpo data_starts --model path/to/model --data rows.jsonl.gz
 
-`--data` holds rows with `prompt`, `chosen` and `rejected`. They are repeated with another ending each time, so that no text
-is tokenized twice. Seconds are those of the clock and the process's own; ratios are of interleaved rounds.
+`data_against_dpo`: against TRL's DPO on the same texts as pairs. `data_starts`: how soon a run takes its first step, with its
+groups in the cache and not, and the memory it needs. `--data` holds rows with `prompt`, `chosen` and `rejected`, which are
+repeated with another ending each time, so that no text is tokenized twice. Seconds are those of the clock and the process's
+own; ratios are of interleaved rounds.
 """
 
 import argparse
@@ -32,16 +33,19 @@ from grkd_trl.examples.benchmarks.common import make_model, ratio, report, train
 MAX_LENGTH = 1024
 
 
-def groups_of(path, first, num):
-    """Groups `first` to `first + num`: the completions of a row and of another, scored in that order."""
+def groups_of(path, first, num, longest=None):
+    """
+    Groups `first` to `first + num`: the completions of a row and of another, scored in that order; of each text its first
+    `longest` characters.
+    """
     text = gzip.decompress(Path(path).read_bytes()) if path.endswith(".gz") else Path(path).read_bytes()
     rows = [json.loads(line) for line in text.splitlines()]
     for index in range(first, first + num):
         row, other = rows[index % len(rows)], rows[(7 * index + 3) % len(rows)]
         texts = [row["chosen"], row["rejected"], other["chosen"], other["rejected"]]
         yield {
-            "prompt": [{"role": "user", "content": f"{row['prompt']} ({index})"}],
-            "completions": [[{"role": "assistant", "content": f"{text} ({index})"}] for text in texts],
+            "prompt": [{"role": "user", "content": f"{row['prompt'][:longest]} ({index})"}],
+            "completions": [[{"role": "assistant", "content": f"{text[:longest]} ({index})"}] for text in texts],
             "teacher_scores": [3.0, 2.0, 1.0, 0.0],
         }
 
@@ -53,7 +57,7 @@ def pairs_of(groups):
         yield {"prompt": group["prompt"], "chosen": chosen, "rejected": rejected}
 
 
-def against_dpo(args):
+def data_against_dpo(args):
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     dpo = DPOConfig(**trainer_fields("unused"), max_length=MAX_LENGTH)
     own = SimpleNamespace(_tokenizer=tokenizer)  # all that the method reads of its trainer
@@ -101,13 +105,15 @@ def run(model, path, folder):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, time.process_time()
 
 
-def starts(args):
+def data_starts(args):
     """Of runs in processes of their own, the second of which finds the groups of the first in the cache."""
     for num in args.run_groups:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "groups.jsonl"
             with path.open("w") as file:
-                file.writelines(json.dumps(group) + "\n" for group in groups_of(args.data, 0, num))
+                file.writelines(
+                    json.dumps(group) + "\n" for group in groups_of(args.data, 0, num, args.run_characters)
+                )
             for cache in ("empty", "full"):
                 start = time.perf_counter()
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -116,23 +122,30 @@ def starts(args):
                     "seconds to the first step": round(time.perf_counter() - start, 1),
                     "of the process": round(own, 1),
                 }
-                yield {"groups": num, "cache": cache} | seconds | {"peak MiB": memory}
+                row = {"groups": num, "characters of a text": args.run_characters or "all", "cache": cache}
+                yield row | seconds | {"peak MiB": memory}
+
+
+BENCHMARKS = {"data_against_dpo": data_against_dpo, "data_starts": data_starts}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmarks", nargs="+", choices=BENCHMARKS)
     parser.add_argument("--model", required=True, help="Path or hub id, for its tokenizer.")
     parser.add_argument("--data", required=True, help="JSON lines, perhaps with gzip, of rows to make groups of.")
     parser.add_argument("--groups", type=int, default=20_000, help="Groups to prepare, over all rounds.")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--run_groups", type=int, nargs="*", default=[15_000, 60_000], help="Groups of whole runs.")
+    parser.add_argument("--run_groups", type=int, nargs="+", default=[15_000, 60_000], help="Groups of whole runs.")
+    parser.add_argument("--run_characters", type=int, default=None, help="Of each text in whole runs; all by default.")
     parser.add_argument("--output_dir", default=None)
     args = parser.parse_args()
     logging.set_verbosity_error()
     disable_progress_bars()
     names = {"model": Path(args.model).name, "data": Path(args.data).name, "max_length": MAX_LENGTH}
-    settings = {field: value for field, value in vars(args).items() if field != "output_dir"} | names
-    report("data_preparation", itertools.chain(against_dpo(args), starts(args)), settings, args.output_dir)
+    for name in args.benchmarks:
+        settings = {field: value for field, value in vars(args).items() if field not in ("benchmarks", "output_dir")}
+        report(name, BENCHMARKS[name](args), settings | names, args.output_dir)
 
 
 if __name__ == "__main__":

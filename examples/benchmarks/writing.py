@@ -10,6 +10,7 @@ medians of interleaved rounds, with the quartiles of the ratios of single rounds
 
 import argparse
 import random
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -67,6 +68,7 @@ def main():
     args = parser.parse_args()
     logging.set_verbosity_error()
     settings = {field: value for field, value in vars(args).items() if field != "output_dir"}
+    settings["model"] = Path(args.model).name
     report("writing", measure(args), settings, args.output_dir)
 
 
