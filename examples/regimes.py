@@ -35,6 +35,7 @@ from grkd_trl.evaluation import compare
 from grkd_trl.evaluation.report import write_report
 from grkd_trl.evaluation.results import append_result, read_results
 from grkd_trl.evaluation.statistics import holm_p_values, paired_difference
+from grkd_trl.examples.regime_study.figure import draw
 from grkd_trl.examples.regime_study.run import measured_path, run
 from grkd_trl.examples.regime_study.tasks import make_start
 
@@ -207,6 +208,9 @@ def main(argv: list[str] | None = None) -> None:
                 compare(run, args.output_dir, methods=list(again), seeds=args.seeds, settings=again, **common)
             spread = by_measure(results, work_dir, args.output_dir / "measures.jsonl")
             print(write_report(spread, args.output_dir / "report", title="When does ranking help?")[0])
+            figure = args.output_dir / f"{common['task'].replace(', ', '_')}.png"
+            done = [row for row in read_results(spread) if row["status"] == "done"]
+            draw(done, common["task"], MEASURES, figure)
             (args.output_dir / "verdicts.md").write_text("# Verdicts\n" + verdicts(spread), encoding="utf-8")
 
 
