@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from grkd_trl.evaluation.results import check_result, read_results
 from grkd_trl.examples import regimes
 from grkd_trl.examples.regime_study import measures, run, tasks
+from grkd_trl.examples.regime_study.figure import draw
 
 
 METHODS = [(regime, method) for regime, (_, methods) in regimes.REGIMES.items() for method in methods]
@@ -138,3 +139,24 @@ def test_every_measure_becomes_a_task(tmp_path):
     spread = read_results(regimes.by_measure(tmp_path / "results.jsonl", tmp_path, tmp_path / "measures.jsonl"))
     assert sorted(row["task"] for row in spread) == sorted(f"logits, scan: {name}" for name in regimes.MEASURES)
     assert {row["metrics"][row["metric"]] for row in spread} == {0.5}
+    drawn = [
+        draw(spread, "logits, scan", regimes.MEASURES, tmp_path / name).read_bytes() for name in ("a.png", "b.png")
+    ]
+    assert drawn[0] == drawn[1] != draw(spread, "logits, scan", ("samples",), tmp_path / "c.png").read_bytes()
+
+
+def test_verdicts_compare_what_differs_in_one_thing(tmp_path):
+    row = {"task": "privileged, math_word", "settings": {}, "seconds": 1.0, "tokens": 2, "peak_memory_bytes": 3}
+    row |= {"versions": {}, "status": "done"}
+    lines = []
+    for method, gain in (("kd", 0.0), ("grkd", 0.25)):
+        for seed in (0, 1):
+            for measure in regimes.MEASURES:
+                values = [gain + 0.1 * seed + 0.01 * item for item in range(10)]
+                own = {"task": f"{row['task']}: {measure}", "method": method, "seed": seed, "per_item": values}
+                lines.append(json.dumps(row | own | {"metric": measure, "metrics": {measure: sum(values) / 10}}))
+    (tmp_path / "measures.jsonl").write_text("\n".join(lines))
+    text = regimes.verdicts(tmp_path / "measures.jsonl")
+    (line,) = [line for line in text.splitlines() if line.startswith("| ranking | grkd | kd |")]
+    assert line.count("+0.250") >= len(regimes.MEASURES)
+    assert "grkd online" not in text  # which has no runs
