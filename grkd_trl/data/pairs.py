@@ -7,6 +7,7 @@ from datasets import Dataset, IterableDataset
 from .._trl import global_then_local_main_first
 from .images import IMAGE_COLUMNS, images_of
 from .rows import read_group
+from .teacher_prompts import check_made_with
 
 
 _NO_SCORES = (
@@ -83,6 +84,7 @@ def pair_images(
         for values, index in zip(zip(*batch.values(), strict=True), indices, strict=True):
             row = dict(zip(batch, values, strict=True))
             group = read_group(row, index)
+            check_made_with(row, index)
             if "teacher_scores" not in group:
                 raise ValueError(_NO_SCORES.format(name=name))
             if isinstance(group["prompt"], str):

@@ -12,7 +12,7 @@ from ..losses import ranked_pairs
 from .images import has_image_columns, images_of, put_images, render_prompt
 from .inspection import plain_rows
 from .rows import WRITTEN, check_teacher_prompt, read_group, read_prompt
-from .teacher_prompts import encode_teacher_prompt, with_teacher_context
+from .teacher_prompts import check_made_with, encode_teacher_prompt, with_teacher_context
 from .tokenization import decode_completion, encode_prompt, tokenize_completions, tokenizer_hash
 
 
@@ -95,9 +95,11 @@ def tokenize_group(
 
     Raises:
         `ValueError`: If the row is not a group, a completion has no token, its text differs from its ids, or there are
-            images that the prompt or the model does not take.
+            images that the prompt or the model does not take, or scores or soft labels were made with another
+            `teacher_prompt`.
     """
     group = read_group(row, index, min_completions=min_completions)
+    check_made_with(row, index)
     written = {name: group.pop(name, None) for name in WRITTEN}
     if written["tokenizer_hash"] is not None and written["tokenizer_hash"] == tokenizer_hash(processing_class):
         _check_written(processing_class, group, written, index)

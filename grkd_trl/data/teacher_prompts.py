@@ -1,11 +1,14 @@
 """A prompt of the teacher's own: other context for the same completions."""
 
+import hashlib
+import json
 import math
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from .._trl import remove_none_values
 from .images import images_of
 from .tokenization import encode_prompt
 
@@ -61,6 +64,67 @@ def encode_teacher_prompt(
     if not ids:
         raise ValueError(f"`teacher_prompt` of row {index} has no token before the completion: give it more text.")
     return ids
+
+
+def prompt_hash(prompt: Any) -> str:
+    """
+    Hash of a `teacher_prompt`, by which scores and soft labels say what they were made with, in the column
+    `teacher_prompt_hash`.
+
+    Args:
+        prompt (`str`, `list[dict]` or `None`):
+            The teacher's prompt, `None` where it read the student's.
+
+    Returns:
+        `str`: Sixteen hexadecimal digits.
+    """
+    text = json.dumps(remove_none_values([prompt]), sort_keys=True, default=str)  # Arrow adds fields that are `None`
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_made_with(row: dict[str, Any], index: int) -> None:
+    """
+    Refuse scores or soft labels that were made with another `teacher_prompt` than the row has now. A row without the column
+    is accepted: nothing reads a prompt of the teacher's any more.
+
+    Args:
+        row (`dict[str, Any]`):
+            Row of a dataset.
+        index (`int`):
+            Row number, for the error.
+
+    Raises:
+        `ValueError`: If the hashes differ, or soft labels beside a `teacher_prompt` do not say what they were made with.
+    """
+    labelled, recorded = row.get("teacher_top_ids") is not None, row.get("teacher_prompt_hash")
+    if "teacher_prompt" not in row or not (labelled or row.get("teacher_scores") is not None):
+        return
+    unknown = recorded is None and labelled and row["teacher_prompt"] is not None
+    if unknown or recorded not in (None, prompt_hash(row["teacher_prompt"])):
+        made = "do not say that they were made with its" if unknown else "were made with another"
+        raise ValueError(
+            f"The {'soft labels' if labelled else 'scores'} of row {index} {made} `teacher_prompt`. Make them again "
+            f"(`grkd_trl.teacher.{'cache_soft_labels' if labelled else 'score_groups'}`), or give the row the "
+            "`teacher_prompt` that they were made with."
+        )
+
+
+def record_teacher_prompts(dataset: Dataset) -> Dataset:
+    """
+    Record which `teacher_prompt` the scores or soft labels of a dataset were made with.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Groups.
+
+    Returns:
+        [`~datasets.Dataset`]: With a column `teacher_prompt_hash` if it has a `teacher_prompt`, and else without.
+    """
+    if "teacher_prompt_hash" in dataset.column_names:
+        dataset = dataset.remove_columns("teacher_prompt_hash")
+    if "teacher_prompt" not in dataset.column_names:
+        return dataset
+    return dataset.add_column("teacher_prompt_hash", [prompt_hash(prompt) for prompt in dataset["teacher_prompt"]])
 
 
 def with_teacher_context(

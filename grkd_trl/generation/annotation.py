@@ -24,7 +24,7 @@ from ..data import (
 )
 from ..data.images import has_image_columns
 from ..data.rows import check_teacher_prompt
-from ..data.teacher_prompts import require_room
+from ..data.teacher_prompts import record_teacher_prompts, require_room
 from ..teacher import load_teacher, loading_whole, score_groups, tokenizer_of
 from ..teacher.loading import load_processor, read_chat_template, with_remote_code
 from ..teacher.models import context_length_of
@@ -127,7 +127,9 @@ def rank_datasets(
             scored = score_groups(teacher, tokenizer, dataset.select(rows), progress=not args.disable_tqdm)
         if "teacher_scores" in dataset.column_names:
             dataset = dataset.remove_columns("teacher_scores")
-        return dataset.add_column("teacher_scores", gather_object(list(scored["teacher_scores"])))
+        return record_teacher_prompts(
+            dataset.add_column("teacher_scores", gather_object(list(scored["teacher_scores"])))
+        )
 
     unscored = [part for dataset in datasets for part in parts(dataset) if not bring_scores(part)]
     teacher, tokenizer = _load(args, model, teacher_model, processing_class, *unscored)

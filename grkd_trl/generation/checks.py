@@ -74,6 +74,21 @@ def check_soft_labels(teacher: Teacher | Scorer | None, student: Teacher | None,
         teacher.check_top_k(k)
 
 
+def reads_teacher_prompts(scorer: Scorer | None) -> bool:
+    """
+    Whether scores depend on the column `teacher_prompt`, as far as is known.
+
+    Args:
+        scorer ([`~teacher.Scorer`], *optional*):
+            Scorer.
+
+    Returns:
+        `bool`: `False` without a scorer, and for functions, which are given the column as any other.
+    """
+    members = scorer.teachers.values() if isinstance(scorer, TeacherEnsemble) else [scorer]
+    return not all(member is None or isinstance(member, CallableScorer) for member in members)
+
+
 def as_scorer(score_fn: Any) -> Scorer:
     """
     A function as a scorer.

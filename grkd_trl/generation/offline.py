@@ -1,6 +1,5 @@
 """Make groups offline: write completions, keep the most varied, score them, and store all of it in a folder."""
 
-import hashlib
 import json
 import math
 import warnings
@@ -14,34 +13,23 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, Features, Sequence, Value
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data import as_read, check_prompt, read_group, require_rows
-from ..data.rows import WRITTEN, check_completions, check_one_each
+from ..data.rows import check_completions, check_one_each
+from ..data.teacher_prompts import check_made_with, prompt_hash
 from ..teacher import Scorer, Teacher
-from ..teacher.topk import SOFT_LABELS
 from .card import summary, write_card
-from .checks import check_chat_templates, check_soft_labels
+from .checks import check_chat_templates, check_soft_labels, reads_teacher_prompts
 from .core import add_scores, keep, write_groups
+from .manifest import content_hash, group_features
 from .select import drop_repeats, select_diverse
 from .shards import Shards, readable_folder
 
 
 logger = logging.get_logger(__name__)
-
-_OWN_COLUMNS = {
-    "prompt",
-    "completions",
-    "clipped",
-    "written_by",
-    *WRITTEN,
-    "num_tokens",
-    "teacher_scores",
-    *SOFT_LABELS,
-}
-_OWN_COLUMNS |= {"chosen", "rejected"}
 
 
 @dataclass
@@ -199,12 +187,12 @@ def generate_groups(
     not_content = ("output_dir", "prompts_per_unit")
     manifest = {
         "parameters": {name: value for name, value in asdict(config).items() if name not in not_content},
-        "dataset": {"rows": len(dataset), "sha256": _content_hash(dataset)},
+        "dataset": {"rows": len(dataset), "sha256": content_hash(dataset)},
         "versions": {name: version(name) for name in ("grkd_trl", "transformers", "torch")},
         **{name: role.describe() if role is not None else None for name, role in roles.items()},
     }
     state = PartialState(cpu=not torch.accelerator.is_available())  # it finds other processes of a CPU only if told
-    features = _features(dataset, config, scorer)
+    features = group_features(dataset, config, scorer)
     if config.soft_labels is not None:
         is_new = not (Path(config.output_dir) / "manifest.json").exists()  # a folder was checked when it was made
         check_soft_labels(teacher or scorer, student, config.soft_labels, ask=is_new)
@@ -229,46 +217,10 @@ def generate_groups(
     groups = shards.load()
     if state.is_main_process:
         shards.finish(total)
-        write_card(shards.folder, groups, shards.manifest, total, content=_content_hash(groups))
+        write_card(shards.folder, groups, shards.manifest, total, content=content_hash(groups))
         logger.info(summary(total))
     state.wait_for_everyone()
     return groups
-
-
-def _content_hash(dataset: Dataset) -> str:
-    digest = hashlib.sha256()
-    for row in dataset:
-        digest.update(json.dumps(row, sort_keys=True, default=_hashed).encode())
-    return digest.hexdigest()[:16]
-
-
-def _hashed(cell: Any) -> str:
-    """A cell that JSON does not know: of an image its pixels, whose text is its place in memory."""
-    if hasattr(cell, "tobytes"):
-        return hashlib.sha256(cell.tobytes()).hexdigest()
-    return str(cell)
-
-
-def _features(dataset: Dataset, config: GroupsConfig, scorer: Scorer | None) -> Features:
-    own = {"clipped": Sequence(Value("bool")), "written_by": Sequence(Value("string"))}
-    ids = {
-        "prompt_ids": Sequence(Value("int32")),
-        "completion_ids": Sequence(Sequence(Value("int32"))),
-        "tokenizer_hash": Value("string"),
-    }
-    if config.completion_source == "dataset":
-        own = {"completions": dataset.features["completions"]} | own
-        own |= {name: feature for name, feature in ids.items() if set(ids) <= set(dataset.features)}
-    else:
-        own = {"completions": Sequence(Value("string"))} | own | ids
-    if scorer is not None:
-        own |= {"teacher_scores": Sequence(Value("float64")), "num_tokens": Sequence(Value("int64"))}
-    if config.soft_labels is not None:
-        own |= SOFT_LABELS
-    elif config.completion_source == "dataset":
-        own |= {name: feature for name, feature in dataset.features.items() if name in SOFT_LABELS}
-    further = {name: feature for name, feature in dataset.features.items() if name not in _OWN_COLUMNS}
-    return Features({"prompt": dataset.features["prompt"], **own, **further})
 
 
 def _make_shard(rows, shard, config, writers, scorer) -> tuple[list[dict[str, Any]], Counter]:
@@ -278,6 +230,10 @@ def _make_shard(rows, shard, config, writers, scorer) -> tuple[list[dict[str, An
         if row["prompt"]:
             check_prompt(row["prompt"], index)
             with_prompt.append(_group_of(row, index) if config.completion_source == "dataset" else row)
+            if config.soft_labels is None and config.completion_source == "dataset":
+                check_made_with(
+                    {name: row[name] for name in row if name != "teacher_scores"}, index
+                )  # labels are kept
     counts["empty_prompts"] = len(rows) - len(with_prompt)
     if config.completion_source == "dataset":
         drawn = with_prompt
@@ -307,6 +263,8 @@ def _make_shard(rows, shard, config, writers, scorer) -> tuple[list[dict[str, An
         num_before = sum(len(group["completions"]) for group in groups)
         labels = {"teacher": writers["teacher"] or scorer, "k": config.soft_labels} if config.soft_labels else {}
         scored = add_scores(groups, scorer, **labels)
+        if labels or reads_teacher_prompts(scorer):
+            scored = [group | {"teacher_prompt_hash": prompt_hash(group.get("teacher_prompt"))} for group in scored]
         counts["unscored"] = num_before - sum(len(group["completions"]) for group in scored)
         groups = [group for group in scored if len(group["completions"]) >= 2]
         counts["small_groups"] += len(scored) - len(groups)

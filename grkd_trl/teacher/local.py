@@ -18,6 +18,7 @@ from ..data import (
     is_score,
     tokenizer_hash,
 )
+from ..data.teacher_prompts import record_teacher_prompts
 from ..scoring import (
     eval_mode,
     predicted_mask,
@@ -308,7 +309,8 @@ def score_groups(
             Whether to show a progress bar.
 
     Returns:
-        [`~datasets.Dataset`]: The dataset with a column `teacher_scores`, in place of one it had.
+        [`~datasets.Dataset`]: The dataset with a column `teacher_scores`, in place of one it had, and beside a
+        `teacher_prompt` with `teacher_prompt_hash`, by which the trainers refuse the scores if it is changed.
 
     Raises:
         `ValueError`: If a row is no group, the teacher's logits are not finite, or a completion has no token, exceeds
@@ -318,7 +320,7 @@ def score_groups(
     if "teacher_scores" in dataset.column_names:
         dataset = dataset.remove_columns("teacher_scores")
     teacher = LocalTeacher(model, processing_class, score=score, tokens_per_batch=tokens_per_batch, progress=progress)
-    prompts, completions, columns = columns_to_score(dataset)
+    prompts, completions, columns = columns_to_score(dataset, keeps="teacher_top_ids")
     scores, num_tokens, _ = teacher.score(prompts, completions, columns=columns)
     for index, row in enumerate(scores):
         for position, value in enumerate(row):
@@ -328,4 +330,4 @@ def score_groups(
                     f"and their score is {value}. With the prompt it must come to at least one token, fit the teacher's "
                     f"context of {teacher.context_length} tokens and be possible for the teacher. Drop or shorten it."
                 )
-    return dataset.add_column("teacher_scores", scores)
+    return record_teacher_prompts(dataset.add_column("teacher_scores", scores))

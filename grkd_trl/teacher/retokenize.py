@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from ..data import encode_prompt, encode_teacher_prompt, read_group, tokenize_completions, tokenizer_hash
 from ..data.images import images_of, process_images, put_images, render_prompt
 from ..data.rows import WRITTEN, check_teacher_prompt
-from ..data.teacher_prompts import require_room
+from ..data.teacher_prompts import check_made_with, require_room
 
 
 __all__ = [
@@ -106,21 +106,29 @@ def image_columns(processing_class: Any, prompt: Any, columns: Mapping[str, Sequ
     return {"images": images, "image_prompt": text}
 
 
-def columns_to_score(dataset: Dataset) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
+def columns_to_score(
+    dataset: Dataset, *, keeps: str | None = None
+) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
     """
     What a teacher is asked of a dataset of groups.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Groups.
+        keeps (`str`, *optional*):
+            Column that is kept beside what the teacher will say, so that both must have been made with the same
+            `teacher_prompt`.
 
     Returns:
         `tuple`: Prompts, completions and further columns, as [`Scorer.score`] takes them.
 
     Raises:
-        `ValueError`: If a row is no group.
+        `ValueError`: If a row is no group, or the column that is kept was made with another `teacher_prompt`.
     """
     rows = list(dataset)
+    if keeps in dataset.column_names:
+        for index, row in enumerate(rows):
+            check_made_with(row, index)
     groups = [read_group(row, index) for index, row in enumerate(rows)]
     columns = {name: [row.get(name) for row in rows] for name in ("tools", "chat_template_kwargs", "images", "image")}
     columns |= {name: [group.get(name) for group in groups] for name in ("clipped", "teacher_prompt", *WRITTEN)}

@@ -6,6 +6,7 @@ from datasets import Dataset, Features, Sequence, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data import as_read, tokenizer_hash
+from ..data.teacher_prompts import record_teacher_prompts
 from .local import LocalTeacher
 from .protocol import TopKTeacher
 from .retokenize import columns_to_score
@@ -74,11 +75,12 @@ def cache_soft_labels(
 
     Returns:
         [`~datasets.Dataset`]: The dataset with `teacher_top_ids` and `teacher_top_logps` (for each completion
-        `(T, k)`), `teacher_token_ids` (the tokens they belong to), and `teacher_scores` if it had none.
+        `(T, k)`), `teacher_token_ids` (the tokens they belong to), and `teacher_scores` if it had none; beside a
+        `teacher_prompt` also `teacher_prompt_hash`, by which the trainers refuse them if it is changed.
 
     Raises:
         `ValueError`: If k is out of range, a row is no group, the tokenizers differ, a `teacher_prompt` does not fit the
-            teacher's context, or the teacher's logits are not finite.
+            teacher's context or is another than that of the scores, or the teacher's logits are not finite.
     """
     dataset = as_read(dataset)
     dataset = dataset.remove_columns([name for name in SOFT_LABELS if name in dataset.column_names])
@@ -90,7 +92,7 @@ def cache_soft_labels(
             model, processing_class, score=score, tokens_per_batch=tokens_per_batch, progress=progress
         )
     teacher.check_top_k(k)
-    prompts, completions, columns = columns_to_score(dataset)
+    prompts, completions, columns = columns_to_score(dataset, keeps="teacher_scores")
     given = teacher.top_k(prompts, completions, k, columns=columns)
     for row, group in enumerate(given.token_ids):
         for position, ids in enumerate(group):
@@ -110,4 +112,4 @@ def cache_soft_labels(
     for name, feature in features.items():
         column = Dataset.from_dict({name: cells[name]}, features=Features({name: feature}))
         dataset = dataset.add_column(name, column.data.column(name), feature=feature)
-    return dataset
+    return record_teacher_prompts(dataset)
