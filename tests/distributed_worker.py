@@ -81,9 +81,12 @@ def make_trainer(name, models, folder, max_steps, *callbacks, **fields):
     if "shown" in flags:  # the teacher reads more than the student
         shown = [f"a b c {row['prompt']}" if index % 3 else None for index, row in enumerate(dataset)]
         dataset = dataset.add_column("teacher_prompt", shown)
+    if "several" in flags:  # teachers, of whom a column says which reads a row
+        routes = [[None, ["a"], ["b"], ["a", "b"]][index % 4] for index in range(len(dataset))]
+        dataset = dataset.add_column("teacher", routes)
     if "student" in flags or "mixed" in flags:
         dataset = dataset.select_columns(
-            [name for name in ("prompt", "teacher_prompt") if name in dataset.column_names]
+            [name for name in ("prompt", "teacher_prompt", "teacher") if name in dataset.column_names]
         )
     elif "scored" not in flags and not classes:
         dataset = dataset.remove_columns("teacher_scores")
@@ -106,6 +109,7 @@ def make_trainer(name, models, folder, max_steps, *callbacks, **fields):
     student, teacher = (f"{name}_classifier" if classes else name for name in ("student", "teacher"))
     if "paths" in flags:  # of adapters, the student's trained further
         student, teacher = "student_adapter", "teacher_adapter"
+    teacher = str(models / (student if "base" in flags else teacher))
     fields = {key: value for flag in flags for key, value in FIELDS.get(flag, {}).items()} | fields
     args = getattr(grkd_trl, f"{method}Config")(
         str(folder),
@@ -125,7 +129,7 @@ def make_trainer(name, models, folder, max_steps, *callbacks, **fields):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return getattr(grkd_trl, f"{method}Trainer")(
         model=str(models / student),
-        teacher_model=str(models / (student if "base" in flags else teacher)),
+        teacher_model={"a": teacher, "b": str(models / student)} if "several" in flags else teacher,
         args=args,
         train_dataset=dataset,
         eval_dataset=evaluated,

@@ -28,6 +28,7 @@ RUNS += ["GRKD+tiled", "GRKD+tiled+lora+base", "SimPO+uneven", "PRO", "KD", "Seq
 RUNS += ["MiniLLM+short+text+uneven", "GRKD+student+scored+uneven", "GRKD+mixed+sharded"]
 RUNS += ["GRKD+scored+stream+uneven", "GRKDForClassification+uneven", "DistillationForClassification+stream+uneven"]
 RUNS += ["GRKD+compiled", "GRKD+lora+paths", "GRKD+shown+uneven", "KD+shown+lora+base+stream"]
+RUNS += ["GRKD+several+uneven", "GRKD+several+student"]
 RESUMED = ["GRKD", "GRKD+lora"]
 OWN_TEACHER = ["GRKD", "GRKD+lora", "GRKD+sharded", "GRKD+replicated", "KD"]
 needs_deepspeed = pytest.mark.skipif(

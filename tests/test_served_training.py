@@ -55,6 +55,18 @@ class TestTraining:
         assert all(gradient.abs().max() > 0 for gradient in runs[0][1].values())
         torch.testing.assert_close(*runs, rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.parametrize("method", ["KD", pytest.param("GRKD", marks=pytest.mark.slow)])
+    def test_as_the_teacher_of_a_trainer(self, tmp_path, remote, teacher, method):
+        """It is asked before training for what the cache holds."""
+        cached, fields = cache_soft_labels(teacher, TOKENIZER, make_groups(), k=6, progress=False), {"method": method}
+        whole, expected = train(str(tmp_path), teacher_model=None, train_dataset=cached, **fields)
+        fields |= {"teacher_model": remote(), "soft_label_top_k": 6}
+        trainer, gradients = train(str(tmp_path), train_dataset=make_groups(), **fields)
+        assert trainer.teacher_model is None
+        torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-6)
+        loss, expected = (torch.tensor(run.state.log_history[0]["loss"]) for run in (trainer, whole))
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
     @pytest.mark.parametrize("fields", [{}, {"divergence": "reverse"}], ids=str)
     def test_kd_of_the_whole_vocabulary_is_kd_of_the_model(self, tmp_path, teacher, fields):
         groups, runs = make_groups(), []

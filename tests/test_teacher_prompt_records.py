@@ -42,24 +42,22 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("maker", MAKERS)
 class TestRefused:
     def train(self, folder, dataset, maker):
         """Not the step: what is read before it."""
         labelled = maker in ("cache", "groups")
         fields = {"method": "KD"} if labelled else {"method": "GRKD", "soft_label": "group"}
-        trainer = make_trainer(folder, train_dataset=dataset, teacher_model=None, **fields)
-        for method in ("DPO", "SimPO"):  # which read the scores that came with them
-            make_trainer(folder, train_dataset=dataset, teacher_model=None, method=method)
-        return trainer
+        return make_trainer(folder, train_dataset=dataset, teacher_model=None, **fields)
 
-    @pytest.mark.parametrize("method", ["DPO", "SimPO", "PRO"])
+    @pytest.mark.parametrize("maker", ["scores", pytest.param("groups", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("method", ["DPO", pytest.param("SimPO", marks=pytest.mark.slow)])
     def test_other_methods(self, tmp_path, maker, method):
         dataset = with_prompts(MAKERS[maker](tmp_path), OTHER["another"])
         with pytest.raises(ValueError, match="row 0 were made with another `teacher_prompt`"):
             make_trainer(tmp_path, train_dataset=dataset, teacher_model=None, method=method)
 
-    @pytest.mark.parametrize("change", OTHER)
+    @pytest.mark.parametrize("maker", MAKERS)
+    @pytest.mark.parametrize("change", ["another", pytest.param("one_where_was_none", marks=pytest.mark.slow)])
     def test_other_prompts(self, tmp_path, maker, change):
         dataset = MAKERS[maker](tmp_path)
         self.train(tmp_path / "same", dataset, maker)
@@ -68,6 +66,7 @@ class TestRefused:
         with pytest.raises(ValueError, match=rf"The {what} of row {row} were made with another `teacher_prompt`"):
             self.train(tmp_path / "other", with_prompts(dataset, OTHER[change]), maker)
 
+    @pytest.mark.parametrize("maker", ["cache", pytest.param("scored_groups", marks=pytest.mark.slow)])
     def test_survives_parquet(self, tmp_path, maker):
         MAKERS[maker](tmp_path).to_parquet(tmp_path / "rows.parquet")
         loaded = load_dataset("parquet", data_files=str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path))["train"]
@@ -75,6 +74,7 @@ class TestRefused:
         with pytest.raises(ValueError, match="row 0 were made with another"):
             self.train(tmp_path / "other", with_prompts(loaded, OTHER["another"]), maker)
 
+    @pytest.mark.parametrize("maker", ["cache", "scores"])
     def test_made_again(self, tmp_path, maker):
         changed = with_prompts(MAKERS[maker](tmp_path), OTHER["another"])
         kept = ["prompt", "completions", "teacher_prompt", "teacher_prompt_hash"]
@@ -82,6 +82,7 @@ class TestRefused:
         self.train(tmp_path / "again", again, maker)
         assert again["teacher_prompt_hash"][:3] != changed["teacher_prompt_hash"][:3]
 
+    @pytest.mark.parametrize("maker", ["cache", pytest.param("scores", marks=pytest.mark.slow)])
     def test_a_column_that_is_dropped(self, tmp_path, maker):
         self.train(tmp_path / "run", MAKERS[maker](tmp_path).remove_columns("teacher_prompt"), maker)
 

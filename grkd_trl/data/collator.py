@@ -1,5 +1,6 @@
 """Batches of groups: pad tokenized groups into rows, and count what means are taken over."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ class DataCollatorForGroups(DataCollatorMixin):
     Returns a dictionary of P groups in N rows of length L: `group_mask` `(P, G)`, `True` where a group has a
     completion; `input_ids`, `attention_mask` and `completion_mask` `(N, L)`; `clipped` `(N,)`, `True` where the
     completion's end was cut, here or when it was written; and `teacher_scores` `(P, G)`, 0 where absent, if the groups
-    have any; and `teacher_top_ids` and `teacher_top_logps` `(M, k)`, of the batch's M completion tokens that are
+    have any; and `teacher_agreement` `(P,)`, NaN where one teacher scored a group alone, if several scored them; and `teacher_top_ids` and `teacher_top_logps` `(M, k)`, of the batch's M completion tokens that are
     predicted, row after row, if soft labels are cached with them; and `row` `(P,)`, the number of each group in its
     stream, if it comes from one. Where the teacher has prompts of its own also `teacher_input_ids`, `teacher_attention_mask`
     and `teacher_completion_mask`, `(N, L_T)`: after its prompt each completion as the student reads it, the mask being 1 on
@@ -134,6 +135,9 @@ class DataCollatorForGroups(DataCollatorMixin):
         batch["clipped"] = torch.tensor(clipped)
         if examples[0].get("teacher_scores") is not None:
             batch["teacher_scores"] = pad([torch.tensor(e["teacher_scores"], dtype=torch.float32) for e in examples])
+        if "teacher_agreement" in examples[0] and "teacher_scores" in batch:
+            known = (example["teacher_agreement"] for example in examples)
+            batch["teacher_agreement"] = torch.tensor([math.nan if value is None else value for value in known])
         batch |= {name: torch.cat(tops) for name, tops in soft_labels.items() if tops}
         if "row" in examples[0]:
             batch["row"] = torch.tensor([example["row"] for example in examples])
@@ -204,7 +208,11 @@ def first_groups(batch: dict[str, Any], num_groups: int) -> dict[str, Any]:
     """
     num_rows = int(batch["group_mask"][:num_groups].sum())
     cut = {name: tensor[: max(num_rows, 1)] for name, tensor in batch.items()}
-    cut |= {name: batch[name][:num_groups] for name in ("group_mask", "teacher_scores") if name in batch}
+    cut |= {
+        name: batch[name][:num_groups]
+        for name in ("group_mask", "teacher_scores", "teacher_agreement")
+        if name in batch
+    }
     cut["clipped"] = batch["clipped"][:num_rows]
     num_tokens = int(predicted_mask(batch["completion_mask"][:num_rows]).sum())
     cut |= {name: batch[name][:num_tokens] for name in ("teacher_top_ids", "teacher_top_logps") if name in batch}

@@ -1,6 +1,5 @@
 """The teacher as annotator: before training it scores the groups or writes them, and is then freed."""
 
-import copy
 from typing import Any
 
 import torch
@@ -22,15 +21,16 @@ from ..data import (
     require_chat_template,
     tokenizer_hash,
 )
-from ..data.images import has_image_columns
 from ..data.rows import check_teacher_prompt
 from ..data.teacher_prompts import record_teacher_prompts, require_room
-from ..teacher import load_teacher, loading_whole, score_groups, tokenizer_of
-from ..teacher.loading import load_processor, read_chat_template, with_remote_code
+from ..teacher import load_teacher, loading_whole, score_groups
+from ..teacher.abilities import needs, require
+from ..teacher.loading import with_remote_code
 from ..teacher.models import context_length_of
 from ..teacher.retokenize import read_prompts
 from ..teacher.writing import write_completions
 from .core import keep
+from .labels import ask_datasets, is_asked, processor_of
 
 
 logger = logging.get_logger(__name__)
@@ -46,18 +46,7 @@ def _load(
     if teacher_model is model and not isinstance(model, str):
         raise ValueError("`model` and `teacher_model` cannot be the same object: the teacher is frozen.")
     init_kwargs = with_remote_code(args.teacher_model_init_kwargs, args)
-    try:
-        tokenizer = tokenizer_of(teacher_model, None, init_kwargs)
-    except (OSError, ValueError):
-        student_kwargs = with_remote_code(args.model_init_kwargs, args)
-        tokenizer = tokenizer_of(model, None, student_kwargs) if processing_class is None else processing_class
-    if any(map(has_image_columns, first_rows(*datasets))):
-        tokenizer = load_processor(teacher_model, processing_class, init_kwargs)
-    else:
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    if args.teacher_chat_template is not None:
-        tokenizer = copy.deepcopy(tokenizer)  # which may be the student's
-        tokenizer.chat_template = read_chat_template(args.teacher_chat_template)
+    tokenizer = processor_of(teacher_model, args, model, processing_class, *datasets)
     for row in first_rows(*datasets):
         if row.get("tokenizer_hash") != tokenizer_hash(tokenizer) and not isinstance(read_prompt(row, 0), str):
             require_chat_template(tokenizer)
@@ -112,6 +101,11 @@ def rank_datasets(
             "`SeqKDTrainer` needs no scores where the teacher wrote the completions."
         )
 
+    if is_asked(teacher_model):
+        method = type(args).__name__.removesuffix("Config")
+        require(teacher_model, needs(method), by=f"`{method}Trainer`")
+        return ask_datasets(args, model, teacher_model, processing_class, *datasets)
+
     def score(dataset):
         if bring_scores(dataset):
             return dataset
@@ -125,8 +119,8 @@ def rank_datasets(
         dataset = as_read(dataset)
         with PartialState().split_between_processes(list(range(len(dataset)))) as rows:
             scored = score_groups(teacher, tokenizer, dataset.select(rows), progress=not args.disable_tqdm)
-        if "teacher_scores" in dataset.column_names:
-            dataset = dataset.remove_columns("teacher_scores")
+        made = {"teacher_scores", "teacher_agreement"}.intersection(dataset.column_names)
+        dataset = dataset.remove_columns(sorted(made))
         return record_teacher_prompts(
             dataset.add_column("teacher_scores", gather_object(list(scored["teacher_scores"])))
         )
@@ -188,6 +182,11 @@ def teacher_texts(
                 "`SeqKDTrainer` learns from the teacher's own text. Pass a teacher, or groups that it wrote. Completions "
                 "of other writers are for `DPOTrainer`, `SimPOTrainer` and `PROTrainer`, where they have "
                 "`teacher_scores`, or for `KDTrainer` and a teacher."
+            )
+        if is_asked(teacher_model):
+            raise ValueError(
+                f"`SeqKDTrainer` has a model or its path write, and `teacher_model` is a `{type(teacher_model).__name__}`. Have it "
+                'write beforehand (`grkd_trl.generation.generate_groups`, `completion_source="teacher"`).'
             )
         if isinstance(dataset, IterableDataset):
             raise ValueError(

@@ -1,7 +1,7 @@
 """What is refused before groups are made."""
 
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 
@@ -9,6 +9,7 @@ from ..data import require_chat_template
 from ..teacher import (
     CalibratedTeacher,
     CallableScorer,
+    LazyTeacher,
     LocalTeacher,
     Scorer,
     ServerTeacher,
@@ -16,6 +17,7 @@ from ..teacher import (
     TeacherEnsemble,
     TopKTeacher,
 )
+from ..teacher.abilities import gives
 from ..teacher.topk import require_same_tokenizer
 
 
@@ -40,7 +42,7 @@ def check_chat_templates(dataset: Dataset, completion_source: str, *roles: Teach
     members = [role.teachers.values() if isinstance(role, TeacherEnsemble) else [role] for role in roles]
     for role in chain.from_iterable(members):
         model = role.teacher if isinstance(role, CalibratedTeacher) else role
-        if isinstance(model, LocalTeacher | ServerTeacher):
+        if isinstance(model, LocalTeacher | LazyTeacher | ServerTeacher):
             require_chat_template(model.processing_class)
 
 
@@ -62,13 +64,14 @@ def check_soft_labels(teacher: Teacher | Scorer | None, student: Teacher | None,
         `ValueError`: If the teacher has none, or reads other tokens than the student.
         [`~teacher.TeacherError`]: If a server gives fewer.
     """
-    if not isinstance(teacher, TopKTeacher):
+    if teacher is None or "top tokens" not in gives(teacher):
         given = "no teacher was given" if teacher is None else f"`{type(teacher).__name__}` has none"
         raise ValueError(
-            f"`soft_labels={k}` stores a teacher's most likely tokens, and {given}. Pass `teacher`: a `LocalTeacher`, or a "
-            "`ServerTeacher` of vLLM or SGLang."
+            f"`soft_labels={k}` stores a teacher's most likely tokens, and {given}. Pass `teacher`: a `LocalTeacher`, a "
+            "`ServerTeacher` of vLLM or SGLang, or several of these."
         )
-    if isinstance(student, LocalTeacher | ServerTeacher):
+    teacher = cast(TopKTeacher, teacher)
+    if isinstance(student, LocalTeacher | LazyTeacher | ServerTeacher):
         require_same_tokenizer(teacher, student.processing_class)
     if ask:
         teacher.check_top_k(k)
@@ -101,21 +104,3 @@ def as_scorer(score_fn: Any) -> Scorer:
         [`~teacher.Scorer`]: Scorer.
     """
     return score_fn if isinstance(score_fn, Scorer) else CallableScorer(score_fn)
-
-
-def soft_label_teacher(args: Any, score_fn: Any) -> TopKTeacher | None:
-    """
-    Who gives the token soft labels of online groups beside their scores, so that no teacher is needed in the training step.
-
-    Args:
-        args ([`GRKDConfig`]):
-            Configuration.
-        score_fn (`Callable` or [`~teacher.Scorer`], *optional*):
-            What scores.
-
-    Returns:
-        [`~teacher.TopKTeacher`], *optional*: `score_fn`, where it is a teacher with a language model's distributions and the
-        loss reads no more of them.
-    """
-    is_read = args.online and args.soft_label == "token" and args.relative_level == "completions"
-    return score_fn if is_read and isinstance(score_fn, TopKTeacher) else None

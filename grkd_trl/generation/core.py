@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from ..data import is_score
-from ..teacher import Completions, Scorer, TopKTeacher
+from ..teacher import Completions, Scorer, TeacherEnsemble, TopKTeacher, TopTokens
 from ..teacher.topk import SOFT_LABELS
 
 
@@ -23,7 +23,7 @@ PER_COMPLETION = (
     *SOFT_LABELS,
 )
 _NOT_FOR_TEACHERS = {"prompt", "completions", "written_by", "teacher_scores", "num_tokens", "surprises", *SOFT_LABELS}
-_NOT_FOR_TEACHERS |= {"teacher_prompt_hash"}
+_NOT_FOR_TEACHERS |= {"teacher_prompt_hash", "teacher_agreement"}
 
 
 def draw_seed(seed: int, index: int, writer: str) -> int:
@@ -178,6 +178,55 @@ def as_groups(rows: Sequence[dict[str, Any]], written: dict[str, Completions]) -
     return groups
 
 
+def ask_teachers(
+    groups: Sequence[dict[str, Any]],
+    scorer: Scorer | None,
+    *,
+    teacher: TopKTeacher | None = None,
+    k: int | None = None,
+) -> list[tuple[dict[str, Any], list[int]]]:
+    """
+    Have groups scored, or labelled, or both.
+
+    Args:
+        groups (`Sequence[dict]`):
+            Groups with `prompt`, `completions` and `clipped`. Further columns reach the scorer.
+        scorer ([`~teacher.Scorer`], *optional*):
+            Scorer. Without one no scores are asked for.
+        teacher ([`~teacher.TopKTeacher`], *optional*):
+            Gives soft labels, in the same reading where it is the scorer.
+        k (`int`, *optional*):
+            Most likely tokens of these at each position; without, none are asked for.
+
+    Returns:
+        `list[tuple[dict, list[int]]]`: For each group the columns that were made of it, and the completions that have all of
+        them: none of a group on which several teachers agree too little.
+    """
+    asked = [group["prompt"] for group in groups], [group["completions"] for group in groups]
+    columns = columns_of(groups, without=_NOT_FOR_TEACHERS)
+    added: dict[str, list[Any]] = {}
+    agreements = None
+    if teacher is not None and k is not None:
+        given, agreements = _ask(teacher, asked, columns, k)
+        added = dict(zip(SOFT_LABELS, (given.top_ids, given.top_logps, given.token_ids), strict=True))
+    agreed = _agreed(teacher if added else None, agreements, len(groups))
+    if scorer is not None:
+        if not added or teacher is not scorer:
+            given, agreements = _ask(scorer, asked, columns)
+        added |= dict(zip(("teacher_scores", "num_tokens", "surprises"), given.scored, strict=True))
+    added |= {} if agreements is None else {"teacher_agreement": agreements}
+    made = []
+    for row, group in enumerate(groups):
+        own = {name: values[row] for name, values in added.items()}
+        kept = list(range(len(group["completions"]))) if agreed[row] else []
+        if scorer is not None:
+            kept = [position for position in kept if is_score(own["teacher_scores"][position])]
+        if k is not None:
+            kept = [position for position in kept if own["teacher_top_ids"][position]]
+        made.append((own, kept))
+    return made
+
+
 def add_scores(
     groups: Sequence[dict[str, Any]], scorer: Scorer, *, teacher: TopKTeacher | None = None, k: int | None = None
 ) -> list[dict[str, Any]]:
@@ -185,32 +234,26 @@ def add_scores(
     Score groups. A completion that cannot be scored is dropped.
 
     Args:
-        groups (`Sequence[dict]`):
-            Groups with `prompt`, `completions` and `clipped`. Further columns reach the scorer.
-        scorer ([`~teacher.Scorer`]):
-            Scorer.
-        teacher ([`~teacher.TopKTeacher`], *optional*):
-            Gives soft labels, in the same reading where it is the scorer.
-        k (`int`, *optional*):
-            Most likely tokens of these at each position; without, none are asked for.
+        groups, scorer, teacher, k:
+            As for [`ask_teachers`].
 
     Returns:
-        `list[dict]`: The groups, with `teacher_scores`, `num_tokens` and `surprises`, with the columns of
-        [`~teacher.cache_soft_labels`] where k is given, and perhaps fewer completions.
+        `list[dict]`: The groups, with `teacher_scores`, `num_tokens` and `surprises`, of several teachers with
+        `teacher_agreement`, with the columns of [`~teacher.cache_soft_labels`] where k is given, and perhaps fewer completions.
     """
-    asked = [group["prompt"] for group in groups], [group["completions"] for group in groups]
-    columns = columns_of(groups, without=_NOT_FOR_TEACHERS)
-    added: dict[str, list[list[Any]]] = {}
-    if teacher is not None and k is not None:
-        given = teacher.top_k(*asked, k, columns=columns)
-        added = dict(zip(SOFT_LABELS, (given.top_ids, given.top_logps, given.token_ids), strict=True))
-    scored = given.scored if added and teacher is scorer else scorer.score(*asked, columns=columns)
-    added |= dict(zip(("teacher_scores", "num_tokens", "surprises"), scored, strict=True))
-    finished = []
-    for row, group in enumerate(groups):
-        own = {name: values[row] for name, values in added.items()}
-        kept = [position for position, score in enumerate(own["teacher_scores"]) if is_score(score)]
-        if k is not None:
-            kept = [position for position in kept if own["teacher_top_ids"][position]]
-        finished.append(keep(group | own, kept))
-    return finished
+    made = ask_teachers(groups, scorer, teacher=teacher, k=k)
+    return [keep(group | own, kept) for group, (own, kept) in zip(groups, made, strict=True)]
+
+
+def _agreed(teacher: Any, agreements: list[float] | None, num_groups: int) -> list[bool]:
+    least = teacher.min_agreement if isinstance(teacher, TeacherEnsemble) else 0.0
+    return [True] * num_groups if agreements is None else [not value < least for value in agreements]
+
+
+def _ask(teacher: Any, asked, columns, k: int | None = None) -> tuple[TopTokens, list[float] | None]:
+    """What a teacher says, and of several how far they agree."""
+    if isinstance(teacher, TeacherEnsemble):
+        return teacher.ask(asked[0], asked[1], k, columns=columns)
+    if k is not None:
+        return teacher.top_k(*asked, k, columns=columns), None
+    return TopTokens(teacher.score(*asked, columns=columns), [], [], []), None

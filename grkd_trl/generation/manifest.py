@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset, Features, Sequence, Value
 
 from ..data.rows import WRITTEN
-from ..teacher import Scorer
+from ..teacher import Scorer, TeacherEnsemble
 from ..teacher.topk import SOFT_LABELS
 from .checks import reads_teacher_prompts
 
@@ -22,6 +22,7 @@ _OWN_COLUMNS = {
     "teacher_scores",
     *SOFT_LABELS,
     "teacher_prompt_hash",
+    "teacher_agreement",
     "chosen",
     "rejected",
 }
@@ -79,6 +80,8 @@ def group_features(dataset: Dataset, config: Any, scorer: Scorer | None) -> Feat
         own = {"completions": Sequence(Value("string"))} | own | ids
     if scorer is not None:
         own |= {"teacher_scores": Sequence(Value("float64")), "num_tokens": Sequence(Value("int64"))}
+    if isinstance(scorer, TeacherEnsemble):
+        own |= {"teacher_agreement": Value("float64")}
     if config.soft_labels is not None:
         own |= SOFT_LABELS
     elif config.completion_source == "dataset":

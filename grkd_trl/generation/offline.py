@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..data import as_read, check_prompt, read_group, require_rows
 from ..data.rows import check_completions, check_one_each
 from ..data.teacher_prompts import check_made_with, prompt_hash
-from ..teacher import Scorer, Teacher
+from ..teacher import Scorer, Teacher, TeacherEnsemble
 from .card import summary, write_card
 from .checks import check_chat_templates, check_soft_labels, reads_teacher_prompts
 from .core import add_scores, keep, write_groups
@@ -184,6 +184,9 @@ def generate_groups(
 
     roles = {"student": student, "teacher": teacher, "scorer": scorer}
     check_chat_templates(dataset, config.completion_source, *roles.values())
+    for role in (teacher, scorer):
+        if isinstance(role, TeacherEnsemble):
+            role.check_routes(dataset)
     not_content = ("output_dir", "prompts_per_unit")
     manifest = {
         "parameters": {name: value for name, value in asdict(config).items() if name not in not_content},

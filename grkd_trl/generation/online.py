@@ -18,10 +18,10 @@ from ..data import DataCollatorForGroups, encode_teacher_prompt, tokenize_comple
 from ..data.images import put_images
 from ..data.rows import WRITTEN
 from ..data.sampler import RepeatedPrompts, indices_of_process
-from ..teacher import Completions, LocalTeacher, Scorer
+from ..teacher import Completions, LocalTeacher, Scorer, TopKTeacher
 from ..teacher.retokenize import image_columns
 from ..teacher.topk import require_same_tokenizer
-from .checks import as_scorer, soft_label_teacher
+from .checks import as_scorer
 from .core import add_scores, as_groups, columns_of, content_seed, write_groups
 from .table import log_completions
 from .vllm import VLLMWriter
@@ -46,6 +46,8 @@ class OnlineGroups:
             Writes in place of student and teacher, see [`GRKDTrainer`].
         score_fn (`Callable` or [`~teacher.Scorer`], *optional*):
             Scores in place of the teacher, see [`GRKDTrainer`].
+        labeller ([`~teacher.TopKTeacher`], *optional*):
+            Gives the token soft labels, where no teacher is in the training step.
     """
 
     def __init__(
@@ -54,14 +56,14 @@ class OnlineGroups:
         collator: DataCollatorForGroups,
         completion_fn: Callable | None = None,
         score_fn: Callable | Scorer | None = None,
+        labeller: TopKTeacher | None = None,
     ):
         self.trainer, self.collator = trainer, collator
         self.completion_fn, self.scorer = completion_fn, None if score_fn is None else as_scorer(score_fn)
         self._labels: dict[str, Any] = {}
-        teacher = soft_label_teacher(trainer.args, score_fn)
-        if teacher is not None and trainer.teacher_model is None:
-            require_same_tokenizer(teacher, trainer.processing_class)
-            self._labels = {"teacher": teacher, "k": trainer.args.soft_label_top_k}
+        if labeller is not None:
+            require_same_tokenizer(labeller, trainer.processing_class)
+            self._labels = {"teacher": labeller, "k": trainer.args.soft_label_top_k}
         self._buffer: list[dict[str, Any]] = []
         self._training_since: float | None = None
         args = trainer.args
@@ -221,7 +223,7 @@ class OnlineGroups:
                     f"The teacher reads the completions of {group['prompt']!r} as other tokens than the student, so it has no "
                     'soft labels for them. Set `soft_label="group"` or `"none"`.'
                 )
-            read = ("clipped", "teacher_scores", "teacher_top_ids", "teacher_top_logps")
+            read = ("clipped", "teacher_scores", "teacher_top_ids", "teacher_top_logps", "teacher_agreement")
             tokenized.append(tokens | {name: group[name] for name in read if name in group})
         every, step = args.log_completions, trainer.state.global_step
         if split == "train" and every and step % every < args.generate_every and trainer.accelerator.is_main_process:

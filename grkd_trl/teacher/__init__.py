@@ -1,7 +1,9 @@
 """Who writes completions and who scores them."""
 
 from .calibration import SELECTION_TEMPLATE, CalibratedTeacher, calibrate_scores, selection_probs
-from .ensemble import TeacherEnsemble, combine_scores
+from .combination import combine_scores
+from .ensemble import TeacherEnsemble
+from .lazy import LazyTeacher
 from .local import LocalTeacher, score_groups
 from .mixture import sample_from_mixture
 from .models import (
@@ -14,7 +16,7 @@ from .models import (
     tokenizer_of,
 )
 from .prefill import TeacherError
-from .protocol import Completions, Scorer, Teacher, TeacherScores, TopKTeacher, TopTokens
+from .protocol import AnyTeacher, Completions, Scorer, Teacher, TeacherScores, TopKTeacher, TopTokens
 from .scorer import CallableScorer
 from .server import ServerTeacher
 from .topk import cache_soft_labels
@@ -23,9 +25,11 @@ from .writing import generate_completions
 
 __all__ = [
     "SELECTION_TEMPLATE",
+    "AnyTeacher",
     "CalibratedTeacher",
     "CallableScorer",
     "Completions",
+    "LazyTeacher",
     "LocalTeacher",
     "Scorer",
     "ServerTeacher",

@@ -1,127 +1,46 @@
-"""Several teachers as one: their scores of a group, made comparable and averaged."""
+"""Several teachers as one: their scores of a group, made comparable and averaged, and a mixture of their soft labels."""
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .protocol import Scorer, TeacherScores
+from .combination import SCALES, agreement, combine_scores, mix_top_tokens
+from .lazy import LazyTeacher
+from .protocol import Scorer, TeacherScores, TopKTeacher, TopTokens
 
 
 logger = logging.get_logger(__name__)
 
 
-def _standardized(scores: Sequence[float]) -> list[float]:
-    mean = sum(scores) / len(scores)
-    deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
-    # Equal scores differ by rounding alone, which must not become an order
-    if deviation <= 1e-12 * max(map(abs, scores)):
-        return [0.0] * len(scores)
-    return [(score - mean) / deviation for score in scores]
-
-
-def _ranks(scores: Sequence[float]) -> list[float]:
-    if len(scores) == 1:
-        return [0.0]
-    below = [sum(other < score for other in scores) - sum(other > score for other in scores) for score in scores]
-    return [count / (len(scores) - 1) for count in below]
-
-
-_SCALES = {"standardized": _standardized, "ranks": _ranks}
-
-
-def combine_scores(
-    scores: Mapping[str, Sequence[float]], weights: Mapping[str, float], *, combine: str
-) -> list[float]:
-    """
-    Scores of one group by several teachers as one: each teacher's are brought to one scale, then averaged.
-
-    Args:
-        scores (`Mapping[str, Sequence[float]]`):
-            For each teacher its scores of the G completions, in any unit.
-        weights (`Mapping[str, float]`):
-            Weight of each teacher, above 0. Only their ratios matter.
-        combine (`str`):
-            `"standardized"`: less their mean and divided by their standard deviation over the group, so how far apart
-            completions are counts. `"ranks"`: from -1 for the worst to 1 for the best, ties in the middle, so only the order
-            counts.
-
-    Returns:
-        `list[float]`: G scores. NaN where a teacher has none; such a completion takes no part in the scale of the others.
-
-    Example:
-
-    ```python
-    >>> from grkd_trl.teacher import combine_scores
-
-    >>> scores = {"model": [-0.5, -1.5, -2.5], "tests": [0.0, 1.0, 0.0]}
-    >>> combine_scores(scores, {"model": 0.5, "tests": 0.5}, combine="ranks")
-    [0.25, 0.5, -0.75]
-
-    ```
-    """
-    size = len(next(iter(scores.values())))
-    kept = [index for index in range(size) if all(math.isfinite(values[index]) for values in scores.values())]
-    combined = [math.nan] * size
-    if kept:
-        total = math.fsum(weights[name] for name in scores)
-        scaled = {name: _SCALES[combine]([values[index] for index in kept]) for name, values in scores.items()}
-        for position, index in enumerate(kept):
-            combined[index] = math.fsum(weights[name] * scaled[name][position] for name in scores) / total
-    return combined
-
-
-def agreement(scores: Mapping[str, Sequence[float]]) -> float:
-    """
-    Share of the pairs of a group's completions that two teachers order alike, of those that neither ties, over every two
-    teachers.
-
-    Args:
-        scores (`Mapping[str, Sequence[float]]`):
-            For each teacher its scores of the G completions. A completion without a finite one is left out.
-
-    Returns:
-        `float`: 0 to 1. 1 where no two teachers order a pair.
-    """
-    size = len(next(iter(scores.values())))
-    kept = [index for index in range(size) if all(math.isfinite(values[index]) for values in scores.values())]
-    orders = [
-        [(values[i] > values[j]) - (values[i] < values[j]) for i, j in combinations(kept, 2)]
-        for values in scores.values()
-    ]
-    alike = [
-        ours == theirs
-        for both in combinations(orders, 2)
-        for ours, theirs in zip(*both, strict=True)
-        if ours != 0 and theirs != 0
-    ]
-    return sum(alike) / len(alike) if alike else 1.0
-
-
 class TeacherEnsemble:
     """
-    Several teachers as one [`Scorer`], for [`~generation.generate_groups`]. Each may be a local model, a server, a calibrated
-    teacher, a function or another scorer of yours, with a tokenizer of its own: their scores of a group are brought to one
-    scale and averaged, see [`combine_scores`]. A `teacher_prompt` is read by those that read one.
+    Several teachers as one [`Scorer`], for [`~generation.generate_groups`] and in the place of any trainer's teacher. Each may
+    be a local model, a server, a calibrated teacher, a function or another scorer of yours, with a tokenizer of its own: their
+    scores of a group are brought to one scale and averaged, see [`combine_scores`]. Where all have the student's vocabulary it
+    also gives token soft labels, of the weighted mixture of their probabilities, see [`~teacher.combination.mix_top_tokens`]. A
+    `teacher_prompt` is read by those that read one. Of models that are given by path or as models, one is in memory at a time,
+    see [`LazyTeacher`].
 
     Args:
-        teachers (`Mapping[str, Scorer]`):
-            Two or more teachers by name.
-        weights (`Mapping[str, float]`, *optional*):
+        teachers (`Mapping[str, Scorer]` or `Sequence[Scorer]`):
+            Two or more teachers by name; of a list the name is the position. A hub id, path or model stands for a
+            [`LazyTeacher`].
+        weights (`Mapping[str, float]` or `Sequence[float]`, *optional*):
             Weight of each, above 0, 1 in sum. Equal ones if not given. Of a row that some score alone, their shares.
         combine (`str`, *optional*, defaults to `"standardized"`):
             `"standardized"` or `"ranks"`, see [`combine_scores`].
         route_column (`str`, *optional*):
-            Column that says which teachers score a row: a name, a list of names, or `None` for all.
+            Column that says which teachers read a row: a name, a list of names, or `None` for all.
         min_agreement (`float`, *optional*, defaults to `0.0`):
-            Least [`agreement`] of a group's teachers, 0 to 1. A group below gets no score, and is dropped where groups are
-            made.
+            Least [`~teacher.combination.agreement`] of a group's teachers, 0 to 1. A group below gets no score, and is dropped
+            where groups are made.
 
     Raises:
         `ValueError`: If there are fewer than two teachers, or a choice is out of range; while scoring, if a row names an
-            unknown teacher, or a teacher does not give one score a completion.
+            unknown teacher, a teacher does not give one score a completion, or two read other tokens.
 
     Example:
 
@@ -139,9 +58,9 @@ class TeacherEnsemble:
 
     def __init__(
         self,
-        teachers: Mapping[str, Scorer],
+        teachers: Mapping[str, Scorer | str | PreTrainedModel] | Sequence[Scorer | str | PreTrainedModel],
         *,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, float] | Sequence[float] | None = None,
         combine: str = "standardized",
         route_column: str | None = None,
         min_agreement: float = 0.0,
@@ -150,7 +69,12 @@ class TeacherEnsemble:
             raise ValueError(
                 f"`teachers` has {len(teachers)} entries: give two or more by name, or use the one alone."
             )
-        weights = dict.fromkeys(teachers, 1 / len(teachers)) if weights is None else dict(weights)
+        if not isinstance(teachers, Mapping):
+            teachers = {str(position): teacher for position, teacher in enumerate(teachers)}
+        if weights is None:
+            weights = dict.fromkeys(teachers, 1 / len(teachers))
+        elif not isinstance(weights, Mapping):
+            weights = {str(position): weight for position, weight in enumerate(weights)}
         if weights.keys() != teachers.keys():
             raise ValueError(
                 f"`weights` are of {sorted(weights)} and `teachers` of {sorted(teachers)}: give each teacher a weight."
@@ -161,11 +85,15 @@ class TeacherEnsemble:
             raise ValueError(
                 f"`weights` must be above 0 and come to 1, got {weights}, which come to {sum(weights.values()):g}."
             )
-        if combine not in _SCALES:
-            raise ValueError(f"`combine` must be one of {sorted(_SCALES)}, got {combine!r}.")
+        if combine not in SCALES:
+            raise ValueError(f"`combine` must be one of {sorted(SCALES)}, got {combine!r}.")
         if not 0 <= min_agreement <= 1:
             raise ValueError(f"`min_agreement` is a share and must lie in 0..1, got {min_agreement}.")
-        self.teachers, self.weights, self.combine = dict(teachers), weights, combine
+        self.teachers: dict[str, Any] = {
+            name: LazyTeacher(teacher) if isinstance(teacher, str | PreTrainedModel) else teacher
+            for name, teacher in teachers.items()
+        }
+        self.weights, self.combine = dict(weights), combine
         self.route_column, self.min_agreement = route_column, min_agreement
 
     def describe(self) -> dict[str, Any]:
@@ -201,17 +129,110 @@ class TeacherEnsemble:
             [`TeacherScores`]: NaN for a completion that one of its teachers cannot score, and for a group below
             `min_agreement`. The token counts of a row are those of its first teacher.
         """
+        return self.ask(prompts, completions, columns=columns)[0].scored
+
+    def top_k(
+        self,
+        prompts: Sequence[str | list[dict[str, Any]]],
+        completions: Sequence[Sequence[str | list[dict[str, Any]]]],
+        k: int,
+        *,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> TopTokens:
+        """
+        Score completions and give the k most likely tokens of the teachers' mixture at each position, teacher after teacher.
+
+        Args:
+            prompts, completions, columns:
+                As in [`TeacherEnsemble.score`].
+            k (`int`):
+                Tokens that each teacher is asked for, and that are kept.
+
+        Returns:
+            [`TopTokens`]: Scores and tokens. None of a completion for which one of its teachers has none.
+        """
+        self.check_top_k(k)
+        return self.ask(prompts, completions, k, columns=columns)[0]
+
+    @property
+    def processing_class(self) -> Any:
+        """Tokenizer of the first teacher that has one. Whether it is that of all is checked before soft labels are asked for."""
+        return next((own for own in map(_tokenizer_of, self.teachers.values()) if own is not None), None)
+
+    def check_top_k(self, k: int) -> None:
+        """
+        Find out before a run whether every teacher gives k tokens.
+
+        Args:
+            k (`int`):
+                Tokens at each position.
+
+        Raises:
+            `ValueError`: If one gives scores alone; the message names it.
+            [`TeacherError`]: If a server gives fewer.
+        """
+        for name, teacher in self.teachers.items():
+            if not isinstance(teacher, TopKTeacher):
+                raise ValueError(
+                    f"The teacher {name!r} gives scores alone, and token soft labels are a mixture of all. Leave it out, or train "
+                    'with `soft_label="group"` or `"none"`.'
+                )
+            teacher.check_top_k(k)
+
+    def check_routes(self, dataset: Any) -> None:
+        """
+        Refuse a dataset of which a row names an unknown teacher, before any is asked.
+
+        Args:
+            dataset ([`~datasets.Dataset`] or `Sequence[dict]`):
+                Rows.
+
+        Raises:
+            `ValueError`: If there is no column of routes, or one names an unknown teacher; the message names the row.
+        """
+        if self.route_column is None:
+            return
+        if self.route_column in getattr(dataset, "column_names", ()):
+            dataset = dataset.select_columns([self.route_column])
+        for row, values in enumerate(dataset):
+            self._route({name: [value] for name, value in values.items()}, 0, shown=row)
+
+    def ask(
+        self,
+        prompts: Sequence[str | list[dict[str, Any]]],
+        completions: Sequence[Sequence[str | list[dict[str, Any]]]],
+        k: int | None = None,
+        *,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> tuple[TopTokens, list[float]]:
+        """
+        All that the teachers say of P groups, and how far they agree.
+
+        Args:
+            prompts, completions, columns:
+                As in [`TeacherEnsemble.score`].
+            k (`int`, *optional*):
+                Tokens at each position; without, none are asked for.
+
+        Returns:
+            `tuple[TopTokens, list[float]]`: Scores and tokens, and the [`~teacher.combination.agreement`] of each group, NaN
+            where one teacher reads it alone.
+        """
         routes = [self._route(columns, row) for row in range(len(prompts))]
         given: list[dict[str, list[float]]] = [{} for _ in prompts]
+        tops: list[dict[str, tuple[Any, Any]]] = [{} for _ in prompts]
         num_tokens: list[list[int]] = [[] for _ in prompts]
+        token_ids: list[list[list[int]]] = [[] for _ in prompts]
         surprises = [[False] * len(group) for group in completions]
         for name, teacher in self.teachers.items():
             rows = [row for row, route in enumerate(routes) if name in route]
             if not rows:
                 continue
             own = {key: [values[row] for row in rows] for key, values in (columns or {}).items()}
-            scored = teacher.score([prompts[row] for row in rows], [completions[row] for row in rows], columns=own)
-            for row, scores, counts, surprising in zip(rows, *scored, strict=True):
+            asked = [prompts[row] for row in rows], [completions[row] for row in rows]
+            labels = None if k is None else teacher.top_k(*asked, k, columns=own)
+            scored = teacher.score(*asked, columns=own) if labels is None else labels.scored
+            for place, (row, scores, counts, surprising) in enumerate(zip(rows, *scored, strict=True)):
                 if len(scores) != len(completions[row]):
                     raise ValueError(
                         f"The teacher {name!r} gave {len(scores)} scores for the {len(completions[row])} completions of row "
@@ -220,20 +241,51 @@ class TeacherEnsemble:
                 given[row][name] = scores
                 num_tokens[row] = num_tokens[row] or counts
                 surprises[row] = [ours or theirs for ours, theirs in zip(surprises[row], surprising, strict=True)]
-        agreements = [agreement(scores) for scores in given]
-        if agreements:
-            dropped = sum(value < self.min_agreement for value in agreements)
-            mean = sum(agreements) / len(agreements)
-            logger.info(f"The teachers order {mean:.1%} of the pairs alike; {dropped} of {len(given)} groups dropped.")
-        combined = [
-            combine_scores(scores, self.weights, combine=self.combine)
-            if value >= self.min_agreement
-            else [math.nan] * len(group)
-            for scores, value, group in zip(given, agreements, completions, strict=True)
+                if labels is not None:
+                    if token_ids[row] and token_ids[row] != labels.token_ids[place]:
+                        raise ValueError(
+                            f"The teachers {next(iter(tops[row]))!r} and {name!r} read the completions of row {row} as other "
+                            "tokens, so their soft labels are of other positions. Give both one tokenizer and chat template."
+                        )
+                    token_ids[row] = labels.token_ids[place]
+                    tops[row][name] = labels.top_ids[place], labels.top_logps[place]
+        agreements = [agreement(scores) if len(scores) > 1 else math.nan for scores in given]
+        scored = TeacherScores(self._combine(given, agreements, completions), num_tokens, surprises)
+        if k is None:
+            return TopTokens(scored, [], [], []), agreements
+        mixed = [
+            [self._mix(of_row, position, k) for position in range(len(group))]
+            for of_row, group in zip(tops, completions, strict=True)
         ]
-        return TeacherScores(combined, num_tokens, surprises)
+        top_ids, top_logps = ([[pair[part] for pair in group] for group in mixed] for part in range(2))
+        return TopTokens(scored, token_ids, top_ids, top_logps), agreements
 
-    def _route(self, columns: Mapping[str, Sequence[Any]] | None, row: int) -> list[str]:
+    def _combine(self, given, agreements, completions) -> list[list[float]]:
+        known = [value for value in agreements if not math.isnan(value)]
+        dropped = [value < self.min_agreement for value in agreements]
+        if known:
+            mean = sum(known) / len(known)
+            logger.info(
+                f"The teachers order {mean:.1%} of the pairs alike; {sum(dropped)} of {len(given)} groups dropped."
+            )
+        return [
+            [math.nan] * len(group) if is_dropped else combine_scores(scores, self.weights, combine=self.combine)
+            for scores, is_dropped, group in zip(given, dropped, completions, strict=True)
+        ]
+
+    def _mix(self, tops: dict[str, tuple[Any, Any]], position: int, k: int) -> tuple[list, list]:
+        """Most likely tokens of one completion at each of its positions, and their log-probabilities."""
+        own = {name: (ids[position], logps[position]) for name, (ids, logps) in tops.items()}
+        if any(not ids for ids, _ in own.values()):
+            return [], []
+        num_tokens = len(next(iter(own.values()))[0])
+        at_each = [
+            mix_top_tokens({name: (ids[t], logps[t]) for name, (ids, logps) in own.items()}, self.weights, k)
+            for t in range(num_tokens)
+        ]
+        return [ids for ids, _ in at_each], [logps for _, logps in at_each]
+
+    def _route(self, columns: Mapping[str, Sequence[Any]] | None, row: int, shown: int | None = None) -> list[str]:
         if self.route_column is None:
             return list(self.teachers)
         if self.route_column not in (columns or {}):
@@ -246,7 +298,11 @@ class TeacherEnsemble:
         unknown = [name for name in names if name not in self.teachers]
         if unknown or not names:
             raise ValueError(
-                f"`{self.route_column}` of row {row} is {named!r}: name one or more of {sorted(self.teachers)}, or `None` for "
-                "all."
+                f"`{self.route_column}` of row {row if shown is None else shown} is {named!r}: name one or more of "
+                f"{sorted(self.teachers)}, or `None` for all."
             )
         return names
+
+
+def _tokenizer_of(teacher: Any) -> Any:
+    return teacher.processing_class if isinstance(teacher, TopKTeacher) else None

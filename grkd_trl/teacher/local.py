@@ -317,8 +317,8 @@ def score_groups(
             the teacher's context or has a probability of 0.
     """
     dataset = as_read(dataset)
-    if "teacher_scores" in dataset.column_names:
-        dataset = dataset.remove_columns("teacher_scores")
+    made = {"teacher_scores", "teacher_agreement"}.intersection(dataset.column_names)
+    dataset = dataset.remove_columns(sorted(made))
     teacher = LocalTeacher(model, processing_class, score=score, tokens_per_batch=tokens_per_batch, progress=progress)
     prompts, completions, columns = columns_to_score(dataset, keeps="teacher_top_ids")
     scores, num_tokens, _ = teacher.score(prompts, completions, columns=columns)

@@ -1,7 +1,9 @@
 """The interface of a teacher, which may write completions and scores them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+from transformers import PreTrainedModel
 
 
 class Completions(NamedTuple):
@@ -180,7 +182,8 @@ class Teacher(Scorer, Protocol):
 @runtime_checkable
 class TopKTeacher(Scorer, Protocol):
     """
-    A scorer with a language model's distributions: [`LocalTeacher`], [`ServerTeacher`], [`CalibratedTeacher`], or your own.
+    A scorer with a language model's distributions: [`LocalTeacher`], [`LazyTeacher`], [`ServerTeacher`],
+    [`CalibratedTeacher`], a [`TeacherEnsemble`] of these, or your own.
 
     Args:
         processing_class (`Any`):
@@ -218,3 +221,8 @@ class TopKTeacher(Scorer, Protocol):
         Returns:
             [`TopTokens`]: Scores and tokens.
         """
+
+
+# What trainers take as `teacher_model`: one teacher, or several as a list or by name.
+_Teacher: TypeAlias = str | PreTrainedModel | Scorer
+AnyTeacher: TypeAlias = _Teacher | Sequence[_Teacher] | Mapping[str, _Teacher]

@@ -1,12 +1,14 @@
 """Token soft labels computed once: the teacher's most likely next tokens, cached with the groups."""
 
 import math
+from typing import Any
 
 from datasets import Dataset, Features, Sequence, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data import as_read, tokenizer_hash
 from ..data.teacher_prompts import record_teacher_prompts
+from .ensemble import TeacherEnsemble
 from .local import LocalTeacher
 from .protocol import TopKTeacher
 from .retokenize import columns_to_score
@@ -31,13 +33,44 @@ def require_same_tokenizer(teacher: TopKTeacher, processing_class: PreTrainedTok
             Student's tokenizer.
 
     Raises:
-        `ValueError`: If their vocabularies differ.
+        `ValueError`: If their vocabularies differ; the message names the teacher and both sizes.
     """
-    if tokenizer_hash(teacher.processing_class) != tokenizer_hash(processing_class):
-        raise ValueError(
-            f"The tokens of the teacher {teacher.describe().get('model')!r} are not the student's: their tokenizers differ, so "
-            'its most likely tokens are no soft labels. Train on its scores, with `soft_label="group"` or `"none"`.'
-        )
+    if isinstance(teacher, TeacherEnsemble):
+        members = {repr(name): member for name, member in teacher.teachers.items() if isinstance(member, TopKTeacher)}
+    else:
+        members = {repr(teacher.describe().get("model")): teacher}
+    own: Any = getattr(processing_class, "tokenizer", processing_class)
+    for name, member in members.items():
+        theirs: Any = getattr(member.processing_class, "tokenizer", member.processing_class)
+        if tokenizer_hash(theirs) != tokenizer_hash(own):
+            raise ValueError(
+                f"The tokens of the teacher {name} are not the student's: their tokenizers differ, with {len(theirs)} and "
+                f"{len(own)} entries, so its most likely tokens are no soft labels. Train on its scores, with "
+                '`soft_label="group"` or `"none"`.'
+            )
+
+
+def put_column(dataset: Dataset, name: str, cells: list[Any], feature: Any) -> Dataset:
+    """
+    Add a column of a type, or put it in the place of one.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Dataset.
+        name (`str`):
+            Name of the column.
+        cells (`list`):
+            A value for each row.
+        feature ([`~datasets.Value`] or [`~datasets.Sequence`]):
+            Their type.
+
+    Returns:
+        [`~datasets.Dataset`]: The dataset with the column.
+    """
+    if name in dataset.column_names:
+        dataset = dataset.remove_columns(name)
+    column = Dataset.from_dict({name: cells}, features=Features({name: feature}))
+    return dataset.add_column(name, column.data.column(name), feature=feature)
 
 
 def cache_soft_labels(
@@ -84,6 +117,11 @@ def cache_soft_labels(
     """
     dataset = as_read(dataset)
     dataset = dataset.remove_columns([name for name in SOFT_LABELS if name in dataset.column_names])
+    if isinstance(model, TeacherEnsemble) and model.min_agreement > 0:
+        raise ValueError(
+            f"`min_agreement={model.min_agreement}` drops groups, and a cache is of all. Make the groups with "
+            '`grkd_trl.generation.generate_groups` (`completion_source="dataset"`, `soft_labels=k`).'
+        )
     if isinstance(model, TopKTeacher):
         teacher = model
         require_same_tokenizer(teacher, processing_class)
@@ -102,14 +140,15 @@ def cache_soft_labels(
                     "before a completion there must be a token of the prompt, and together they must fit the teacher's context. "
                     "Give the prompt more text, or drop or shorten the completion."
                 )
-    cells = dict(zip(SOFT_LABELS, (given.top_ids, given.top_logps, given.token_ids), strict=True))
+    cells: dict[str, Any] = dict(zip(SOFT_LABELS, (given.top_ids, given.top_logps, given.token_ids), strict=True))
     features = SOFT_LABELS
     if "teacher_scores" not in dataset.column_names:
+        if "teacher_agreement" in dataset.column_names:
+            dataset = dataset.remove_columns("teacher_agreement")  # of other scores
         cells["teacher_scores"] = [
             [-math.inf if math.isnan(value) else value for value in row] for row in given.scored.scores
         ]
         features = features | {"teacher_scores": Sequence(Value("float64"))}
     for name, feature in features.items():
-        column = Dataset.from_dict({name: cells[name]}, features=Features({name: feature}))
-        dataset = dataset.add_column(name, column.data.column(name), feature=feature)
+        dataset = put_column(dataset, name, cells[name], feature)
     return record_teacher_prompts(dataset)

@@ -1,7 +1,7 @@
 """What every method that trains on groups shares: constructor, data, counts, logging, resume and card."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -20,20 +20,25 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 
 from .._trl import LengthGroupedSampler, accept_adapters_on_head
-from ..data import DataCollatorForGroups, count_items, first_rows, prepare_groups, require_rows
+from ..data import DataCollatorForGroups, count_items, prepare_groups, require_rows
 from ..data.images import IMAGE_COLUMNS, rename_images
 from ..data.repeats import number_rows, reduce_remainder, without_repeats
 from ..data.sampler import GroupedByLength, balance
+from ..generation.labels import as_teacher
 from ..scoring import eval_mode
-from ..teacher import disable_dropout, is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary
-from ..teacher.loading import check_student, init_kwargs_of, load_adapted_student, with_remote_code
-from ..teacher.models import check_same_images, context_length_of
+from ..teacher import (
+    AnyTeacher,
+    disable_dropout,
+)
+from ..teacher.loading import check_student, init_kwargs_of, load_adapted_student
+from ..teacher.models import context_length_of
 from .card import complete_card, origins
 from .checkpoints import OrderOfEpoch, prepare_resume, saving_explained
 from .checks import GroupWarnings, check_sampling
 from .compile import compile_layers, take_over_compilation
 from .config import GroupConfig, resolve_args
 from .metrics import RunningMeans, add_group_metrics, as_predictions, is_logged, peak_memory
+from .teachers import check_teacher, place_teacher
 
 
 class GroupTrainer(SFTTrainer):
@@ -45,8 +50,9 @@ class GroupTrainer(SFTTrainer):
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Student: a hub id or path of a model, loaded in float32 unless `args.model_init_kwargs` says otherwise, or of
             an adapter, which is trained further on its base; or a model.
-        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Teacher: a hub id or path of a model or of an adapter, or a model. Each method says what it is needed for.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~teacher.Scorer`], *optional*):
+            Teacher: a hub id or path of a model or of an adapter, or a model; another teacher, such as
+            [`~teacher.ServerTeacher`]; or several, as a list or by name. Each method says what it is needed for.
         args ([`GroupConfig`], *optional*):
             Configuration, of the method's `config_class`. A default one, writing to `<model>-<method>`, if not given.
         data_collator ([`~transformers.DataCollator`], *optional*):
@@ -93,7 +99,7 @@ class GroupTrainer(SFTTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: AnyTeacher | None = None,
         args: GroupConfig | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -109,6 +115,7 @@ class GroupTrainer(SFTTrainer):
         require_rows(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_sampling(args, train_dataset)
         check_student(model, peft_config, args, teacher_model)
+        teacher_model = as_teacher(teacher_model, args, model, processing_class, train_dataset, eval_dataset)
         self.chosen_first, self.origins = False, origins(model, teacher_model, train_dataset)
         teacher_model, train_dataset, eval_dataset = self.bring_teacher(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
@@ -144,7 +151,7 @@ class GroupTrainer(SFTTrainer):
         self.compile_plugin = take_over_compilation(self.accelerator, args)
         compile_layers(self.model, self.compile_plugin)
         self.running_means = {"train": RunningMeans(), "eval": RunningMeans()}
-        self.teacher_model, self.vocab_size = self._place_teacher(teacher_model)
+        self.teacher_model, self.vocab_size = place_teacher(self, teacher_model)
         self.add_callback(OrderOfEpoch())
         self.group_warnings = GroupWarnings()
         self.add_callback(self.group_warnings)
@@ -156,30 +163,8 @@ class GroupTrainer(SFTTrainer):
         What the teacher does before the student is loaded. Returns the teacher of the training step, or `None` where the
         step needs none, and the datasets. By default the step needs it.
         """
-        if teacher_model is None:
-            raise ValueError(
-                f"No `teacher_model` was given, and `{type(self).__name__}` learns from its next-token distributions. "
-                "Pass a teacher. Without one, `DPOTrainer`, `SimPOTrainer` and `PROTrainer` accept groups with "
-                "`teacher_scores`, and `SeqKDTrainer` completions that the teacher wrote."
-            )
-        # Before either is loaded. What is no tokenizer at all is refused by TRL.
-        if isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin | None):
-            shared_vocabulary(model, teacher_model, processing_class, **init_kwargs_of(args))
+        check_teacher(teacher_model, args, model, processing_class, by=type(self).__name__)
         return teacher_model, *datasets
-
-    def _place_teacher(self, teacher_model: str | PreTrainedModel | None) -> tuple[torch.nn.Module | None, int | None]:
-        args, student = self.args, self.model
-        if teacher_model is None:
-            return None, None
-        if is_base_of(student, teacher_model, args):
-            return student, student.config.get_text_config().vocab_size
-        with loading_whole(args) if args.teacher_sharding == "replicated" else nullcontext():
-            teacher = load_teacher(teacher_model, with_remote_code(args.teacher_model_init_kwargs, args))
-        vocab_size = shared_vocabulary(student, teacher_model, self._tokenizer, **init_kwargs_of(args))
-        if any(row.get("image_prompt") for row in first_rows(self.train_dataset)):
-            check_same_images(self.processing_class, teacher_model, init_kwargs_of(args)["teacher_init_kwargs"])
-        compile_layers(teacher, self.compile_plugin)
-        return prepare_teacher(teacher, self.accelerator, sharding=args.teacher_sharding), vocab_size
 
     @contextmanager
     def teaching(self, model: torch.nn.Module) -> Iterator[torch.nn.Module]:
@@ -219,7 +204,7 @@ class GroupTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self):
         # The columns of a tokenized group are what the collator sees.
         read = ["prompt_ids", "completion_ids", "teacher_prompt_ids", "teacher_scores", "clipped", "row"]
-        self._signature_columns = [*read, "teacher_top_ids", "teacher_top_logps", *IMAGE_COLUMNS]
+        self._signature_columns = [*read, "teacher_top_ids", "teacher_top_logps", "teacher_agreement", *IMAGE_COLUMNS]
         if self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             self._signature_columns.append(self.args.length_column_name)  # the sampler reads it after the others go
 

@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 
 from .._trl import get_config_model_id
+from ..teacher import Scorer, TeacherEnsemble
 from .config import own_fields
 
 
@@ -34,6 +35,11 @@ _ONLINE = (
 
 
 def _name_of(model: Any) -> str:
+    if isinstance(model, TeacherEnsemble):
+        return "several teachers: " + ", ".join(_name_of(teacher) for teacher in model.teachers.values())
+    if isinstance(model, Scorer):
+        name = model.describe().get("model")
+        return f"{f'`{name}`, as ' if name else ''}`{type(model).__name__}`"
     name = model if isinstance(model, str) else get_config_model_id(model.config)
     return f"`{name}`" if name else f"`{type(model).__name__}` that was built in memory"
 

@@ -22,6 +22,8 @@ from trl import DPOTrainer as TRLTrainer
 from ..data import first_rows, pair_groups, pair_images, prepare_groups, require_rows
 from ..data.images import has_image_columns
 from ..generation.annotation import rank_datasets
+from ..generation.labels import as_teacher
+from ..teacher import AnyTeacher
 from ..teacher.loading import check_student, load_adapted_student
 from .card import complete_card, origins
 from .checkpoints import OrderOfEpoch, prepare_resume, saving_explained
@@ -100,7 +102,7 @@ class DPOTrainer(TRLTrainer):
         data_collator, processing_class, compute_metrics, callbacks, optimizers, quantization_config,
         peft_config (*optional*):
             As in [`~trl.DPOTrainer`].
-        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*, by keyword):
+        teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~teacher.Scorer`], *optional*, by keyword):
             Teacher, which may have another tokenizer. It scores the groups before training where they have no
             `teacher_scores`, and is then freed; it is not loaded otherwise.
 
@@ -132,7 +134,7 @@ class DPOTrainer(TRLTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
         *,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: AnyTeacher | None = None,
     ):
         if isinstance(ref_model, str):
             raise TypeError(
@@ -143,6 +145,7 @@ class DPOTrainer(TRLTrainer):
         require_rows(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_sampling(args, train_dataset)
         check_student(model, peft_config, args)
+        teacher_model = as_teacher(teacher_model, args, model, processing_class, train_dataset, eval_dataset)
         self.origins = origins(model, teacher_model, train_dataset)
         train_dataset, eval_dataset = rank_datasets(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset

@@ -16,12 +16,11 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_utils import EvalPrediction
-from transformers.utils import logging
 
 from .._trl import make_train_dataloader
-from ..data import bring_scores, bring_soft_labels, count_items, first_rows
-from ..generation.checks import soft_label_teacher
+from ..data import count_items
 from ..generation.online import OnlineGroups, prepare_prompts
+from ..generation.roles import Roles, assign_roles
 from ..losses import (
     group_relative_loss,
     group_soft_label_loss,
@@ -30,14 +29,11 @@ from ..losses import (
     topk_soft_label_loss,
 )
 from ..scoring import score_as_teacher, score_completions, sequence_scores, to_groups
-from ..teacher import Scorer
+from ..teacher import AnyTeacher, Scorer
 from .base import GroupTrainer
 from .checks import check_finite
 from .config import current_alpha, ranking_options
 from .grkd_config import GRKDConfig
-
-
-logger = logging.get_logger(__name__)
 
 
 class GRKDTrainer(GroupTrainer):
@@ -68,10 +64,12 @@ class GRKDTrainer(GroupTrainer):
     ```
 
     Args:
-        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+        teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~teacher.Scorer`], *optional*):
             Teacher. Needed when the rows have no `teacher_scores`, and when the loss reads the teacher's logits
             (`soft_label="token"` or `relative_level="tokens"`); not loaded otherwise. If it is the base of the student's
-            adapters it is not loaded again: they are switched off.
+            adapters it is not loaded again: they are switched off. Any other teacher, and several (a list, a mapping from
+            names or a [`~teacher.TeacherEnsemble`]), are asked for scores and their `soft_label_top_k` most likely tokens,
+            before training or online, and none is in memory in the training step.
         model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks,
         optimizers, quantization_config, peft_config:
             As in [`~trainers.GroupTrainer`].
@@ -111,7 +109,7 @@ class GRKDTrainer(GroupTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: AnyTeacher | None = None,
         args: GRKDConfig | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -125,7 +123,8 @@ class GRKDTrainer(GroupTrainer):
         completion_fn: Callable[..., list[list[str]]] | None = None,
         score_fn: Callable[..., list[list[float]]] | Scorer | None = None,
     ):
-        self.completion_fn, self.score_fn, self.online = completion_fn, score_fn, None
+        self.completion_fn, self.score_fn = completion_fn, score_fn
+        self.roles, self.online = Roles(None, None, []), None
         super().__init__(
             model=model,
             teacher_model=teacher_model,
@@ -141,43 +140,16 @@ class GRKDTrainer(GroupTrainer):
             peft_config=peft_config,
         )
         if self.args.online:
-            self.online = OnlineGroups(self, self.data_collator, completion_fn, score_fn)
+            scorer, labeller, _ = self.roles
+            self.online = OnlineGroups(self, self.data_collator, completion_fn, scorer, labeller)
             self.data_collator = self.online.collate
             if completion_fn is None and self.args.completion_source != "teacher" and self.args.score == "mean":
                 self.group_warnings.num_tokens = self.model.config.get_text_config().vocab_size
 
     def bring_teacher(self, args, model, teacher_model, processing_class, *datasets):
-        if (self.completion_fn or self.score_fn) and not args.online:
-            raise ValueError(
-                '`completion_fn` and `score_fn` are for online groups: set `completion_source` to "student", "teacher" or '
-                '"mixed", or write and score the groups beforehand with `grkd_trl.generation.generate_groups`.'
-            )
-        labeller = soft_label_teacher(args, self.score_fn) if teacher_model is None else None
-        if labeller is not None:
-            groups = [row for row in first_rows(*datasets) if {"completions", "chosen"}.intersection(row)]
-            if groups and not all(row.get("teacher_top_ids") is not None for row in groups):
-                raise ValueError(
-                    "A dataset has completions without soft labels, and `score_fn` labels those that are written in training. "
-                    "Cache its soft labels (`grkd_trl.teacher.cache_soft_labels`), or give its prompts alone."
-                )
-            labeller.check_top_k(args.soft_label_top_k)
-        cached = args.relative_level == "completions" and (labeller is not None or bring_soft_labels(*datasets))
-        uses = {
-            "scores": self.score_fn is None and not bring_scores(*datasets),
-            "soft labels or ranked tokens": args.needs_teacher_logits and not cached,
-            "writing": args.completion_source in ("teacher", "mixed") and self.completion_fn is None,
-        }
-        used_for = [name for name, is_used in uses.items() if is_used]
-        if used_for and teacher_model is None:
-            raise ValueError(
-                'No `teacher_model` was given. It is needed for `soft_label="token"` and `relative_level="tokens"`, '
-                "and to score groups without `teacher_scores`. Pass a teacher, or score the groups beforehand and set "
-                '`soft_label="group"` or `"none"`, or cache the soft labels (`grkd_trl.teacher.cache_soft_labels`).'
-            )
-        if teacher_model is not None:
-            say = logger.info if used_for else logger.warning  # a teacher that is named is expected to do something
-            say(f"`teacher_model` is used for {' and '.join(used_for) or 'nothing: the data has all it gives'}.")
-        if not used_for:
+        given = (args, model, teacher_model, processing_class, self.completion_fn, self.score_fn)
+        self.roles, datasets = assign_roles(*given, *datasets)
+        if not self.roles.used_for:
             return None, *datasets
         return super().bring_teacher(args, model, teacher_model, processing_class, *datasets)
 

@@ -7,8 +7,10 @@ from typing import Any
 from transformers.utils import logging
 
 from ..data import bring_soft_labels
+from ..generation.labels import ask_datasets, is_asked
 from ..losses import forward_kl, reverse_kl, topk_kl
 from ..scoring import predicted_mask, score_as_teacher, score_completions, sequence_scores, to_groups
+from ..teacher.abilities import needs, require
 from .base import GroupTrainer
 from .checks import check_finite
 from .config import GroupConfig, option
@@ -35,6 +37,9 @@ class KDConfig(GroupConfig):
         divergence (`str`, *optional*, defaults to `"forward"`):
             Soft part: `"forward"`, the paper's \\( \mathrm{KL}(p_T \| p_S) \\), which covers all that the teacher may
             write, or `"reverse"`, \\( \mathrm{KL}(p_S \| p_T) \\), which holds to what it mostly writes.
+        soft_label_top_k (`int`, *optional*, defaults to `20`):
+            Most likely tokens that a teacher which is asked before training, such as [`~teacher.ServerTeacher`] or several
+            teachers, gives at each position. A model, or the path of one, gives its whole distribution.
     """
 
     temperature: float = option(1.0, "Temperature that softens both next-token distributions.")
@@ -42,12 +47,15 @@ class KDConfig(GroupConfig):
     divergence: str = option(
         "forward", "Soft part: 'forward', KL of teacher to student, or 'reverse'.", choices=["forward", "reverse"]
     )
+    soft_label_top_k: int = option(20, "Most likely tokens that a teacher which is asked gives at each position.")
 
     def __post_init__(self):
         if not self.temperature > 0:
             raise ValueError(f"`temperature` must be above 0, got {self.temperature}.")
         if not 0 <= self.hard_label_weight <= 1:
             raise ValueError(f"`hard_label_weight` is a share and must lie in 0..1, got {self.hard_label_weight}.")
+        if self.soft_label_top_k < 1:
+            raise ValueError(f"`soft_label_top_k` must be 1 or above, got {self.soft_label_top_k}.")
         super().__post_init__()
 
 
@@ -74,10 +82,12 @@ class KDTrainer(GroupTrainer):
     ```
 
     Args:
-        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+        teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~teacher.TopKTeacher`], *optional*):
             Teacher, with the student's tokenizer. Not loaded where every dataset has cached soft labels (see
-            [`~teacher.cache_soft_labels`]), whose k most likely tokens stand for the distribution. If it is the base of the student's adapters it is not loaded again: they
-            are switched off.
+            [`~teacher.cache_soft_labels`]), whose k most likely tokens stand for the distribution. If it is the base of the
+            student's adapters it is not loaded again: they are switched off. Any other teacher, and several (a list, a mapping
+            from names or a [`~teacher.TeacherEnsemble`]), are asked for their `soft_label_top_k` most likely tokens before
+            training.
         model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks,
         optimizers, quantization_config, peft_config:
             As in [`~trainers.GroupTrainer`].
@@ -111,11 +121,15 @@ class KDTrainer(GroupTrainer):
     }
 
     def bring_teacher(self, args, model, teacher_model, processing_class, *datasets):
-        if not bring_soft_labels(*datasets):
-            return super().bring_teacher(args, model, teacher_model, processing_class, *datasets)
-        if teacher_model is not None:
-            logger.warning("`teacher_model` is used for nothing: the data has its soft labels.")
-        return None, *datasets
+        if bring_soft_labels(*datasets):
+            if teacher_model is not None:
+                logger.warning("`teacher_model` is used for nothing: the data has its soft labels.")
+            return None, *datasets
+        if is_asked(teacher_model):
+            require(teacher_model, needs("KD"), by="`KDTrainer`")
+            asked: dict[str, Any] = {"soft_labels": args.soft_label_top_k, "min_completions": self.min_completions}
+            return None, *ask_datasets(args, model, teacher_model, processing_class, *datasets, **asked)
+        return super().bring_teacher(args, model, teacher_model, processing_class, *datasets)
 
     def mean_loss(self, means):
         return (

@@ -42,9 +42,9 @@ class RankNetTrainer(GroupTrainer):
     [`GRKDTrainer`]'s relative loss is the limit of a teacher who is sure.
 
     Args:
-        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Teacher, which may have another tokenizer. It scores the groups before training where they have no
-            `teacher_scores`, and is then freed; it is not loaded otherwise.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~teacher.Scorer`], *optional*):
+            Teacher, which may have another tokenizer, or several as a list or by name. It scores the groups before training
+            where they have no `teacher_scores`, and is then freed; it is not loaded otherwise.
         model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks,
         optimizers, quantization_config, peft_config:
             As in [`~trainers.GroupTrainer`].
