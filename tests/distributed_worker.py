@@ -35,6 +35,7 @@ FIELDS = {
     "student": {"completion_source": "student", "num_completions": 3, "max_completion_length": 6, "generate_every": 2},
     "mixed": {"completion_source": "mixed", "num_completions": 3, "max_completion_length": 6},
     "checkpointing": {"gradient_checkpointing": True},
+    "aligned": {"soft_label": "aligned"},
     "short": {"max_completion_length": 6},
     # Adam makes steps of its rate of a gradient that is rounding alone, unless its epsilon is above that.
     "damped": {"adam_epsilon": 1e-5},
@@ -109,6 +110,7 @@ def make_trainer(name, models, folder, max_steps, *callbacks, **fields):
     student, teacher = (f"{name}_classifier" if classes else name for name in ("student", "teacher"))
     if "paths" in flags:  # of adapters, the student's trained further
         student, teacher = "student_adapter", "teacher_adapter"
+    teacher = "other" if "aligned" in flags else teacher  # with another tokenizer
     teacher = str(models / (student if "base" in flags else teacher))
     fields = {key: value for flag in flags for key, value in FIELDS.get(flag, {}).items()} | fields
     args = getattr(grkd_trl, f"{method}Config")(

@@ -14,7 +14,7 @@ from distributed_worker import make_trainer
 from peft import LoraConfig, get_peft_model
 from runs_of_classifiers import CLASSES
 from safetensors.torch import load_file
-from tiny import tiny_model, tiny_tokenizer
+from tiny import byte_tokenizer, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 
@@ -28,7 +28,7 @@ RUNS += ["GRKD+tiled", "GRKD+tiled+lora+base", "SimPO+uneven", "PRO", "KD", "Seq
 RUNS += ["MiniLLM+short+text+uneven", "GRKD+student+scored+uneven", "GRKD+mixed+sharded"]
 RUNS += ["GRKD+scored+stream+uneven", "GRKDForClassification+uneven", "DistillationForClassification+stream+uneven"]
 RUNS += ["GRKD+compiled", "GRKD+lora+paths", "GRKD+shown+uneven", "KD+shown+lora+base+stream"]
-RUNS += ["GRKD+several+uneven", "GRKD+several+student"]
+RUNS += ["GRKD+several+uneven", "GRKD+several+student", "GRKD+aligned+uneven"]
 RESUMED = ["GRKD", "GRKD+lora"]
 OWN_TEACHER = ["GRKD", "GRKD+lora", "GRKD+sharded", "GRKD+replicated", "KD"]
 needs_deepspeed = pytest.mark.skipif(
@@ -49,6 +49,10 @@ def root(tmp_path_factory):
         # Not the BERT of other tests: its key biases have no gradient but rounding, of which Adam makes steps.
         classifier = AutoModelForSequenceClassification.from_pretrained(root / "models" / name, num_labels=CLASSES)
         classifier.save_pretrained(root / "models" / f"{name}_classifier")
+    tiny_model("qwen3", len(byte_tokenizer()), seed=2, initializer_range=0.2).save_pretrained(
+        root / "models" / "other"
+    )
+    byte_tokenizer().save_pretrained(root / "models" / "other")
     return root
 
 

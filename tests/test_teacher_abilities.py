@@ -56,6 +56,8 @@ def make_teachers():
 LOSSES = {
     '`GRKDTrainer`, `soft_label="token"`': ("GRKD", {}),
     '`GRKDTrainer`, `soft_label="group"` or `"none"`': ("GRKD", {"soft_label": "group"}),
+    '`GRKDTrainer`, `soft_label="aligned"`': ("GRKD", {"soft_label": "aligned"}),
+    '`KDTrainer`, `divergence="aligned"`': ("KD", {"divergence": "aligned"}),
     '`GRKDTrainer`, `relative_level="tokens"`': ("GRKD", {"relative_level": "tokens"}),
     **{f"`{method}Trainer`": (method, {}) for method in METHODS if method != "GRKD"},
 }

@@ -40,7 +40,8 @@ class DataCollatorForGroups(DataCollatorMixin):
     predicted, row after row, if soft labels are cached with them; and `row` `(P,)`, the number of each group in its
     stream, if it comes from one. Where the teacher has prompts of its own also `teacher_input_ids`, `teacher_attention_mask`
     and `teacher_completion_mask`, `(N, L_T)`: after its prompt each completion as the student reads it, the mask being 1 on
-    the same M predicted tokens. Where prompts have images, also `image_inputs`, for each group what its processor makes of
+    the same M predicted tokens. Of a teacher with another tokenizer these are its own tokens, and `aligned_student` and
+    `aligned_teacher` `(K,)` index the predicted tokens of each side that both predict after the same text. Where prompts have images, also `image_inputs`, for each group what its processor makes of
     them, once for all its completions, and the types of tokens that models are given with it, `(N, L)`.
 
     Example:
@@ -127,7 +128,9 @@ class DataCollatorForGroups(DataCollatorMixin):
         batch["input_ids"] = pad(input_ids, padding_value=self.pad_token_id, pad_to_multiple_of=multiple)
         batch["attention_mask"] = pad(attention_mask, pad_to_multiple_of=multiple)
         batch["completion_mask"] = pad(completion_mask, pad_to_multiple_of=multiple)
-        if any(example.get("teacher_prompt_ids") not in (None, example["prompt_ids"]) for example in examples):
+        if "aligned_completion_ids" in examples[0]:
+            batch |= self._aligned(examples, keep)
+        elif any(example.get("teacher_prompt_ids") not in (None, example["prompt_ids"]) for example in examples):
             own = {"input_ids": pad(teacher_ids, padding_value=self.pad_token_id, pad_to_multiple_of=multiple)}
             own["attention_mask"] = pad([torch.ones_like(ids) for ids in teacher_ids], pad_to_multiple_of=multiple)
             own["completion_mask"] = pad(teacher_mask, pad_to_multiple_of=multiple)
@@ -142,6 +145,32 @@ class DataCollatorForGroups(DataCollatorMixin):
         if "row" in examples[0]:
             batch["row"] = torch.tensor([example["row"] for example in examples])
         return batch | self._images(examples, batch["input_ids"].shape[1])
+
+    def _aligned(self, examples: list[dict[str, Any]], keep: slice) -> dict[str, torch.Tensor]:
+        """The rows of a teacher with another tokenizer, and which of its predicted tokens stand beside which of the student's."""
+        ids, masks = [], []
+        aligned: dict[str, list[int]] = {"aligned_student": [], "aligned_teacher": []}
+        num_student = num_teacher = 0
+        for example in examples:
+            first, own_first = len(example["prompt_ids"]), len(example["aligned_prompt_ids"])
+            names = ("completion_ids", "aligned_completion_ids", "aligned_student", "aligned_teacher")
+            for own, theirs, *places in zip(*(example[name] for name in names), strict=True):
+                ids.append(torch.tensor(example["aligned_prompt_ids"] + theirs))
+                masks.append((torch.arange(len(ids[-1])) >= own_first).long())
+                kept = torch.arange(first + len(own))[keep][1:].tolist()  # nothing predicts a row's first token
+                index = {at - first: number for number, at in enumerate(at for at in kept if at >= first)}
+                unpredicted = 0 if own_first else 1
+                for ours, other in zip(*places, strict=True):
+                    if ours in index and other >= unpredicted:
+                        aligned["aligned_student"].append(num_student + index[ours])
+                        aligned["aligned_teacher"].append(num_teacher + other - unpredicted)
+                num_student, num_teacher = num_student + len(index), num_teacher + len(theirs) - unpredicted
+        multiple = self.pad_to_multiple_of
+        batch = {"input_ids": pad(ids, padding_value=self.pad_token_id, pad_to_multiple_of=multiple)}
+        batch["attention_mask"] = pad([torch.ones_like(row) for row in ids], pad_to_multiple_of=multiple)
+        batch["completion_mask"] = pad(masks, pad_to_multiple_of=multiple)
+        tensors = {name: torch.tensor(places, dtype=torch.long) for name, places in aligned.items()}
+        return {f"teacher_{name}": tensor for name, tensor in batch.items()} | tensors
 
     def _images(self, examples: list[dict[str, Any]], length: int) -> dict[str, Any]:
         """What the forward is given of the images, and the types of the tokens."""
@@ -216,6 +245,9 @@ def first_groups(batch: dict[str, Any], num_groups: int) -> dict[str, Any]:
     cut["clipped"] = batch["clipped"][:num_rows]
     num_tokens = int(predicted_mask(batch["completion_mask"][:num_rows]).sum())
     cut |= {name: batch[name][:num_tokens] for name in ("teacher_top_ids", "teacher_top_logps") if name in batch}
+    if "aligned_student" in batch:
+        within = batch["aligned_student"] < num_tokens  # those of the first rows, on either side
+        cut |= {name: batch[name][within] for name in ("aligned_student", "aligned_teacher")}
     if "image_inputs" in batch:
         cut["image_inputs"] = batch["image_inputs"][: max(num_groups, 1)]
     if num_rows == 0:

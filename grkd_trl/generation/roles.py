@@ -87,7 +87,7 @@ def assign_roles(
     for role in (scorer, labeller) if args.online else ():
         _check_online(role, *given)
 
-    cached = args.relative_level == "completions" and (labeller is not None or bring_soft_labels(*given))
+    cached = need == "top tokens" and (labeller is not None or bring_soft_labels(*given))
     uses = {
         "scores": scorer is None and not bring_scores(*given),
         "soft labels or ranked tokens": args.needs_teacher_logits and not cached,

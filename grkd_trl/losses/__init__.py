@@ -4,6 +4,7 @@ Every function is unreduced (one value a group, or a position), takes the scores
 computes in float32 or wider and returns the student's dtype. NaN in a present entry stays NaN in that list's value.
 """
 
+from .aligned import aligned_soft_label_loss
 from .divergences import forward_kl, reverse_kl, topk_kl
 from .minillm import clipped_policy_loss, minillm_returns, mixture_logps
 from .preference import alphapo_rewards, pro_loss, simpo_loss
@@ -20,6 +21,7 @@ from .soft_labels import doubt_weights, group_soft_label_loss, token_soft_label_
 
 
 __all__ = [
+    "aligned_soft_label_loss",
     "alpha_at",
     "alphapo_rewards",
     "clipped_policy_loss",

@@ -184,13 +184,16 @@ def score_as_teacher(model: torch.nn.Module, batch: Mapping[str, torch.Tensor], 
             As for [`score_completions`].
 
     Returns:
-        [`CompletionScores`]: `per_token_logps` of shape `(N, L - 1)` at the student's positions.
+        [`CompletionScores`]: `per_token_logps` of shape `(N, L - 1)` at the student's positions; `(N, L_T - 1)` at its own of a
+        teacher with another tokenizer.
     """
     if "teacher_input_ids" not in batch:
         return score_completions(model, batch, **kwargs)
     names = ("input_ids", "attention_mask", "completion_mask")
     own = {name: batch[f"teacher_{name}"] for name in names}
     scored = score_completions(model, own, **kwargs)
+    if "aligned_student" in batch:  # its tokens are others
+        return scored
     logps, mask = scored.per_token_logps, predicted_mask(batch["completion_mask"])
     of_tokens = logps[predicted_mask(own["completion_mask"]).to(logps.device)]
     laid_out = logps.new_zeros(mask.shape).masked_scatter(mask.to(logps.device), of_tokens)

@@ -51,7 +51,9 @@ def gives(teacher: Any) -> set[str]:
     return own | ({"text"} if hasattr(teacher, "generate") else set())
 
 
-def needs(method: str, *, soft_label: str = "token", relative_level: str = "completions") -> str:
+def needs(
+    method: str, *, soft_label: str = "token", relative_level: str = "completions", divergence: str = "forward"
+) -> str:
     """
     What a loss needs of the teacher, where the data does not have it.
 
@@ -60,15 +62,19 @@ def needs(method: str, *, soft_label: str = "token", relative_level: str = "comp
             Method, as its trainer is named.
         soft_label, relative_level (`str`, *optional*):
             Of [`GRKDConfig`].
+        divergence (`str`, *optional*):
+            Of [`KDConfig`].
 
     Returns:
         `str`: One of `"text"`, `"scores"`, `"top tokens"` (for which logits do as well) and `"logits"`.
     """
+    if method == "KD" and divergence == "aligned":
+        return "logits"
     if method != "GRKD":
         return _OF_METHODS[method]
     if relative_level == "tokens":
         return "logits"
-    return {"token": "top tokens", "group": "scores", "none": "scores"}[soft_label]
+    return {"token": "top tokens", "aligned": "logits", "group": "scores", "none": "scores"}[soft_label]
 
 
 _INSTEAD = {
@@ -76,7 +82,7 @@ _INSTEAD = {
     "scores": "Pass a teacher that scores, or groups with `teacher_scores`.",
     "top tokens": "Pass a language model with the student's tokenizer, or train `GRKDTrainer` on its scores "
     '(`soft_label="group"` or `"none"`).',
-    "logits": "Pass a model with the student's tokenizer, or its path.",
+    "logits": "Pass a model or its path.",
 }
 
 

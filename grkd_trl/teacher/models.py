@@ -311,6 +311,7 @@ def shared_vocabulary(
             "`KDTrainer` and `MiniLLMTrainer`. With another, `DPOTrainer`, `SimPOTrainer` and `PROTrainer` have the "
             "teacher score before training, `SeqKDTrainer` has it write, and for `GRKDTrainer` score the groups "
             "beforehand (`grkd_trl.teacher.score_groups` with the teacher's tokenizer) and train with "
-            '`soft_label="group"` or `"none"`.'
+            '`soft_label="group"` or `"none"`; or have `GRKDTrainer` (`soft_label="aligned"`) or `KDTrainer` '
+            '(`divergence="aligned"`) align the two tokenizers.'
         )
     return min(sizes)

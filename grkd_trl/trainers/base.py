@@ -38,7 +38,7 @@ from .checks import GroupWarnings, check_sampling
 from .compile import compile_layers, take_over_compilation
 from .config import GroupConfig, resolve_args
 from .metrics import RunningMeans, add_group_metrics, as_predictions, is_logged, peak_memory
-from .teachers import check_teacher, place_teacher
+from .teachers import align, check_teacher, other_tokenizer, place_teacher
 
 
 class GroupTrainer(SFTTrainer):
@@ -74,7 +74,10 @@ class GroupTrainer(SFTTrainer):
         teacher_model (`torch.nn.Module`, *optional*): Frozen teacher of the training step; `None` where the step needs
             none. The student itself where its base is the teacher, see [`~GroupTrainer.teaching`].
         teacher_context (`float`, *optional*): Longest row that this teacher reads, in tokens, infinite without a limit.
+        teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer, where soft labels are aligned.
         vocab_size (`int`, *optional*): Number of leading token ids that student and teacher share.
+        shared_ids (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Where soft labels are aligned, tokens of student and teacher that are
+            the same string.
         chosen_first (`bool`): Whether a dataset has preferences without scores, which are then no scores of the teacher.
         origins (`dict[str, str]`): What the model card says of student, teacher and data.
         running_means (`dict[str, RunningMeans]`): What is logged, of `"train"` and of `"eval"`.
@@ -88,6 +91,7 @@ class GroupTrainer(SFTTrainer):
     train_dataset: Any
     data_collator: Any
     model: PreTrainedModel | PeftModel
+    shared_ids: Any
 
     # Fewest completions of a group. 1 for a method that does not compare.
     min_completions: ClassVar[int] = 2
@@ -122,6 +126,7 @@ class GroupTrainer(SFTTrainer):
         )
         init_kwargs = init_kwargs_of(args)["teacher_init_kwargs"]
         self.teacher_context = None if teacher_model is None else context_length_of(teacher_model, init_kwargs)
+        self.teacher_tokenizer = other_tokenizer(args, teacher_model)
         model, processing_class = load_adapted_student(model, processing_class, quantization_config, args)
         with accept_adapters_on_head():
             super().__init__(
@@ -151,7 +156,7 @@ class GroupTrainer(SFTTrainer):
         self.compile_plugin = take_over_compilation(self.accelerator, args)
         compile_layers(self.model, self.compile_plugin)
         self.running_means = {"train": RunningMeans(), "eval": RunningMeans()}
-        self.teacher_model, self.vocab_size = place_teacher(self, teacher_model)
+        self.teacher_model, self.vocab_size, self.shared_ids = place_teacher(self, teacher_model)
         self.add_callback(OrderOfEpoch())
         self.group_warnings = GroupWarnings()
         self.add_callback(self.group_warnings)
@@ -193,9 +198,13 @@ class GroupTrainer(SFTTrainer):
     def read(self, dataset: Dataset | IterableDataset, processing_class: Any, args: GroupConfig, name: str):
         """Check and tokenize a dataset that the user gave; `name` is for messages. See [`~data.prepare_groups`]."""
         given: dict[str, Any] = {"max_length": args.max_length, "truncation_mode": args.truncation_mode, "name": name}
-        given |= {"min_completions": self.min_completions, "teacher_context": self.teacher_context}
+        given |= {"min_completions": self.min_completions}
+        given |= {"teacher_context": None if args.aligned else self.teacher_context}
         given |= {"min_gap": getattr(args, "min_gap", 0.0), "num_proc": args.dataset_num_proc}
-        return prepare_groups(dataset, processing_class, **given)
+        dataset = prepare_groups(dataset, processing_class, **given)
+        if self.teacher_tokenizer is None:
+            return dataset
+        return align(dataset, processing_class, self.teacher_tokenizer, args, self.teacher_context, name)
 
     def arrange(self, dataset: Dataset | IterableDataset, args: GroupConfig, name: str):
         """What the method makes of tokenized groups, such as pairs; `name` is for messages."""
@@ -205,6 +214,12 @@ class GroupTrainer(SFTTrainer):
         # The columns of a tokenized group are what the collator sees.
         read = ["prompt_ids", "completion_ids", "teacher_prompt_ids", "teacher_scores", "clipped", "row"]
         self._signature_columns = [*read, "teacher_top_ids", "teacher_top_logps", "teacher_agreement", *IMAGE_COLUMNS]
+        self._signature_columns += [
+            "aligned_prompt_ids",
+            "aligned_completion_ids",
+            "aligned_student",
+            "aligned_teacher",
+        ]
         if self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             self._signature_columns.append(self.args.length_column_name)  # the sampler reads it after the others go
 

@@ -125,6 +125,25 @@ def check_chat_template(args: Any, annotates: bool) -> None:
     read_chat_template(args.teacher_chat_template)
 
 
+def check_aligned(args: Any, aligned: bool) -> None:
+    """
+    Check the least share of aligned positions.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Configuration with `min_aligned`.
+        aligned (`bool`):
+            Whether soft labels are aligned.
+
+    Raises:
+        `ValueError`: If it is no share, or nothing would read it.
+    """
+    if not 0 < args.min_aligned <= 1:
+        raise ValueError(f"`min_aligned` is a share and must lie above 0 and up to 1, got {args.min_aligned}.")
+    if not aligned and args.min_aligned != type(args).min_aligned:
+        raise ValueError(f'`min_aligned={args.min_aligned}` is for soft labels across tokenizers (`"aligned"`).')
+
+
 def check_best_metric(args: Any) -> None:
     """
     Warn where the best checkpoint would be chosen by a loss whose balance moves, so that each is measured by a different loss.
@@ -175,7 +194,8 @@ class GroupConfig(SFTConfig):
             say where files are. `trust_remote_code` is the student's unless it is among them.
         teacher_chat_template (`str`, *optional*):
             Chat template, as text or as the path of a file, of a teacher that reads the groups with its own tokenizer
-            before training, in place of the one that the tokenizer has. Refused by methods that have no such teacher.
+            before training, or for aligned soft labels, in place of the one that the tokenizer has. Refused by methods that
+            have no such teacher.
         teacher_sharding (`str`, *optional*, defaults to `"auto"`):
             Where the parameters of a teacher in the training step are on several processes: `"replicated"`, whole on
             each; `"sharded"`, sharded and gathered layer by layer; `"auto"`, sharded where the student is (ZeRO-3, FSDP).
@@ -199,6 +219,11 @@ class GroupConfig(SFTConfig):
     # Whether the teacher scores or writes the groups before training, with its own tokenizer.
     annotates = False
 
+    @property
+    def aligned(self) -> bool:
+        """Whether the teacher of the training step reads groups with its own tokenizer, aligned with the student's."""
+        return False
+
     learning_rate: float = option(1e-6, "The initial learning rate for AdamW.")
     teacher_model_init_kwargs: dict[str, Any] | str | None = option(
         None, "Keyword arguments for `from_pretrained` of the teacher, when it is an id or a path."
@@ -221,7 +246,7 @@ class GroupConfig(SFTConfig):
     def __post_init__(self):
         check_choices(self)
         check_completion_fields(self)
-        check_chat_template(self, self.annotates)
+        check_chat_template(self, self.annotates or self.aligned)
         self.bf16 = resolve_bf16(self)
         settle_inherited_fields(self)
         super().__post_init__()

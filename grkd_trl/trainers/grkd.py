@@ -34,6 +34,7 @@ from .base import GroupTrainer
 from .checks import check_finite
 from .config import current_alpha, ranking_options
 from .grkd_config import GRKDConfig
+from .teachers import aligned_losses
 
 
 class GRKDTrainer(GroupTrainer):
@@ -191,7 +192,8 @@ class GRKDTrainer(GroupTrainer):
         if self.teacher_model is not None:
             with self.teaching(model) as teacher_model:
                 teacher = score_as_teacher(teacher_model, inputs, return_logits=args.needs_teacher_logits, **sharing)
-            scores = sequence_scores(teacher.per_token_logps, completion_mask, score=args.score)
+            mask = inputs["teacher_completion_mask"] if args.aligned else completion_mask
+            scores = sequence_scores(teacher.per_token_logps, mask, score=args.score)
             teacher_scores = to_groups(scores, group_mask) if teacher_scores is None else teacher_scores
         softening: dict[str, Any] = {"temperature": args.soft_label_temperature}
 
@@ -200,6 +202,8 @@ class GRKDTrainer(GroupTrainer):
             if teacher is None:  # its most likely tokens are cached
                 cached = inputs["teacher_top_ids"][rows].long(), inputs["teacher_top_logps"][rows]
                 return {"soft": topk_soft_label_loss(logits, *cached, temperature=args.soft_label_temperature)}
+            if args.aligned:  # 0 where the two tokenizers have read other text
+                return {"soft": aligned_losses(logits, rows, inputs, teacher.logits, self.shared_ids, **softening)}
             student_logits, losses = logits[:, : self.vocab_size], {}
             teacher_logits = teacher.logits[rows, : self.vocab_size].to(logits.device)
             if args.relative_level == "tokens":
@@ -227,7 +231,7 @@ class GRKDTrainer(GroupTrainer):
         # Equation 4: sums over the micro-batch, divided by the counts of the whole optimizer step
         num_groups, num_tokens = self.step_counts(inputs, num_items_in_batch)
         relative_count = num_groups if args.relative_level == "completions" else num_tokens
-        soft_count = num_tokens if args.soft_label == "token" else num_groups
+        soft_count = num_groups if args.soft_label == "group" else num_tokens
         loss = alpha * relative.sum() / relative_count + (1 - alpha) * soft.sum() / soft_count
         if args.sft_weight:  # beyond the paper: the likelihood of the best, which holds what ranking moves
             best = teacher_scores.masked_fill(~group_mask, -torch.inf).argmax(-1, keepdim=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .config import GroupConfig, check_best_metric, option
+from .config import GroupConfig, check_aligned, check_best_metric, option
 
 
 @dataclass
@@ -45,9 +45,13 @@ class GRKDConfig(GroupConfig):
 
         soft_label (`str`, *optional*, defaults to `"token"`):
             `"token"`: next-token distributions of student and teacher, which share a vocabulary. `"group"`: softmax of
-            the scores over a group. `"none"`: the relative loss alone, with \\( \alpha \\) 1 throughout.
+            the scores over a group. `"aligned"`: next-token distributions of a teacher with another tokenizer, where both
+            have read the same text, see [`~losses.aligned_soft_label_loss`]; beyond the paper. `"none"`: the relative loss
+            alone, with \\( \alpha \\) 1 throughout.
         soft_label_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature that softens both sides of the soft labels.
+        min_aligned (`float`, *optional*, defaults to `0.5`):
+            Least share of the completions' tokens at which both tokenizers have read the same text, for `"aligned"`.
         soft_label_top_k (`int`, *optional*, defaults to `20`):
             Most likely tokens that a teacher given as `score_fn`, such as [`~teacher.ServerTeacher`], is asked for at each
             position of online groups. vLLM gives 20, or `--max-logprobs`.
@@ -128,10 +132,12 @@ class GRKDConfig(GroupConfig):
     standardize: bool = option(False, "Whether to rank by scores of mean 0 and standard deviation 1.")
     soft_label: str = option(
         "token",
-        "'token': next-token distributions. 'group': softmax of the scores over a group. 'none': no soft labels.",
-        choices=["token", "group", "none"],
+        "'token': next-token distributions. 'aligned': across tokenizers. 'group': softmax of the scores over a group. "
+        "'none': no soft labels.",
+        choices=["token", "aligned", "group", "none"],
     )
     soft_label_temperature: float = option(1.0, "Temperature that softens both sides of the soft labels.")
+    min_aligned: float = option(0.5, "Least share of tokens at which both tokenizers have read the same text.")
     soft_label_top_k: int = option(
         20, "Most likely tokens that a teacher as `score_fn` is asked for at each position."
     )
@@ -178,6 +184,7 @@ class GRKDConfig(GroupConfig):
                 raise ValueError(f"`{name}` must be 0 or above, got {getattr(self, name)}.")
         if self.relative_top_k < 2:
             raise ValueError(f"`relative_top_k` must be at least 2 to make a pair, got {self.relative_top_k}.")
+        check_aligned(self, self.soft_label == "aligned")
         self._check_online()
         super().__post_init__()
         if self.soft_label != "none":  # else alpha is 1 throughout
@@ -202,6 +209,16 @@ class GRKDConfig(GroupConfig):
             raise ValueError(f"`log_completions` must be 0 or above, got {self.log_completions}.")
         if self.use_vllm and self.completion_source not in ("student", "mixed"):
             raise ValueError('`use_vllm` is for the student: set `completion_source` to "student" or "mixed".')
+        if self.online and self.soft_label == "aligned":
+            raise ValueError(
+                '`soft_label="aligned"` aligns the groups before training, and online groups are written in it. Make them '
+                'beforehand (`grkd_trl.generation.generate_groups`), or set `soft_label` to "group" or "none".'
+            )
+        if self.soft_label == "aligned" and self.relative_level == "tokens":
+            raise ValueError(
+                '`relative_level="tokens"` ranks tokens that student and teacher share, and `soft_label="aligned"` is for another '
+                'tokenizer. Set `relative_level="completions"`.'
+            )
         if self.online:
             self.remove_unused_columns = False  # functions that write or score see all columns
 
@@ -213,4 +230,9 @@ class GRKDConfig(GroupConfig):
     @property
     def needs_teacher_logits(self) -> bool:
         """Whether the loss reads next-token logits of the teacher, and so needs it in the training step."""
-        return self.soft_label == "token" or self.relative_level == "tokens"
+        return self.soft_label in ("token", "aligned") or self.relative_level == "tokens"
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the teacher has another tokenizer, which is aligned with the student's."""
+        return self.soft_label == "aligned"

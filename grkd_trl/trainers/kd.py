@@ -13,7 +13,8 @@ from ..scoring import predicted_mask, score_as_teacher, score_completions, seque
 from ..teacher.abilities import needs, require
 from .base import GroupTrainer
 from .checks import check_finite
-from .config import GroupConfig, option
+from .config import GroupConfig, check_aligned, option
+from .teachers import aligned_losses
 
 
 logger = logging.get_logger(__name__)
@@ -37,6 +38,10 @@ class KDConfig(GroupConfig):
         divergence (`str`, *optional*, defaults to `"forward"`):
             Soft part: `"forward"`, the paper's \\( \mathrm{KL}(p_T \| p_S) \\), which covers all that the teacher may
             write, or `"reverse"`, \\( \mathrm{KL}(p_S \| p_T) \\), which holds to what it mostly writes.
+            `"aligned"` is for a teacher with another tokenizer: the distance of [`~losses.aligned_soft_label_loss`] at
+            temperature T where both have read the same text, without a factor \\( T^2 \\).
+        min_aligned (`float`, *optional*, defaults to `0.5`):
+            Least share of the completions' tokens at which both tokenizers have read the same text, for `"aligned"`.
         soft_label_top_k (`int`, *optional*, defaults to `20`):
             Most likely tokens that a teacher which is asked before training, such as [`~teacher.ServerTeacher`] or several
             teachers, gives at each position. A model, or the path of one, gives its whole distribution.
@@ -45,8 +50,11 @@ class KDConfig(GroupConfig):
     temperature: float = option(1.0, "Temperature that softens both next-token distributions.")
     hard_label_weight: float = option(0.0, "Share of the completions' own negative log-likelihood.")
     divergence: str = option(
-        "forward", "Soft part: 'forward', KL of teacher to student, or 'reverse'.", choices=["forward", "reverse"]
+        "forward",
+        "Soft part: 'forward', KL of teacher to student, 'reverse', or 'aligned', across tokenizers.",
+        choices=["forward", "reverse", "aligned"],
     )
+    min_aligned: float = option(0.5, "Least share of tokens at which both tokenizers have read the same text.")
     soft_label_top_k: int = option(20, "Most likely tokens that a teacher which is asked gives at each position.")
 
     def __post_init__(self):
@@ -54,9 +62,15 @@ class KDConfig(GroupConfig):
             raise ValueError(f"`temperature` must be above 0, got {self.temperature}.")
         if not 0 <= self.hard_label_weight <= 1:
             raise ValueError(f"`hard_label_weight` is a share and must lie in 0..1, got {self.hard_label_weight}.")
+        check_aligned(self, self.divergence == "aligned")
         if self.soft_label_top_k < 1:
             raise ValueError(f"`soft_label_top_k` must be 1 or above, got {self.soft_label_top_k}.")
         super().__post_init__()
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the teacher has another tokenizer, which is aligned with the student's."""
+        return self.divergence == "aligned"
 
 
 class KDTrainer(GroupTrainer):
@@ -121,12 +135,12 @@ class KDTrainer(GroupTrainer):
     }
 
     def bring_teacher(self, args, model, teacher_model, processing_class, *datasets):
-        if bring_soft_labels(*datasets):
+        if bring_soft_labels(*datasets) and not args.aligned:
             if teacher_model is not None:
                 logger.warning("`teacher_model` is used for nothing: the data has its soft labels.")
             return None, *datasets
         if is_asked(teacher_model):
-            require(teacher_model, needs("KD"), by="`KDTrainer`")
+            require(teacher_model, needs("KD", divergence=args.divergence), by="`KDTrainer`")
             asked: dict[str, Any] = {"soft_labels": args.soft_label_top_k, "min_completions": self.min_completions}
             return None, *ask_datasets(args, model, teacher_model, processing_class, *datasets, **asked)
         return super().bring_teacher(args, model, teacher_model, processing_class, *datasets)
@@ -143,7 +157,8 @@ class KDTrainer(GroupTrainer):
         if self.teacher_model is not None:
             with self.teaching(model) as teacher_model:
                 teacher = score_as_teacher(teacher_model, inputs, return_logits=True, **sharing)
-            scores = to_groups(sequence_scores(teacher.per_token_logps, completion_mask, score="mean"), group_mask)
+            mask = inputs["teacher_completion_mask"] if args.aligned else completion_mask
+            scores = to_groups(sequence_scores(teacher.per_token_logps, mask, score="mean"), group_mask)
             teacher_scores = scores if teacher_scores is None else teacher_scores
 
         # Soft labels over the whole vocabulary, or the teacher's most likely tokens, and hard ones: one value a token each
@@ -152,6 +167,8 @@ class KDTrainer(GroupTrainer):
             if teacher is None:  # its most likely tokens are cached
                 cached = inputs["teacher_top_ids"][rows].long(), inputs["teacher_top_logps"][rows]
                 kl = topk_kl(logits, *cached, temperature=temperature, reverse=reverse)
+            elif args.aligned:  # 0 where the two tokenizers have read other text
+                return {"soft": aligned_losses(logits, rows, inputs, teacher.logits, self.shared_ids, temperature)}
             else:
                 teacher_logits = teacher.logits[rows, : self.vocab_size].to(logits.device)
                 divergence = reverse_kl if reverse else forward_kl

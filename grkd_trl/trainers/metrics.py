@@ -253,6 +253,7 @@ def add_group_metrics(
     """
     Add what is logged of groups whatever the method: [`add_rank_metrics`], [`add_length_metrics`],
     [`add_token_metrics`], `completions/padding_ratio`, the share of the batch that is padding, and, of several teachers,
+    `completions/aligned_ratio`, the share of tokens at which a teacher with another tokenizer has read the same text, and
     `rank/agreement`, the share of a group's pairs that two of them order alike. For a method that prefers
     completions to others also TRL's metrics of DPO, of the completion that the teacher scores best (chosen) and the one
     it scores worst (rejected) of each group where these differ: `logps/chosen` and `logps/rejected`, the sums of the
@@ -284,6 +285,8 @@ def add_group_metrics(
     add_rank_metrics(means, student_scores, teacher_scores, min_gap=min_gap, mask=group_mask, shown=shown)
     add_length_metrics(means, lengths, inputs["clipped"], teacher_scores, mask=group_mask)
     means.add("completions/padding_ratio", inputs["attention_mask"] == 0)
+    if "aligned_student" in inputs:
+        means.add("completions/aligned_ratio", torch.tensor(len(inputs["aligned_student"])), mask.sum().cpu())
     if "teacher_agreement" in inputs:
         agreement = inputs["teacher_agreement"]
         means.add("rank/agreement", agreement[agreement.isfinite()])

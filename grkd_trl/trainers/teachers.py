@@ -1,15 +1,20 @@
 """The teacher of the training step: checked before it is loaded, and placed beside the student."""
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data import first_rows
-from ..teacher import is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary
+from ..losses import aligned_soft_label_loss
+from ..scoring.tiles import LOGITS_PER_TILE, core_model
+from ..teacher import is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary, tokenizer_of
 from ..teacher.abilities import require
-from ..teacher.loading import init_kwargs_of, with_remote_code
+from ..teacher.alignment import align_groups, shared_tokens
+from ..teacher.loading import init_kwargs_of, read_chat_template, with_remote_code
 from ..teacher.models import check_same_images
 from .compile import compile_layers
 
@@ -32,6 +37,7 @@ def check_teacher(teacher_model: Any, args: Any, model: Any, processing_class: A
 
     Raises:
         `ValueError`: If there is none, it is no model, or its vocabulary is not the student's.
+        `OSError` or `ValueError`: If soft labels are to be aligned and the teacher has no tokenizer.
     """
     if teacher_model is None:
         raise ValueError(
@@ -40,6 +46,9 @@ def check_teacher(teacher_model: Any, args: Any, model: Any, processing_class: A
             "`teacher_scores`, and `SeqKDTrainer` completions that the teacher wrote."
         )
     require(teacher_model, "logits", by=f"`{by}`")
+    if args.aligned:
+        tokenizer_of(teacher_model, None, init_kwargs_of(args)["teacher_init_kwargs"])  # or there is nothing to align
+        return
     # What is no tokenizer at all is refused by TRL.
     if isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin | None):
         shared_vocabulary(model, teacher_model, processing_class, **init_kwargs_of(args))
@@ -47,7 +56,7 @@ def check_teacher(teacher_model: Any, args: Any, model: Any, processing_class: A
 
 def place_teacher(
     trainer: Any, teacher_model: str | PreTrainedModel | None
-) -> tuple[torch.nn.Module | None, int | None]:
+) -> tuple[torch.nn.Module | None, int | None, tuple[torch.Tensor, torch.Tensor] | None]:
     """
     Load the teacher of the training step and place it beside the student.
 
@@ -58,18 +67,120 @@ def place_teacher(
             Teacher.
 
     Returns:
-        `tuple[torch.nn.Module, int]`: The teacher, which is the student where its base is the teacher, and the number of
-        leading token ids that both share. `None` without a teacher.
+        `tuple`: The teacher, which is the student where its base is the teacher; the number of leading token ids that both share;
+        and, where soft labels are aligned, in its place the student's tokens and the teacher's that are the same string, each
+        `(K,)`. `None` without a teacher.
     """
     args, student = trainer.args, trainer.model
     if teacher_model is None:
-        return None, None
+        return None, None, None
     if is_base_of(student, teacher_model, args):
-        return student, student.config.get_text_config().vocab_size
+        shared = _shared_ids(trainer, student) if args.aligned else None
+        return student, student.config.get_text_config().vocab_size, shared
     with loading_whole(args) if args.teacher_sharding == "replicated" else nullcontext():
         teacher = load_teacher(teacher_model, with_remote_code(args.teacher_model_init_kwargs, args))
+    if args.aligned:
+        compile_layers(teacher, trainer.compile_plugin)
+        shared = _shared_ids(trainer, teacher)
+        return prepare_teacher(teacher, trainer.accelerator, sharding=args.teacher_sharding), None, shared
     vocab_size = shared_vocabulary(student, teacher_model, trainer._tokenizer, **init_kwargs_of(args))
     if any(row.get("image_prompt") for row in first_rows(trainer.train_dataset)):
         check_same_images(trainer.processing_class, teacher_model, init_kwargs_of(args)["teacher_init_kwargs"])
     compile_layers(teacher, trainer.compile_plugin)
-    return prepare_teacher(teacher, trainer.accelerator, sharding=args.teacher_sharding), vocab_size
+    return prepare_teacher(teacher, trainer.accelerator, sharding=args.teacher_sharding), vocab_size, None
+
+
+def other_tokenizer(args: Any, teacher_model: Any) -> PreTrainedTokenizerBase | None:
+    """
+    Tokenizer of the teacher of the training step, where its soft labels are aligned.
+
+    Args:
+        args ([`~trainers.GroupConfig`]):
+            Configuration.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Teacher.
+
+    Returns:
+        [`~transformers.PreTrainedTokenizerBase`], *optional*: Its tokenizer. `None` where it reads the student's tokens.
+    """
+    if not args.aligned or teacher_model is None:
+        return None
+    tokenizer = tokenizer_of(teacher_model, None, init_kwargs_of(args)["teacher_init_kwargs"])
+    if args.teacher_chat_template is not None:
+        tokenizer.chat_template = read_chat_template(args.teacher_chat_template)
+    return tokenizer
+
+
+def align(dataset: Any, student: Any, teacher: Any, args: Any, context_length: float | None, name: str) -> Dataset:
+    """
+    Align tokenized groups with a teacher's tokens, see [`~teacher.alignment.align_groups`].
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Groups, tokenized with the student's tokenizer.
+        student, teacher ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizers.
+        args ([`~trainers.GroupConfig`]):
+            Configuration, with `min_aligned`.
+        context_length (`float`, *optional*):
+            Longest row that the teacher reads.
+        name (`str`):
+            Name for messages.
+
+    Returns:
+        [`~datasets.Dataset`]: Aligned groups.
+    """
+    given: dict[str, Any] = {"context_length": context_length or math.inf, "min_aligned": args.min_aligned}
+    return align_groups(dataset, student, teacher, num_proc=args.dataset_num_proc, name=name, **given)
+
+
+def _shared_ids(trainer: Any, teacher: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    sizes = [core_model(model).config.get_text_config().vocab_size for model in (trainer.model, teacher)]
+    pairs = zip(*shared_tokens(trainer.processing_class, trainer.teacher_tokenizer), strict=True)
+    known = [pair for pair in pairs if pair[0] < sizes[0] and pair[1] < sizes[1]]
+    student_ids, teacher_ids = torch.tensor(known, dtype=torch.long).reshape(-1, 2).unbind(-1)
+    return student_ids, teacher_ids
+
+
+def aligned_losses(
+    logits: torch.Tensor,
+    rows: slice,
+    inputs: dict[str, torch.Tensor],
+    teacher_logits: Any,
+    shared_ids: tuple[torch.Tensor, torch.Tensor],
+    temperature: float,
+) -> torch.Tensor:
+    """
+    [`~losses.aligned_soft_label_loss`] at a tile's tokens that are aligned, and 0 at the others.
+
+    Args:
+        logits (`torch.Tensor` of shape `(m, V_S)`):
+            Student's logits of some of the batch's M completion tokens.
+        rows (`slice`):
+            Which these are.
+        inputs (`dict[str, torch.Tensor]`):
+            Batch, with `aligned_student` and `aligned_teacher`.
+        teacher_logits (`torch.Tensor` of shape `(M_T, V_T)` or [`~scoring.tiles.TiledLogits`]):
+            The teacher's logits of its own completion tokens.
+        shared_ids (`tuple[torch.Tensor, torch.Tensor]`):
+            Tokens of each side that are the same string, each `(K,)`.
+        temperature (`float`):
+            Temperature.
+
+    Returns:
+        `torch.Tensor` of shape `(m,)`: Loss of each token.
+    """
+    within = (inputs["aligned_student"] >= rows.start) & (inputs["aligned_student"] < rows.stop)
+    at = (inputs["aligned_student"][within] - rows.start).to(logits.device)
+    beside = inputs["aligned_teacher"][within]
+    student_ids, teacher_ids = (ids.to(logits.device) for ids in shared_ids)
+    given: dict[str, Any] = {"student_ids": student_ids, "teacher_ids": teacher_ids, "temperature": temperature}
+    # As many at once as sorting the larger vocabulary leaves room for
+    size = max(LOGITS_PER_TILE // max(logits.shape[-1], teacher_logits.shape[-1]), 1)
+    losses = torch.cat(
+        [
+            aligned_soft_label_loss(logits[ours], teacher_logits[theirs].to(logits.device), **given)
+            for ours, theirs in zip(at.split(size), beside.split(size), strict=True)
+        ]
+    )
+    return losses.new_zeros(len(logits)).scatter(0, at, losses)

@@ -1,0 +1,200 @@
+"""Two tokenizers side by side: where both have read the same text, and which of their tokens are the same string."""
+
+import os.path
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from ..data import read_group
+from ..data.images import refuse_images
+from ..data.rows import WRITTEN
+from .retokenize import read_groups
+
+
+_WINDOW = 16  # tokens that are decoded together, so that a long completion costs no more for each of its tokens
+
+
+class _Reader:
+    """A tokenizer that decodes tokens as they stand in the middle of a text."""
+
+    def __init__(self, processing_class: PreTrainedTokenizerBase | ProcessorMixin):
+        self.tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
+        self.context = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        if getattr(getattr(self.tokenizer, "backend_tokenizer", None), "decoder", True) is None:
+            self.context = []  # without a decoder tokens are joined by spaces that no token holds
+        self.start = self._decode(self.context)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def text(self, ids: Sequence[int]) -> str:
+        whole = self._decode([*self.context, *ids])
+        return whole[len(self.start) :] if whole.startswith(self.start) else self._decode(list(ids))
+
+
+def token_starts(processing_class: PreTrainedTokenizerBase | ProcessorMixin, ids: Sequence[int]) -> list[int | None]:
+    """
+    Characters of the text before each token of a completion.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizer.
+        ids (`Sequence[int]`):
+            T tokens.
+
+    Returns:
+        `list[int | None]`: T numbers. `None` where a token before ends inside a character.
+    """
+    reader = _Reader(processing_class)
+    starts: list[int | None] = []
+    base = first = 0
+    for place in range(len(ids)):
+        text = reader.text(ids[first:place])
+        is_whole = not text.endswith("\ufffd")
+        starts.append(base + len(text) if is_whole else None)
+        if reader.context and is_whole and place - first >= _WINDOW:
+            base, first = base + len(text), place
+    return starts
+
+
+def align_completion(
+    student: PreTrainedTokenizerBase | ProcessorMixin,
+    student_ids: Sequence[int],
+    teacher: PreTrainedTokenizerBase | ProcessorMixin,
+    teacher_ids: Sequence[int],
+) -> tuple[list[int], list[int]]:
+    """
+    Positions of a completion at which both tokenizers have read the same text of it, so that both models predict what follows
+    that text.
+
+    Args:
+        student, teacher ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizers.
+        student_ids, teacher_ids (`Sequence[int]`):
+            Tokens of the completion by each.
+
+    Returns:
+        `tuple[list[int], list[int]]`: Positions among the student's tokens, ascending, and those among the teacher's.
+    """
+    texts = [_Reader(own).text(ids) for own, ids in ((student, student_ids), (teacher, teacher_ids))]
+    common = len(os.path.commonprefix(texts))  # beyond it are the ends of a turn, or what a template changed
+    places: dict[int, int] = {}
+    for place, start in enumerate(token_starts(teacher, teacher_ids)):
+        if start is not None and start <= common:
+            places.setdefault(start, place)  # a token without text: what comes after it has read more than the text
+    pairs: dict[int, int] = {}
+    for place, start in enumerate(token_starts(student, student_ids)):
+        if start in places and start not in pairs:
+            pairs[start] = place
+    return list(pairs.values()), [places[start] for start in pairs]
+
+
+def shared_tokens(
+    student: PreTrainedTokenizerBase | ProcessorMixin, teacher: PreTrainedTokenizerBase | ProcessorMixin
+) -> tuple[list[int], list[int]]:
+    """
+    Tokens of two vocabularies that are the same string in the middle of a text, and the two tokens for its end.
+
+    Args:
+        student, teacher ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizers.
+
+    Returns:
+        `tuple[list[int], list[int]]`: The student's tokens and the teacher's, string by string. Of several tokens of a string the
+        first; parts of a character are left out.
+    """
+    by_string: list[dict[str, int]] = []
+    for processing_class in (student, teacher):
+        reader = _Reader(processing_class)
+        tokenizer, added = reader.tokenizer, set(reader.tokenizer.added_tokens_decoder)
+        own: dict[str, int] = {}
+        for token in sorted(tokenizer.get_vocab().values()):
+            text = "" if token in added else reader.text([token])
+            if text and "\ufffd" not in text:
+                own.setdefault(text, token)
+        if tokenizer.eos_token_id is not None:
+            own[""] = tokenizer.eos_token_id  # no other token is empty
+        by_string.append(own)
+    both = [text for text in by_string[0] if text in by_string[1]]
+    return [by_string[0][text] for text in both], [by_string[1][text] for text in both]
+
+
+def align_groups(
+    dataset: Dataset | IterableDataset,
+    student: PreTrainedTokenizerBase | ProcessorMixin,
+    teacher: PreTrainedTokenizerBase | ProcessorMixin,
+    *,
+    context_length: float,
+    min_aligned: float,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> Dataset:
+    """
+    Tokenize groups with the teacher's tokenizer too, and align their completions.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Groups with `prompt_ids` and `completion_ids` of the student's tokenizer beside their text, as
+            [`~data.prepare_groups`] gives them.
+        student, teacher ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizers.
+        context_length (`float`):
+            Longest row that the teacher reads, in tokens.
+        min_aligned (`float`):
+            Least share of the student's tokens at whose positions both have read the same text.
+        num_proc (`int`, *optional*):
+            Processes for `Dataset.map`.
+        name (`str`, *optional*, defaults to `"train"`):
+            Name for progress bars and messages.
+
+    Returns:
+        [`~datasets.Dataset`]: With `aligned_prompt_ids`, `aligned_completion_ids`, and for each completion `aligned_student` and
+        `aligned_teacher`, positions among its tokens.
+
+    Raises:
+        `ValueError`: If the dataset streams or has no text, a row has images or does not fit the teacher's context, or the share
+            is below the least.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            "Aligned soft labels are checked before training, and a stream cannot be. Load the dataset without `streaming`."
+        )
+    if not {"completions", "chosen"}.intersection(dataset.column_names):
+        raise ValueError(
+            "The dataset is tokenized, and the teacher reads other tokens: give the text (`prompt`, `completions`) too."
+        )
+
+    def align(row: dict[str, Any], index: int) -> dict[str, Any]:
+        refuse_images(row, index, 'Soft labels across tokenizers (`"aligned"`)')
+        text = read_group({name: row[name] for name in row if name not in WRITTEN}, index, min_completions=1)
+        names = ("tools", "chat_template_kwargs", "teacher_prompt")
+        columns = {name: [row[name]] for name in names if name in row} | {"clipped": [text["clipped"]]}
+        ((prompt_ids, completion_ids, _),) = read_groups(teacher, [text["prompt"]], [text["completions"]], columns)
+        longest = len(prompt_ids) + max(map(len, completion_ids))
+        if longest > context_length:
+            raise ValueError(
+                f"Row {index} has {longest} of the teacher's tokens, and its context holds {context_length:.0f}. Shorten or drop it."
+            )
+        pairs = [
+            align_completion(student, ours, teacher, theirs)
+            for ours, theirs in zip(row["completion_ids"], completion_ids, strict=True)
+        ]
+        return {
+            "aligned_prompt_ids": prompt_ids,
+            "aligned_completion_ids": completion_ids,
+            "aligned_student": [places for places, _ in pairs],
+            "aligned_teacher": [places for _, places in pairs],
+        }
+
+    aligned = dataset.map(align, with_indices=True, num_proc=num_proc, desc=f"Aligning {name} groups")
+    num_aligned = sum(len(places) for row in aligned["aligned_student"] for places in row)
+    num_tokens = sum(len(ids) for row in aligned["completion_ids"] for ids in row)
+    if num_aligned < min_aligned * num_tokens:
+        raise ValueError(
+            f"The tokenizers of student and teacher have read the same text at {num_aligned / num_tokens:.1%} of the {name} "
+            f"completions' tokens, below `min_aligned={min_aligned}`. Lower it, or train on the teacher's scores "
+            '(`soft_label="group"` or `"none"`).'
+        )
+    return aligned
