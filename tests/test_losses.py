@@ -22,6 +22,7 @@ from grkd_trl.losses import (
 
 # Users build on these names and keywords. Add yours; change one only with a new major version.
 SIGNATURES = {
+    "aligned_soft_label_loss": "(student_logits, teacher_logits, *, student_ids, teacher_ids, temperature=1.0)",
     "alpha_at": "(progress, *, start, end, schedule)",
     "alphapo_rewards": "(scores, *, alpha)",
     "clipped_policy_loss": "(logps, sampling_logps, advantages, *, clip_range=0.2)",
