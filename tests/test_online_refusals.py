@@ -82,6 +82,13 @@ class TestRefusals:
         with pytest.raises(ValueError, match="are for online groups: set `completion_source`"):
             make_trainer(tmp_path, completion_source="dataset", dataset=groups, score_fn=len)
 
+    def test_completions_that_are_there(self, tmp_path):
+        groups = Dataset.from_list([{"prompt": "a ", "completions": ["b", "c"]}] * 8)
+        with pytest.raises(
+            ValueError, match='`train_dataset` has completions, and `completion_source="mixed"` writes'
+        ):
+            make_trainer(tmp_path, completion_source="mixed", dataset=groups)
+
     def test_too_few_prompts(self, tmp_path):
         with pytest.raises(ValueError, match="has 3 prompts, and groups are made for 4 at once"):
             make_trainer(tmp_path, dataset=make_prompts(3)).train()

@@ -67,6 +67,11 @@ class OnlineGroups:
         self._buffer: list[dict[str, Any]] = []
         self._training_since: float | None = None
         args = trainer.args
+        if "completion_ids" in (getattr(trainer.train_dataset, "column_names", None) or ()):
+            raise ValueError(
+                f'`train_dataset` has completions, and `completion_source="{args.completion_source}"` writes others. Set '
+                '`completion_source="dataset"` to train on those that are there, or give the prompts alone.'
+            )
         if args.log_completions and not is_rich_available():
             raise ImportError("`log_completions` prints a table with rich: `pip install rich`, or set it to 0.")
         self.vllm = None
