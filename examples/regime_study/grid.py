@@ -1,0 +1,87 @@
+"""The grid of `regimes.py`: its methods, rates and comparisons, which were fixed before a test item was looked at."""
+
+from typing import Any
+
+
+RATES = (1e-5, 1e-4, 5e-4, 1e-3, 3e-3)
+SEEDS, TUNING_SEED = [0, 1, 2, 3, 4], 1000
+MEASURES = ("greedy", "samples", "samples at 0.7", "pass at 8", "best of 8", "teacher's score", "rank accuracy")
+NO_RANKING = {"alpha_start": 0.0, "alpha_end": 0.0}  # which leaves KD, with groups of one's own
+ONLINE = {"generate_every": 5, "learns_from": "prompts"}
+BEST, VERIFIED = {"learns_from": "best"}, {"learns_from": "groups with a right completion"}
+# By regime: what its tasks share, and its methods with their settings. The first word of a method is its trainer.
+REGIMES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "logits": (
+        {"teacher": "same_tokenizer", "scores": "teacher"},
+        {
+            "grkd": {},
+            "grkd constant": {"alpha_schedule": "constant"},
+            "grkd preference": {"target_temperature": 1.0},
+            "grkd online": ONLINE | {"completion_source": "mixed"},
+            "kd": {},
+            "sft": BEST,
+            "seqkd": {"learns_from": "prompts"},
+            "pro": {},
+            "dpo": {},
+            "simpo": {},
+            "minillm": {"learns_from": "prompts"},
+            "gkd": {"learns_from": "prompts"},
+        },
+    ),
+    "verifier": (
+        {"teacher": "same_tokenizer", "scores": "verifier"},
+        {
+            "grkd": {},
+            "grkd online": ONLINE | {"completion_source": "mixed"},
+            "grkd +sft": VERIFIED | {"sft_weight": 1.0},
+            "grkd no ranking +sft": VERIFIED | {"sft_weight": 1.0} | NO_RANKING,
+            "kd": {},
+            "sft": {"learns_from": "best right"},
+            "sft teacher's": {"learns_from": "teacher's right"},
+            "gkd": {"learns_from": "prompts"},
+            "grpo": {"learns_from": "prompts"},
+        },
+    ),
+    "scores": (
+        {"teacher": "other_tokenizer", "scores": "teacher"},
+        {
+            "grkd": {"soft_label": "none"},
+            "grkd +sft": {"soft_label": "none", "sft_weight": 1.0},
+            "grkd group +sft": {"soft_label": "group", "sft_weight": 1.0},
+            "sft": BEST,
+            "seqkd": {"learns_from": "prompts"},
+            "pro": {},
+            "dpo": {},
+            "simpo": {},
+        },
+    ),
+    "privileged": (
+        {"teacher": "sees_solution", "scores": "teacher"},
+        {
+            "grkd": {},
+            "grkd online": ONLINE | {"completion_source": "student"},
+            "grkd no ranking online": ONLINE | {"completion_source": "student"} | NO_RANKING,
+            "kd": {},
+            "sft": {"learns_from": "reference"},
+            "seqkd": {"learns_from": "prompts"},
+        },
+    ),
+}
+# By regime: a method and the one that it is compared to, for what the method has in addition.
+COMPARISONS = {
+    "logits": {
+        "ranking": [("grkd", "kd"), ("grkd constant", "kd"), ("grkd preference", "kd"), ("grkd at kd's rate", "kd")],
+        "a schedule": [("grkd", "grkd constant")],
+        "online groups": [("grkd online", "grkd")],
+    },
+    "verifier": {
+        "ranking": [("grkd", "kd"), ("grkd +sft", "grkd no ranking +sft")],
+        "information": [("grkd", "kd"), ("grkd +sft", "kd"), ("grkd no ranking +sft", "kd"), ("grpo", "kd")],
+        "online groups": [("grkd online", "grkd")],
+    },
+    "scores": {"ranking": [("grkd +sft", "sft"), ("grkd group +sft", "sft"), ("pro", "sft")]},
+    "privileged": {"ranking": [("grkd", "kd"), ("grkd online", "grkd no ranking online")]},
+}
+TASKS = {"logits": ("math_word", "scan"), "verifier": ("math_word",), "scores": ("math_word", "scan")}
+TASKS |= {"privileged": ("math_word",)}
+MAX_NEW_TOKENS = {"math_word": 16, "scan": 49}
