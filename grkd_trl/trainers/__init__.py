@@ -6,7 +6,8 @@ from .config import GroupConfig
 from .dpo import DPOConfig, DPOTrainer
 from .grkd import GRKDTrainer
 from .grkd_config import GRKDConfig
-from .kd import KDConfig, KDTrainer
+from .kd import KDTrainer
+from .kd_config import KDConfig
 from .minillm import MiniLLMTrainer
 from .minillm_config import MiniLLMConfig
 from .pro import PROConfig, PROTrainer

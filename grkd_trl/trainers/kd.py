@@ -1,7 +1,6 @@
 """Knowledge distillation of next-token distributions (https://huggingface.co/papers/1503.02531)."""
 
 import textwrap
-from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils import logging
@@ -13,64 +12,11 @@ from ..scoring import predicted_mask, score_as_teacher, score_completions, seque
 from ..teacher.abilities import needs, require
 from .base import GroupTrainer
 from .checks import check_finite
-from .config import GroupConfig, check_aligned, option
+from .kd_config import KDConfig
 from .teachers import aligned_losses
 
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class KDConfig(GroupConfig):
-    r"""
-    Configuration class for the [`KDTrainer`].
-
-    Only the parameters of KD are listed. For the others see [`GroupConfig`], [`~trl.SFTConfig`] and
-    [`~transformers.TrainingArguments`].
-
-    Parameters:
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature \\( T \\) that softens both next-token distributions. The soft part is multiplied by
-            \\( T^2 \\), as in the paper, which keeps its gradient's size.
-        hard_label_weight (`float`, *optional*, defaults to `0.0`):
-            Share of the completions' own negative log-likelihood, the paper's hard labels. Theirs are the truth; in a
-            group they are samples, good and bad, so the default learns from the teacher's distribution alone.
-        divergence (`str`, *optional*, defaults to `"forward"`):
-            Soft part: `"forward"`, the paper's \\( \mathrm{KL}(p_T \| p_S) \\), which covers all that the teacher may
-            write, or `"reverse"`, \\( \mathrm{KL}(p_S \| p_T) \\), which holds to what it mostly writes.
-            `"aligned"` is for a teacher with another tokenizer: the distance of [`~losses.aligned_soft_label_loss`] at
-            temperature T where both have read the same text, without a factor \\( T^2 \\).
-        min_aligned (`float`, *optional*, defaults to `0.5`):
-            Least share of the completions' tokens at which both tokenizers have read the same text, for `"aligned"`.
-        soft_label_top_k (`int`, *optional*, defaults to `20`):
-            Most likely tokens that a teacher which is asked before training, such as [`~teacher.ServerTeacher`] or several
-            teachers, gives at each position. A model, or the path of one, gives its whole distribution.
-    """
-
-    temperature: float = option(1.0, "Temperature that softens both next-token distributions.")
-    hard_label_weight: float = option(0.0, "Share of the completions' own negative log-likelihood.")
-    divergence: str = option(
-        "forward",
-        "Soft part: 'forward', KL of teacher to student, 'reverse', or 'aligned', across tokenizers.",
-        choices=["forward", "reverse", "aligned"],
-    )
-    min_aligned: float = option(0.5, "Least share of tokens at which both tokenizers have read the same text.")
-    soft_label_top_k: int = option(20, "Most likely tokens that a teacher which is asked gives at each position.")
-
-    def __post_init__(self):
-        if not self.temperature > 0:
-            raise ValueError(f"`temperature` must be above 0, got {self.temperature}.")
-        if not 0 <= self.hard_label_weight <= 1:
-            raise ValueError(f"`hard_label_weight` is a share and must lie in 0..1, got {self.hard_label_weight}.")
-        check_aligned(self, self.divergence == "aligned")
-        if self.soft_label_top_k < 1:
-            raise ValueError(f"`soft_label_top_k` must be 1 or above, got {self.soft_label_top_k}.")
-        super().__post_init__()
-
-    @property
-    def aligned(self) -> bool:
-        """Whether the teacher has another tokenizer, which is aligned with the student's."""
-        return self.divergence == "aligned"
 
 
 class KDTrainer(GroupTrainer):
@@ -146,9 +92,8 @@ class KDTrainer(GroupTrainer):
         return super().bring_teacher(args, model, teacher_model, processing_class, *datasets)
 
     def mean_loss(self, means):
-        return (
-            self.args.hard_label_weight * means["loss/hard"] + (1 - self.args.hard_label_weight) * means["loss/soft"]
-        )
+        share = self.args.hard_label_weight
+        return share * means["loss/hard"] + (1 - share) * means["loss/soft"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, group_mask, completion_mask = self.args, inputs["group_mask"], inputs["completion_mask"]
@@ -186,9 +131,8 @@ class KDTrainer(GroupTrainer):
         loss = (args.hard_label_weight * hard.sum() + (1 - args.hard_label_weight) * soft.sum()) / num_tokens
         loss = self.add_router_loss(loss, student.aux_loss, num_items_in_batch)
 
-        means = self.means
-        means.add("loss/hard", hard)
-        means.add("loss/soft", soft)
+        self.means.add("loss/hard", hard)
+        self.means.add("loss/soft", soft)
         scores = sequence_scores(student.per_token_logps, completion_mask, score="mean")
         student_scores = to_groups(scores, group_mask)
         self.add_group_metrics(inputs, student, student_scores, teacher_scores)
