@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from grkd_trl.evaluation.results import check_result, read_results
 from grkd_trl.examples import regimes
+from grkd_trl.examples.benchmarks import privileged_ranks
 from grkd_trl.examples.regime_study import measures, run, tasks
 from grkd_trl.examples.regime_study.figure import draw
 
@@ -71,6 +72,26 @@ def test_a_model_before_training_by_every_measure(settings, tmp_path, regime):
     assert {len(by_item[name]) for name in by_item} == {6} | {len(by_item["rank accuracy"])}
     assert all(once <= often for once, often in zip(by_item["samples"], by_item["pass at 8"], strict=True))
     assert all(math.isfinite(score) and score <= 0 for score in by_item["teacher's score"])
+
+
+@pytest.mark.slow
+def test_ranks_of_a_student_that_sees_the_solution(settings, tmp_path, capsys):
+    command = [
+        "--mawps",
+        *settings["data"],
+        "--output_dir",
+        str(tmp_path),
+        "--num_prompts",
+        "40",
+        "--pretraining",
+        "0.1",
+    ]
+    privileged_ranks.main(command)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["problems"] > 0
+    assert found["above_problem"]["mean"] == pytest.approx(
+        found["solution"]["mean"] - found["problem"]["mean"], abs=2e-4
+    )
 
 
 def test_what_a_method_learns_from():
