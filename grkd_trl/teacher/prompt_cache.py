@@ -75,7 +75,7 @@ def prompt_cache(
     Returns:
         [`~transformers.DynamicCache`], *optional*: Cache of P x G rows, prompt after prompt. `None` if there is nothing to
         share, or the model cannot: it is sharded, or has another state than keys and values, or its generation config asks
-        for another kind of cache.
+        for another kind of cache, or its rotary frequencies would change on the way.
     """
     sharded = isinstance(model, FSDPModule) or is_deepspeed_zero3_enabled()  # whose forwards wait for each other
     alone = num_completions * len(input_ids) == 1
@@ -83,6 +83,8 @@ def prompt_cache(
         return None
     # Gemma's "hybrid" is the cache made here. Beside any other kind `generate` refuses a cache.
     if model.generation_config.cache_implementation not in (None, "hybrid"):
+        return None
+    if _changes_frequencies(model, input_ids.shape[1] + room):
         return None
     forget_image_positions(model)  # `generate` works them out only where it is given no cache
     cache = _read(model, input_ids[:, :-1], attention_mask[:, :-1])
@@ -101,6 +103,21 @@ def prompt_cache(
             elif isinstance(layer, DynamicLayer):
                 layer.batch_repeat_interleave(num_completions)
     return cache
+
+
+def _changes_frequencies(model: PreTrainedModel, length: int) -> bool:
+    """
+    Whether the rotary frequencies of a batch depend on its longest row. Once that row leaves, those of the keys in the
+    cache are not those of the next queries.
+    """
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for each in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if "dynamic" in each.get("rope_type", "") or each.get("rope_type") == "longrope":
+            unscaled = each.get("original_max_position_embeddings") or config.max_position_embeddings
+            if length > min(unscaled, config.max_position_embeddings):
+                return True
+    return False
 
 
 def _read(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> DynamicCache | None:
