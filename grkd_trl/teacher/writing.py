@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .._trl import pad
+from .._trl import forget_image_positions, pad
 from ..data import decode_completion, encode_prompt, tokenizer_hash
 from ..scoring import eval_mode, without_router_loss
 from ..scoring.images import TOKEN_TYPES, image_kwargs, image_token_ids
@@ -274,6 +274,7 @@ def write_completions(
             kept = [position for position, row in enumerate(going) if written[row][1]]
             if cache is None or not kept or output.shape[1] == num_prompt + max_new_tokens:
                 break
+            forget_image_positions(model)  # those of the rows that leave
             cache.batch_select_indices(torch.tensor(kept, device=model.device))
             num_new = output.shape[1] - input_ids.shape[1]
             input_ids, attention_mask = output[kept], F.pad(attention_mask[kept], (0, num_new), value=1)
