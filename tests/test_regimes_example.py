@@ -16,6 +16,7 @@ from grkd_trl.examples.regime_study.figure import draw
 
 
 METHODS = [(regime, method) for regime, (_, methods) in regimes.REGIMES.items() for method in methods]
+NAMES = ("Ann", "Ben", "Cem", "Dov", "Eva", "Fay")
 NOUNS = ("pears", "cards", "books", "coins", "shells")
 
 
@@ -35,7 +36,7 @@ def settings(tmp_path_factory):
         writer.writerow(["Question", "Numbers", "Equation", "Answer"])
         for index in range(60):
             noun, equation = NOUNS[index % 5], ("+ number0 number1", "- number0 number1")[index % 2]
-            question = f"Ann has number0 {noun} and {'gets' if index % 2 == 0 else 'sells'} number1 ."
+            question = f"{NAMES[index // 10]} has number0 {noun} and {'gets' if index % 2 == 0 else 'sells'} number1 ."
             writer.writerow([question, f"{index + 5}.0 3.0", equation, index + 8.0 if index % 2 == 0 else index + 2.0])
     shared = {"data": [str(folder / "problems.csv")], "work_dir": str(folder), "batch_size": 2, "num_prompts": 24}
     return shared | {"max_new_tokens": 8, "pretraining": 0.1, "learns_from": "groups", "max_steps": 2}
@@ -145,7 +146,18 @@ def test_splits_never_meet_and_groups_differ_within(settings):
     assert [len(start.items[name]) for name in ("test", "validation")] == [6, 4]
     assert all(len(set(group)) == len(group) >= 2 for group in start.groups["completions"])
     assert AutoTokenizer.from_pretrained(start.student).vocab == AutoTokenizer.from_pretrained(start.teacher).vocab
-    assert prompts["test"]
+    assert not prompts["test"] & prompts["validation"]
+    assert not set(start.groups["prompt"]) & (prompts["test"] | prompts["validation"])
+
+
+@pytest.mark.slow
+def test_no_question_is_on_two_sides(settings, tmp_path):
+    """MAWPS has problems with one question and other numbers, which are no part of the prompt."""
+    lines = open(settings["data"][0]).read().splitlines()
+    (tmp_path / "twice.csv").write_text("\n".join([*lines, *lines[1:]]) + "\n")
+    pairs, held_out, ask = tasks._math_word(settings | {"data": [str(tmp_path / "twice.csv")]})
+    questions = [ask(problem) for problem, _ in [*pairs, *held_out]]
+    assert len(questions) == len(set(questions)) == 60
 
 
 def test_every_measure_becomes_a_task(tmp_path):

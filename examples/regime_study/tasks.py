@@ -179,6 +179,7 @@ def _scan(settings: dict[str, Any]) -> tuple[list, list, Callable[[Any], str]]:
 def _math_word(settings: dict[str, Any]) -> tuple[list, list, Callable[[Any], str]]:
     problems = [problem for path in settings["data"] for problem in read_math_word_problems(path)]
     random.Random(0).shuffle(problems)
+    problems = list({problem.question: problem for problem in problems}.values())  # the files repeat questions
     pairs = [(problem, problem.equation) for problem in problems]
     held_out = NUM_TEST + NUM_VALIDATION
     return pairs[held_out:], pairs[:held_out], lambda problem: f"{problem.question} = "
