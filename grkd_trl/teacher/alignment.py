@@ -1,18 +1,20 @@
 """Two tokenizers side by side: where both have read the same text, and which of their tokens are the same string."""
 
 import os.path
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..data import read_group
+from ..data import encode_prompt, read_group, tokenize_completions
 from ..data.images import refuse_images
 from ..data.rows import WRITTEN
-from .retokenize import read_groups
+from .retokenize import read_groups, template_columns
 
 
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _WINDOW = 16  # tokens that are decoded together, so that a long completion costs no more for each of its tokens
 
 
@@ -64,6 +66,9 @@ def align_completion(
     student_ids: Sequence[int],
     teacher: PreTrainedTokenizerBase | ProcessorMixin,
     teacher_ids: Sequence[int],
+    *,
+    student_lead: Sequence[int] = (),
+    teacher_lead: Sequence[int] = (),
 ) -> tuple[list[int], list[int]]:
     """
     Positions of a completion at which both tokenizers have read the same text of it, so that both models predict what follows
@@ -74,25 +79,45 @@ def align_completion(
             Tokenizers.
         student_ids, teacher_ids (`Sequence[int]`):
             Tokens of the completion by each.
+        student_lead, teacher_lead (`Sequence[int]`, *optional*):
+            Tokens at the end of the prompt alone whose text these begin with, since it merges with the completion.
 
     Returns:
         `tuple[list[int], list[int]]`: Positions among the student's tokens, ascending, and those among the teacher's.
     """
-    texts = [_Reader(own).text(ids) for own, ids in ((student, student_ids), (teacher, teacher_ids))]
-    common = len(os.path.commonprefix(texts))  # beyond it are the ends of a turn, or what a template changed
-    places: dict[int, int] = {}
-    for place, start in enumerate(token_starts(teacher, teacher_ids)):
-        if start is not None and start <= common:
-            places.setdefault(start, place)  # a token without text: what comes after it has read more than the text
-    pairs: dict[int, int] = {}
-    for place, start in enumerate(token_starts(student, student_ids)):
-        if start in places and start not in pairs:
-            pairs[start] = place
-    return list(pairs.values()), [places[start] for start in pairs]
+    sides = ((student, student_ids, student_lead), (teacher, teacher_ids, teacher_lead))
+    leads = [_Reader(own).text(lead) for own, _, lead in sides]
+    texts = [_Reader(own).text(ids) for own, ids, _ in sides]
+    if not all(text.startswith(lead) for text, lead in zip(texts, leads, strict=True)):
+        return [], []
+    # Characters after the prompt: beyond `common` are the ends of a turn, or what a template changed
+    common = len(os.path.commonprefix([text[len(lead) :] for text, lead in zip(texts, leads, strict=True)]))
+    first = -len(os.path.commonprefix([lead[::-1] for lead in leads]))
+    starts: list[dict[int, int]] = []
+    for (own, ids, _), lead in zip(sides, leads, strict=True):
+        starts.append({})
+        for place, start in enumerate(token_starts(own, ids)):
+            if start is not None and first <= start - len(lead) <= common:
+                starts[-1].setdefault(
+                    start - len(lead), place
+                )  # after a token without text more than the text was read
+    both = [start for start in starts[0] if start in starts[1]]
+    return [starts[0][start] for start in both], [starts[1][start] for start in both]
+
+
+def _end_of_turn(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> int | None:
+    """The token that ends the assistant's turn in the chat template, which need not be the tokenizer's EOS."""
+    tokenizer = _Reader(processing_class).tokenizer
+    _, (ids,) = tokenize_completions(processing_class, [{"role": "user", "content": "a"}], ["a"])
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return next((token for token in ids if token in special), tokenizer.eos_token_id)
 
 
 def shared_tokens(
-    student: PreTrainedTokenizerBase | ProcessorMixin, teacher: PreTrainedTokenizerBase | ProcessorMixin
+    student: PreTrainedTokenizerBase | ProcessorMixin,
+    teacher: PreTrainedTokenizerBase | ProcessorMixin,
+    *,
+    conversational: bool = False,
 ) -> tuple[list[int], list[int]]:
     """
     Tokens of two vocabularies that are the same string in the middle of a text, and the two tokens for its end.
@@ -100,25 +125,38 @@ def shared_tokens(
     Args:
         student, teacher ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
             Tokenizers.
+        conversational (`bool`, *optional*, defaults to `False`):
+            Whether the end is that of the assistant's turn in the chat templates, and not EOS.
 
     Returns:
         `tuple[list[int], list[int]]`: The student's tokens and the teacher's, string by string. Of several tokens of a string the
-        first; parts of a character are left out.
+        first that is no byte fallback; special tokens and parts of a character are left out.
     """
     by_string: list[dict[str, int]] = []
     for processing_class in (student, teacher):
         reader = _Reader(processing_class)
-        tokenizer, added = reader.tokenizer, set(reader.tokenizer.added_tokens_decoder)
-        own: dict[str, int] = {}
-        for token in sorted(tokenizer.get_vocab().values()):
-            text = "" if token in added else reader.text([token])
+        tokenizer, own = reader.tokenizer, {}
+        special = {token for token, added in reader.tokenizer.added_tokens_decoder.items() if added.special}
+        # A text is tokenized to bytes only where no token has its character, so theirs come last
+        vocabulary = sorted(
+            (_BYTE.fullmatch(name) is not None, token) for name, token in tokenizer.get_vocab().items()
+        )
+        for _, token in vocabulary:
+            text = "" if token in special else reader.text([token])
             if text and "\ufffd" not in text:
                 own.setdefault(text, token)
-        if tokenizer.eos_token_id is not None:
-            own[""] = tokenizer.eos_token_id  # no other token is empty
+        end = _end_of_turn(processing_class) if conversational else tokenizer.eos_token_id
+        if end is not None:
+            own[""] = end  # no other token is empty
         by_string.append(own)
     both = [text for text in by_string[0] if text in by_string[1]]
     return [by_string[0][text] for text in both], [by_string[1][text] for text in both]
+
+
+def _lead(processing_class: Any, prompt: Any, prompt_ids: list[int], template: dict[str, Any]) -> list[int]:
+    """Tokens at the end of a prompt alone that were left to its completions."""
+    whole = encode_prompt(processing_class, prompt, **template)
+    return whole[len(prompt_ids) :] if whole[: len(prompt_ids)] == prompt_ids else []
 
 
 def align_groups(
@@ -177,8 +215,13 @@ def align_groups(
             raise ValueError(
                 f"Row {index} has {longest} of the teacher's tokens, and its context holds {context_length:.0f}. Shorten or drop it."
             )
+        template, shown = template_columns(columns, 0), row.get("teacher_prompt")
+        leads = {
+            "student_lead": _lead(student, text["prompt"], row["prompt_ids"], template),
+            "teacher_lead": _lead(teacher, text["prompt"] if shown is None else shown, prompt_ids, template),
+        }
         pairs = [
-            align_completion(student, ours, teacher, theirs)
+            align_completion(student, ours, teacher, theirs, **leads)
             for ours, theirs in zip(row["completion_ids"], completion_ids, strict=True)
         ]
         return {

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ..data import first_rows
+from ..data import first_rows, read_prompt
 from ..losses import aligned_soft_label_loss
 from ..scoring.tiles import LOGITS_PER_TILE, core_model
 from ..teacher import is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary, tokenizer_of
@@ -136,7 +136,10 @@ def align(dataset: Any, student: Any, teacher: Any, args: Any, context_length: f
 
 def _shared_ids(trainer: Any, teacher: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     sizes = [core_model(model).config.get_text_config().vocab_size for model in (trainer.model, teacher)]
-    pairs = zip(*shared_tokens(trainer.processing_class, trainer.teacher_tokenizer), strict=True)
+    rows = first_rows(trainer.train_dataset, trainer.eval_dataset)
+    conversational = any(not isinstance(read_prompt(row, 0), str) for row in rows)
+    both = trainer.processing_class, trainer.teacher_tokenizer
+    pairs = zip(*shared_tokens(*both, conversational=conversational), strict=True)
     known = [pair for pair in pairs if pair[0] < sizes[0] and pair[1] < sizes[1]]
     student_ids, teacher_ids = torch.tensor(known, dtype=torch.long).reshape(-1, 2).unbind(-1)
     return student_ids, teacher_ids
