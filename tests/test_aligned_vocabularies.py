@@ -2,7 +2,9 @@
 
 import pytest
 from datasets import Dataset
+from runs import TOKENIZER, VOCAB, logged, make_rows, train
 from test_aligned import BYTES, bpe
+from tiny import tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -80,3 +82,25 @@ def test_a_prompt_whose_end_merges_with_the_completion(tokenizers, prompt, compl
     dataset = Dataset.from_list([{"prompt": prompt, "completions": [completion, completion]}])
     (row,) = align_groups(prepare_groups(dataset, tokenizers[0]), *tokenizers, context_length=99, min_aligned=0.01)
     assert (row["aligned_student"][0], row["aligned_teacher"][0]) == expected
+
+
+def test_a_teacher_with_the_smaller_vocabulary(tmp_path):
+    """The student's padding is no token of the teacher's."""
+    tiny_model("llama", VOCAB, seed=2).save_pretrained(tmp_path / "teacher")
+    TOKENIZER.save_pretrained(tmp_path / "teacher")
+    assert BYTES.pad_token_id >= VOCAB
+    given = {
+        "model": tiny_model("qwen3", len(BYTES)),
+        "processing_class": BYTES,
+        "min_aligned": 0.1,
+        "divergence": "aligned",
+    }
+    trainer, _ = train(
+        tmp_path,
+        make_rows(scores=False),
+        method="KD",
+        teacher_model=str(tmp_path / "teacher"),
+        prompt_sharing="off",
+        **given,
+    )
+    assert 0 < logged(trainer, "loss")[0] < 2

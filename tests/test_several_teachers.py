@@ -10,6 +10,7 @@ import reference_rivals
 import reference_step
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from runs import (
     TOKENIZER,
     VOCAB,
@@ -436,6 +437,16 @@ class TestRefusals:
         for teachers in ([student, make_teacher()], TeacherEnsemble([LazyTeacher(student, TOKENIZER), make_lazy()])):
             with pytest.raises(ValueError, match="cannot be the same object"):
                 train(tmp_path, make_rows(scores=False), model=student, teacher_model=teachers)
+
+    def test_the_base_of_the_student(self, tmp_path):
+        """It is frozen in place, and the adapters within it."""
+        student = get_peft_model(make_student(), LoraConfig(r=2, target_modules=["q_proj"]))
+        for method, teachers in (
+            ("KD", [student.get_base_model(), make_teacher()]),
+            ("PRO", student.get_base_model()),
+        ):
+            with pytest.raises(ValueError, match="nor the teacher the base"):
+                train(tmp_path, make_rows(scores=False), method=method, model=student, teacher_model=teachers)
 
     @pytest.mark.parametrize("method", ["GRKD", "KD", "RankNet"])
     def test_a_stream(self, tmp_path, method):

@@ -161,7 +161,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="`teachers` has 1 entries"):
             TeacherEnsemble({"a": CallableScorer(short)})
 
-    @pytest.mark.parametrize("route", ["other", [], ["a", "other"]])
+    @pytest.mark.parametrize("route", ["other", [], ["a", "other"], 0])
     def test_unknown_route(self, route):
         scorer = TeacherEnsemble({"a": CallableScorer(short), "b": CallableScorer(long)}, route_column="by")
         with pytest.raises(ValueError, match=r"`by` of row 1 is .* name one or more of \['a', 'b'\]"):

@@ -166,7 +166,7 @@ class DataCollatorForGroups(DataCollatorMixin):
                         aligned["aligned_teacher"].append(num_teacher + other - unpredicted)
                 num_student, num_teacher = num_student + len(index), num_teacher + len(theirs) - unpredicted
         multiple = self.pad_to_multiple_of
-        batch = {"input_ids": pad(ids, padding_value=self.pad_token_id, pad_to_multiple_of=multiple)}
+        batch = {"input_ids": pad(ids, pad_to_multiple_of=multiple)}  # any id that the teacher has
         batch["attention_mask"] = pad([torch.ones_like(row) for row in ids], pad_to_multiple_of=multiple)
         batch["completion_mask"] = pad(masks, pad_to_multiple_of=multiple)
         tensors = {name: torch.tensor(places, dtype=torch.long) for name, places in aligned.items()}

@@ -30,7 +30,7 @@ from ..teacher.models import context_length_of
 from ..teacher.retokenize import read_prompts
 from ..teacher.writing import write_completions
 from .core import keep
-from .labels import ask_datasets, is_asked, processor_of
+from .labels import ask_datasets, is_asked, processor_of, refuse_student
 
 
 logger = logging.get_logger(__name__)
@@ -43,8 +43,7 @@ def _load(
     Teacher, on its device, and its tokenizer, for which the student's stands in where it has none. Prompts that the
     tokenizer cannot read are refused before the teacher is loaded.
     """
-    if teacher_model is model and not isinstance(model, str):
-        raise ValueError("`model` and `teacher_model` cannot be the same object: the teacher is frozen.")
+    refuse_student(teacher_model, model)
     init_kwargs = with_remote_code(args.teacher_model_init_kwargs, args)
     tokenizer = processor_of(teacher_model, args, model, processing_class, *datasets)
     for row in first_rows(*datasets):

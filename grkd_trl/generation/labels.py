@@ -80,6 +80,27 @@ def is_asked(teacher: Any) -> bool:
     return not isinstance(teacher, str | PreTrainedModel | PeftModel) and isinstance(teacher, Scorer)
 
 
+def refuse_student(teacher: Any, model: Any) -> None:
+    """
+    Refuse the student, or the base that holds its adapters, as a teacher that is frozen in place.
+
+    Args:
+        teacher (`str` or [`~transformers.PreTrainedModel`]):
+            Teacher.
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Student.
+
+    Raises:
+        `ValueError`: If they are one object.
+    """
+    own = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
+    if not isinstance(teacher, str) and any(teacher is part for part in own):
+        raise ValueError(
+            "`model` and a teacher cannot be the same object, nor the teacher the base of `model`: the teacher is frozen, and the "
+            "student's adapters would be with it. Pass the teacher's path, or load it again."
+        )
+
+
 def as_teacher(teacher: Any, args: Any, model: Any, processing_class: Any, *datasets: Any) -> Any:
     """
     `teacher_model` of a trainer with several teachers as one. A column `teacher` of the data routes its rows.
@@ -110,10 +131,9 @@ def as_teacher(teacher: Any, args: Any, model: Any, processing_class: Any, *data
     else:
         named = dict(teacher.teachers) if isinstance(teacher, TeacherEnsemble) else {"": teacher}
     several = isinstance(teacher, Mapping | list | tuple)
-    if any((own.model if isinstance(own, LocalTeacher | LazyTeacher) else own) is model for own in named.values()):
-        if several or is_asked(teacher):
-            if not isinstance(model, str):
-                raise ValueError("`model` and a teacher cannot be the same object: the teacher is frozen.")
+    if several or is_asked(teacher):
+        for own in named.values():
+            refuse_student(own.model if isinstance(own, LocalTeacher | LazyTeacher) else own, model)
     if not several and not is_asked(teacher):
         return teacher
     unread = {

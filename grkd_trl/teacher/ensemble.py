@@ -294,7 +294,7 @@ class TeacherEnsemble:
                 f"{sorted(columns or {})}."
             )
         named = (columns or {})[self.route_column][row]
-        names = list(self.teachers) if named is None else [named] if isinstance(named, str) else list(named)
+        names = list(self.teachers) if named is None else list(named) if isinstance(named, list | tuple) else [named]
         unknown = [name for name in names if name not in self.teachers]
         if unknown or not names:
             raise ValueError(

@@ -57,8 +57,11 @@ class KDTrainer(GroupTrainer):
     """
 
     equation = (
-        r"L = w \, (-\log p_S(y_t)) + (1 - w) \, T^2 \, \mathrm{KL}(p_T^{1/T} \| p_S^{1/T}), "
-        r"\qquad \text{mean over completion tokens}"
+        r"L = w \, (-\log p_S(y_t)) + (1 - w) \, D, \qquad \text{mean over completion tokens}, \qquad D = \begin{cases} "
+        r"T^2 \, \mathrm{KL}(p_T^{1/T} \| p_S^{1/T}) & \text{forward} \\ "
+        r"T^2 \, \mathrm{KL}(p_S^{1/T} \| p_T^{1/T}) & \text{reverse} \\ "
+        r"\sum_{v \in V_S \cap V_T} |p_S(v) - p_T(v)| + \sum_i |p_S^{\downarrow}(i) - p_T^{\downarrow}(i)| & \text{aligned} "
+        r"\end{cases}"
     )
 
     # One completion is enough: nothing is compared.
