@@ -135,7 +135,8 @@ def shared_tokens(
     by_string: list[dict[str, int]] = []
     for processing_class in (student, teacher):
         reader = _Reader(processing_class)
-        tokenizer, own = reader.tokenizer, {}
+        tokenizer = reader.tokenizer
+        own: dict[str, int] = {}
         special = {token for token, added in reader.tokenizer.added_tokens_decoder.items() if added.special}
         # A text is tokenized to bytes only where no token has its character, so theirs come last
         vocabulary = sorted(
