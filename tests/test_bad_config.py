@@ -40,7 +40,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         "name, choices",
         [
-            ("soft_label", ["token", "group", "none"]),
+            ("soft_label", ["token", "aligned", "group", "none"]),
             ("relative_level", ["completions", "tokens"]),
             ("alpha_schedule", ["linear", "cosine", "constant"]),
             ("score", ["mean", "sum"]),
