@@ -141,7 +141,10 @@ def _shared_ids(trainer: Any, teacher: torch.nn.Module) -> tuple[torch.Tensor, t
     both = trainer.processing_class, trainer.teacher_tokenizer
     pairs = zip(*shared_tokens(*both, conversational=conversational), strict=True)
     known = [pair for pair in pairs if pair[0] < sizes[0] and pair[1] < sizes[1]]
-    student_ids, teacher_ids = torch.tensor(known, dtype=torch.long).reshape(-1, 2).unbind(-1)
+    # On the device once, and not in every tile
+    student_ids, teacher_ids = (
+        torch.tensor(known, dtype=torch.long, device=trainer.args.device).reshape(-1, 2).unbind(-1)
+    )
     return student_ids, teacher_ids
 
 
