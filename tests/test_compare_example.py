@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_math_word(folder, settings):
     data = [str(shared_data("math_word/mawps_fold0_dev.csv"))]
     row = run(folder, "math_word", "kd", settings | {"data": data, "max_steps": 1})
     assert len(row["per_item"]) == 6
-    with pytest.raises(ValueError, match="384 problems are too few to hold 400"):
+    with pytest.raises(ValueError, match="problems of different questions are too few to hold 600 out"):
         tasks.TASKS["math_word"](settings | {"data": data, "num_test": 400}, 0)
 
 
@@ -140,11 +141,12 @@ def test_groups_of_a_user(folder, settings, kind):
 
 
 def test_agreement():
-    agreement = tasks._agreement
+    agreement = partial(tasks.pair_agreement, without=1.0)
     assert agreement([1, 2, 3], [1, 2, 3]) == 1
     assert agreement([3, 2, 1], [1, 2, 2]) == 0
     assert agreement([1, 3, 2], [1, 2, 3]) == pytest.approx(2 / 3)
     assert agreement([1, 2], [5, 5]) == 1
+    assert tasks.pair_agreement([1, 2], [5, 5], without=0.5) == 0.5
 
 
 def test_the_command(settings, folder, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from grkd_trl.evaluation.results import check_result, read_results
 from grkd_trl.examples import regimes
 from grkd_trl.examples.benchmarks import privileged_ranks
-from grkd_trl.examples.regime_study import measures, run, tasks
+from grkd_trl.examples.regime_study import run, tasks
 from grkd_trl.examples.regime_study.figure import draw
 
 
@@ -130,12 +130,6 @@ def test_the_verifier():
     texts = [["+ number0 number1", "- number0 number1", "+ number0"]]
     assert tasks.verdicts(["?"], texts, numbers=[[2.0, 3.0]], answer=[5.0]) == [[1.0, 0.0, 0.0]]
     assert run.reward(["?"] * 3, texts[0], [[2.0, 3.0]] * 3, [5.0] * 3) == [1.0, 0.0, 0.0]
-
-
-def test_agreement_leaves_out_ties():
-    assert measures._agreement([3.0, 1.0, 2.0], [1.0, 0.0, 0.0]) == 1.0
-    assert measures._agreement([3.0, 1.0, 2.0], [0.0, 1.0, 1.0]) == 0.0
-    assert measures._agreement([3.0, 1.0], [1.0, 1.0]) == 0.5
 
 
 @pytest.mark.slow

@@ -183,7 +183,7 @@ def run(request_path: str, result_path: str) -> None:
         "seconds": round(budget.seconds, 3),
         "tokens": budget.tokens,
         "peak_memory_bytes": peak,
-        "versions": _versions(),
+        "versions": versions(),
         "curve": budget.curve,
         "curve_items": f"the first {len(watched)} validation items",
         "samples": samples,
@@ -202,11 +202,11 @@ def test_models(path: Path, name: str, task: Task) -> None:
         )
         row = {"task": name, "method": method, "seed": 0, "settings": {}, "status": "done", "role": role}
         row |= {"metrics": {task.metric: sum(values) / len(values)}, "metric": task.metric, "per_item": values}
-        row |= {"seconds": 0, "tokens": None, "peak_memory_bytes": None, "versions": _versions()}
+        row |= {"seconds": 0, "tokens": None, "peak_memory_bytes": None, "versions": versions()}
         append_result(path, row)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {name: version(name) for name in ("grkd_trl", "torch", "transformers", "trl")}
 
 

@@ -77,15 +77,35 @@ def trained(folder: Path, tokenizer, rows, *, num_layers: int, width: int, **kwa
 WRITTEN_BY = {"mixed": lambda size: 1, "teacher": lambda size: size, "student": lambda size: 0}
 
 
+def draw_prompts(prompts: list, count: int, seed: int) -> list:
+    """So many prompts in a seed's order. A small task is gone through several times, with new completions."""
+    order, chosen = random.Random(seed), []
+    while len(chosen) < count:
+        chosen += order.sample(prompts, min(len(prompts), count - len(chosen)))
+    return chosen
+
+
+def split_problems(paths: list[str], num_held_out: int) -> tuple[list[MathWordProblem], list[MathWordProblem]]:
+    """
+    MAWPS's problems to train on and so many that are held out. The files repeat questions, with other numbers, which are no
+    part of the prompt: each question is kept once.
+    """
+    problems = [problem for path in paths for problem in read_math_word_problems(path)]
+    random.Random(0).shuffle(problems)
+    problems = list({problem.question: problem for problem in problems}.values())
+    if len(problems) <= num_held_out:
+        raise ValueError(
+            f"{len(problems)} problems of different questions are too few to hold {num_held_out} out: lower num_test."
+        )
+    return problems[num_held_out:], problems[:num_held_out]
+
+
 def _groups(task: str, student: str, teacher: str, prompts: list[str], settings: dict[str, Any], seed: int) -> Path:
     """Groups of a seed, by default of one completion by the teacher and three by the student, written once."""
     size, who = settings.get("num_completions", 4), settings.get("written_by", "mixed")
     path = Path(settings["work_dir"]) / task / f"groups-{who}-{size}-{seed}.jsonl"
     if not path.exists():
-        order, num_prompts = random.Random(seed), settings["num_prompts"]
-        chosen = []
-        while len(chosen) < num_prompts:  # a small task is gone through several times, with new completions
-            chosen += order.sample(prompts, min(len(prompts), num_prompts - len(chosen)))
+        chosen = draw_prompts(prompts, settings["num_prompts"], seed)
         set_seed(seed)
         by_teacher = WRITTEN_BY[who](size)
         models = [AutoModelForCausalLM.from_pretrained(name) for name in (teacher, student)]
@@ -122,21 +142,15 @@ def scan(settings: dict[str, Any], seed: int) -> Task:
     return Task(student, teacher, groups, splits, lambda item: item[0], "accuracy", test)
 
 
-def _ask(problem: MathWordProblem) -> str:
+def ask_problem(problem: MathWordProblem) -> str:
     return f"{problem.question} = "
 
 
 def math_word(settings: dict[str, Any], seed: int) -> Task:
     """MAWPS: whether the equation that the model writes comes to the answer."""
     folder, num_test = Path(settings["work_dir"]), settings["num_test"]
-    problems = [problem for path in settings["data"] for problem in read_math_word_problems(path)]
-    random.Random(0).shuffle(problems)
-    held_out, train = problems[: num_test + num_test // 2], problems[num_test + num_test // 2 :]
-    if not train:
-        raise ValueError(
-            f"{len(problems)} problems are too few to hold {num_test} and half as many out: lower num_test."
-        )
-    rows = [(_ask(problem), problem.equation) for problem in train]
+    train, held_out = split_problems(settings["data"], num_test + num_test // 2)
+    rows = [(ask_problem(problem), problem.equation) for problem in train]
     tokenizer = word_tokenizer(text for row in rows for text in row)  # other words of held-out questions are <unk>
     steps = settings["pretraining_steps"]
     large, small = {"num_layers": 3, "width": 96, "batch_size": 32}, {"num_layers": 2, "width": 48, "batch_size": 32}
@@ -146,11 +160,11 @@ def math_word(settings: dict[str, Any], seed: int) -> Task:
     groups = _groups("math_word", student, teacher, prompts, settings, seed)
 
     def test(model, tokenizer, items: list[MathWordProblem]) -> tuple[list[float], list[str]]:
-        texts = _write(model, tokenizer, [_ask(problem) for problem in items], 16)
+        texts = _write(model, tokenizer, [ask_problem(problem) for problem in items], 16)
         return [float(solves(text, problem)) for text, problem in zip(texts, items, strict=True)], texts
 
     splits = {"test": held_out[:num_test], "validation": held_out[num_test:]}
-    return Task(student, teacher, groups, splits, _ask, "accuracy", test)
+    return Task(student, teacher, groups, splits, ask_problem, "accuracy", test)
 
 
 def groups(settings: dict[str, Any], seed: int) -> Task:
@@ -171,7 +185,9 @@ def groups(settings: dict[str, Any], seed: int) -> Task:
     def orders(model, tokenizer, items: list[dict]) -> tuple[list[float], list[str]]:
         scorer = LocalTeacher(model, tokenizer)
         scores = scorer.score([row["prompt"] for row in items], [row["completions"] for row in items]).scores
-        return [_agreement(ours, row["teacher_scores"]) for ours, row in zip(scores, items, strict=True)], []
+        return [
+            pair_agreement(ours, row["teacher_scores"], without=1.0) for ours, row in zip(scores, items, strict=True)
+        ], []
 
     if all("reference" in row for row in rows):
         return Task(*paths, splits, lambda row: row["prompt"], "accuracy", matches)
@@ -180,10 +196,11 @@ def groups(settings: dict[str, Any], seed: int) -> Task:
     raise ValueError(f"Each row of {settings['eval_file']} needs a `reference`, or each `teacher_scores`.")
 
 
-def _agreement(ours: list[float], theirs: list[float]) -> float:
+def pair_agreement(ours: list[float], theirs: list[float], *, without: float) -> float:
+    """Share of a group's pairs in the teacher's order, and `without` where it has none."""
     places = range(len(theirs))
     pairs = [(i, j) for i in places for j in places if theirs[i] > theirs[j]]
-    return sum(ours[i] > ours[j] for i, j in pairs) / len(pairs) if pairs else 1.0
+    return sum(ours[i] > ours[j] for i, j in pairs) / len(pairs) if pairs else without
 
 
 TASKS = {"scan": scan, "math_word": math_word, "groups": groups}

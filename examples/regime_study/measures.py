@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grkd_trl.examples.comparison.tasks import pair_agreement
 from grkd_trl.examples.regime_study.tasks import Item
 from grkd_trl.teacher import LocalTeacher
 
@@ -75,7 +76,7 @@ def measure(
 
     theirs = list(held_out["teacher_scores"])
     ours = writer.score(list(held_out["prompt"]), list(held_out["completions"])).scores
-    found["rank accuracy"] = [_agreement(*scores) for scores in zip(ours, theirs, strict=True)]
+    found["rank accuracy"] = [pair_agreement(*scores, without=0.5) for scores in zip(ours, theirs, strict=True)]
     return found
 
 
@@ -90,10 +91,3 @@ def _mean(values: list[float]) -> float:
 
 def _known(score: float) -> float:
     return score if math.isfinite(score) else -math.inf
-
-
-def _agreement(ours: list[float], theirs: list[float]) -> float:
-    """Share of a group's pairs in the teacher's order; half where it has none."""
-    places = range(len(theirs))
-    pairs = [(i, j) for i in places for j in places if theirs[i] > theirs[j]]
-    return sum(ours[i] > ours[j] for i, j in pairs) / len(pairs) if pairs else 0.5

@@ -4,7 +4,6 @@ import json
 import re
 import resource
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
-from grkd_trl.examples.comparison.run import METHODS, Budget
+from grkd_trl.examples.comparison.run import METHODS, Budget, versions
 from grkd_trl.examples.demonstration.models import training
 from grkd_trl.examples.regime_study.measures import measure
 from grkd_trl.examples.regime_study.tasks import Start, make_start, verdicts
@@ -147,7 +146,7 @@ def run(request_path: str, result_path: str) -> None:
         "seconds": round(budget.seconds, 3),
         "tokens": budget.tokens,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "versions": {name: version(name) for name in ("grkd_trl", "torch", "transformers", "trl")},
+        "versions": versions(),
     }
     if request["split"] == "test":  # every measure by item, beside the one that decides
         path = measured_path(settings["work_dir"], request["task"], request["method"], seed)

@@ -1,6 +1,5 @@
 """What a regime starts from: models trained from scratch, groups of prompts that neither has seen, and items to test on."""
 
-import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,8 +9,8 @@ from datasets import Dataset, load_from_disk
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from grkd_trl.evaluation import MathWordProblem, read_math_word_problems, scan_split, solves
-from grkd_trl.examples.comparison.tasks import trained
+from grkd_trl.evaluation import MathWordProblem, scan_split, solves
+from grkd_trl.examples.comparison.tasks import ask_problem, draw_prompts, split_problems, trained
 from grkd_trl.examples.demonstration.models import PROMPT, word_tokenizer
 from grkd_trl.generation import GroupsConfig, generate_groups
 from grkd_trl.teacher import CallableScorer, LocalTeacher, Scorer
@@ -154,9 +153,7 @@ def make_start(settings: dict[str, Any], seed: int) -> Start:
         rows = [(ask(row), text) for row, text in known]
         teacher = make(f"teacher_{settings['teacher']}", "teacher", own, rows)
 
-    order, chosen = random.Random(seed), []
-    while len(chosen) < settings["num_prompts"]:  # a small task is gone through several times, with new completions
-        chosen += order.sample(unseen, min(len(unseen), settings["num_prompts"] - len(chosen)))
+    chosen = draw_prompts(unseen, settings["num_prompts"], seed)
     scorer = CallableScorer(verdicts) if settings["scores"] == "verifier" else None
     rows = [_row(settings, ask, *pair) for pair in chosen]
     test, validation = held_out[:NUM_TEST], held_out[NUM_TEST:]
@@ -177,12 +174,9 @@ def _scan(settings: dict[str, Any]) -> tuple[list, list, Callable[[Any], str]]:
 
 
 def _math_word(settings: dict[str, Any]) -> tuple[list, list, Callable[[Any], str]]:
-    problems = [problem for path in settings["data"] for problem in read_math_word_problems(path)]
-    random.Random(0).shuffle(problems)
-    problems = list({problem.question: problem for problem in problems}.values())  # the files repeat questions
-    pairs = [(problem, problem.equation) for problem in problems]
-    held_out = NUM_TEST + NUM_VALIDATION
-    return pairs[held_out:], pairs[:held_out], lambda problem: f"{problem.question} = "
+    parts = split_problems(settings["data"], NUM_TEST + NUM_VALIDATION)
+    train, held_out = ([(problem, problem.equation) for problem in part] for part in parts)
+    return train, held_out, ask_problem
 
 
 def _with_hint(ask: Callable[[Any], str]) -> Callable[[tuple], tuple[dict[str, str], str]]:
