@@ -36,13 +36,15 @@ class DataCollatorForGroups(DataCollatorMixin):
     Returns a dictionary of P groups in N rows of length L: `group_mask` `(P, G)`, `True` where a group has a
     completion; `input_ids`, `attention_mask` and `completion_mask` `(N, L)`; `clipped` `(N,)`, `True` where the
     completion's end was cut, here or when it was written; and `teacher_scores` `(P, G)`, 0 where absent, if the groups
-    have any; and `teacher_agreement` `(P,)`, NaN where one teacher scored a group alone, if several scored them; and `teacher_top_ids` and `teacher_top_logps` `(M, k)`, of the batch's M completion tokens that are
-    predicted, row after row, if soft labels are cached with them; and `row` `(P,)`, the number of each group in its
-    stream, if it comes from one. Where the teacher has prompts of its own also `teacher_input_ids`, `teacher_attention_mask`
-    and `teacher_completion_mask`, `(N, L_T)`: after its prompt each completion as the student reads it, the mask being 1 on
-    the same M predicted tokens. Of a teacher with another tokenizer these are its own tokens, and `aligned_student` and
-    `aligned_teacher` `(K,)` index the predicted tokens of each side that both predict after the same text. Where prompts have images, also `image_inputs`, for each group what its processor makes of
-    them, once for all its completions, and the types of tokens that models are given with it, `(N, L)`.
+    have any; `teacher_agreement` `(P,)`, NaN where one teacher scored a group alone, if several scored them; and
+    `teacher_top_ids` and `teacher_top_logps` `(M, k)`, of the batch's M completion tokens that are predicted, row
+    after row, if soft labels are cached with them; and `row` `(P,)`, the number of each group in its stream, if it
+    comes from one. Where the teacher has prompts of its own also `teacher_input_ids`, `teacher_attention_mask` and
+    `teacher_completion_mask`, `(N, L_T)`: after its prompt each completion as the student reads it, the mask being 1
+    on the same M predicted tokens. Of a teacher with another tokenizer these are its own tokens, and `aligned_student`
+    and `aligned_teacher` `(K,)` index the predicted tokens of each side that both predict after the same text. Where
+    prompts have images, also `image_inputs`, for each group what its processor makes of them, once for all its
+    completions, and the types of tokens that models are given with it, `(N, L)`.
 
     Example:
 

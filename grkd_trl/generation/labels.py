@@ -227,6 +227,11 @@ def ask_datasets(
         check_chat_templates(part, "dataset", teacher)
         if isinstance(teacher, TeacherEnsemble):
             teacher.check_routes(as_read(part))
+    if asked and any(bring_scores(part) or bring_soft_labels(part) for dataset in datasets for part in parts(dataset)):
+        logger.warning(
+            "`teacher_model` is asked for what is missing alone: scores and soft labels that a dataset already has stay those of "
+            "the teacher that gave them."
+        )
     if soft_labels is not None and asked:
         student = processing_class or tokenizer_of(model, None, with_remote_code(args.model_init_kwargs, args))
         require_same_tokenizer(teacher, student)

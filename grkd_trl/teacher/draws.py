@@ -43,7 +43,8 @@ def draw_tokens(probs: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """
     dtype = torch.float32 if probs.device.type == "mps" else torch.float64
     sums = probs.cumsum(-1, dtype=dtype)
-    numbers = numbers.to(probs.device, dtype).unsqueeze(-1)
+    # Fewer bits may round a number up to 1, which would be a token beyond the last
+    numbers = numbers.to(probs.device, dtype).clamp(max=1 - torch.finfo(dtype).eps / 2).unsqueeze(-1)
     return torch.searchsorted(sums, numbers * sums[:, -1:], right=True).squeeze(-1)
 
 
