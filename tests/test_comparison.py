@@ -187,6 +187,20 @@ class TestTuning:
         compare(start, tmp_path / "out", **arguments(tmp_path), search_space=self.SPACE, tune=4)
         assert len(journal(tmp_path)) == 8 + 4
 
+    def test_several_seeds_decide_by_their_mean(self, start, tmp_path):
+        given = arguments(tmp_path) | {"search_space": self.SPACE, "tune": 4, "tuning_seed": [1000, 1001]}
+        path = compare(start, tmp_path / "out", **given)
+        trials = read_results(tmp_path / "out/tuning.jsonl")
+        assert sorted(row["seed"] for row in trials) == [1000] * 8 + [1001] * 8
+        means = {}
+        for row in trials:
+            if row["method"].startswith("grkd"):
+                means.setdefault(row["settings"]["tau"], []).append(row["metrics"]["accuracy"])
+        settings = {row["method"]: row["settings"] for row in read_results(path)}
+        assert settings["grkd"]["tau"] == max(means, key=lambda tau: sum(means[tau]))
+        with pytest.raises(ValueError, match="`tuning_seed` is empty"):
+            compare(start, tmp_path, **given | {"tuning_seed": []})
+
     def test_same_trials_for_all(self, start, tmp_path):
         compare(start, tmp_path / "out", **arguments(tmp_path), search_space=self.SPACE, tune=2)
         trials = read_results(tmp_path / "out/tuning.jsonl")

@@ -3,18 +3,30 @@
 import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from grkd_trl.evaluation.results import check_result, read_results
+from grkd_trl.evaluation.results import check_result
 from grkd_trl.examples import regimes
 from grkd_trl.examples.benchmarks import privileged_ranks
 from grkd_trl.examples.regime_study import run, tasks
-from grkd_trl.examples.regime_study.figure import draw
+from grkd_trl.examples.regime_study.report import read_values, write
+from grkd_trl.examples.regime_study.verdicts import at_baseline_rate, verdicts
 
 
+MEASURES = (
+    "greedy",
+    "samples",
+    "samples at 0.7",
+    "pass at 8",
+    "best of 8",
+    "teacher's score",
+    "length",
+    "rank accuracy",
+)
 METHODS = [(regime, method) for regime, (_, methods) in regimes.REGIMES.items() for method in methods]
 NAMES = ("Ann", "Ben", "Cem", "Dov", "Eva", "Fay")
 NOUNS = ("pears", "cards", "books", "coins", "shells")
@@ -69,7 +81,7 @@ def test_a_model_before_training_by_every_measure(settings, tmp_path, regime):
     row = ask(settings, regime, "student before", "test", tmp_path)
     path = run.measured_path(settings["work_dir"], row["task"], row["method"], 0)
     by_item = json.loads(path.read_text())
-    assert set(regimes.MEASURES) <= set(by_item)
+    assert set(MEASURES) <= set(by_item)
     assert {len(by_item[name]) for name in by_item} == {6} | {len(by_item["rank accuracy"])}
     assert all(once <= often for once, often in zip(by_item["samples"], by_item["pass at 8"], strict=True))
     assert all(math.isfinite(score) and score <= 0 for score in by_item["teacher's score"])
@@ -154,36 +166,47 @@ def test_no_question_is_on_two_sides(settings, tmp_path):
     assert len(questions) == len(set(questions)) == 60
 
 
-def test_every_measure_becomes_a_task(tmp_path):
-    values = {name: [0.0, 1.0] for name in regimes.MEASURES}
-    path = run.measured_path(tmp_path, "logits, scan", "grkd", 0)
-    path.parent.mkdir()
-    path.write_text(json.dumps(values))
-    row = {"task": "logits, scan", "method": "grkd", "seed": 0, "settings": {}, "metrics": {"right": 0.5}}
-    row |= {"metric": "right", "per_item": [0.0, 1.0], "seconds": 1.0, "tokens": 2, "peak_memory_bytes": 3}
-    row |= {"versions": {}, "status": "done"}
-    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
-    spread = read_results(regimes.by_measure(tmp_path / "results.jsonl", tmp_path, tmp_path / "measures.jsonl"))
-    assert sorted(row["task"] for row in spread) == sorted(f"logits, scan: {name}" for name in regimes.MEASURES)
-    assert {row["metrics"][row["metric"]] for row in spread} == {0.5}
-    drawn = [
-        draw(spread, "logits, scan", regimes.MEASURES, tmp_path / name).read_bytes() for name in ("a.png", "b.png")
-    ]
-    assert drawn[0] == drawn[1] != draw(spread, "logits, scan", ("samples",), tmp_path / "c.png").read_bytes()
-
-
-def test_verdicts_compare_what_differs_in_one_thing(tmp_path):
-    row = {"task": "privileged, math_word", "settings": {}, "seconds": 1.0, "tokens": 2, "peak_memory_bytes": 3}
-    row |= {"versions": {}, "status": "done"}
-    lines = []
+def made_runs(folder):
+    """Two methods with two seeds, of which one is better by a quarter on every item."""
     for method, gain in (("kd", 0.0), ("grkd", 0.25)):
         for seed in (0, 1):
-            for measure in regimes.MEASURES:
-                values = [gain + 0.1 * seed + 0.01 * item for item in range(10)]
-                own = {"task": f"{row['task']}: {measure}", "method": method, "seed": seed, "per_item": values}
-                lines.append(json.dumps(row | own | {"metric": measure, "metrics": {measure: sum(values) / 10}}))
-    (tmp_path / "measures.jsonl").write_text("\n".join(lines))
-    text = regimes.verdicts(tmp_path / "measures.jsonl")
+            values = {name: [gain + 0.1 * seed + 0.01 * item for item in range(10)] for name in MEASURES}
+            path = run.measured_path(folder / "models", "privileged, math_word", method, seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(values | {"right": values["greedy"]}))
+            row = {"task": "privileged, math_word", "method": method, "seed": seed, "metric": "right"}
+            row |= {"settings": {"learning_rate": 1e-3 + gain, "data": ["/home/me/a.csv"], "work_dir": "/home/me"}}
+            row |= {"metrics": {"right": gain, "cpu_seconds": 7.0}, "per_item": values["greedy"], "seconds": 1.0}
+            row |= {"tokens": 2, "peak_memory_bytes": 3, "versions": {}, "status": "done"}
+            with open(folder / "results.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def test_the_report_compares_what_differs_in_one_thing(tmp_path):
+    made_runs(tmp_path)
+    write(tmp_path, tmp_path / "report")
+    text = (tmp_path / "report/verdicts.md").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("| ranking | grkd | kd |")]
-    assert line.count("+0.250") >= len(regimes.MEASURES)
+    assert line.count("+0.250") >= len(MEASURES)
     assert "grkd online" not in text  # which has no runs
+    first, second = [line for line in (tmp_path / "report/tables.md").read_text().splitlines() if "kd |" in line]
+    assert (first[:15], second[:13]) == ("| grkd | 0.251 ", "| kd | 0.001 ")
+    for name in ("results.jsonl", "tuning.jsonl"):
+        assert "/home/me" not in (tmp_path / "report" / name).read_text()
+    known = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    assert len(known) == 6
+    write(tmp_path, tmp_path / "report")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == known
+
+
+def test_ranking_is_tested_at_the_rate_of_the_same_losses_without_it(tmp_path):
+    made_runs(tmp_path)
+    given = {"grkd": {"alpha_start": 0.1}, "kd": {}}
+    again = at_baseline_rate(tmp_path / "results.jsonl", "privileged, math_word", given)
+    assert again == {"grkd at the rate of kd": {"alpha_start": 0.1, "learning_rate": 1e-3}}
+    assert at_baseline_rate(tmp_path / "results.jsonl", "privileged, math_word", {"kd": {}}) == {}
+
+
+def test_the_published_verdicts_are_those_of_the_published_values():
+    folder = Path(regimes.__file__).parent / "results" / "regimes"
+    assert verdicts(read_values(folder / "by_item.jsonl.gz")) == (folder / "verdicts.md").read_text()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grkd_trl.evaluation.statistics import bootstrap_estimate, paired_difference
 from grkd_trl.examples.benchmarks.teacher_prompt import as_fields, rank_accuracy
-from grkd_trl.examples.regime_study.grid import MAX_NEW_TOKENS, REGIMES, TUNING_SEED
+from grkd_trl.examples.regime_study.grid import MAX_NEW_TOKENS, REGIMES, TUNING_SEEDS
 from grkd_trl.examples.regime_study.tasks import make_start, verdicts
 from grkd_trl.teacher import LocalTeacher
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {"task": "math_word", "data": args.mawps, "work_dir": f"{args.output_dir}/models"}
     settings |= {"num_prompts": args.num_prompts, "pretraining": args.pretraining}
     settings |= {"max_new_tokens": MAX_NEW_TOKENS["math_word"]} | REGIMES["privileged"][0]
-    start = make_start(settings, TUNING_SEED)
+    start = make_start(settings, TUNING_SEEDS[0])
     teacher = LocalTeacher(
         AutoModelForCausalLM.from_pretrained(start.teacher), AutoTokenizer.from_pretrained(start.teacher)
     )

@@ -1,11 +1,10 @@
-"""The grid of `regimes.py`: its methods, rates and comparisons, which were fixed before a test item was looked at."""
+"""The grids of `regimes.py` and `real_pair.py`: methods, rates and comparisons, fixed before a test item was looked at."""
 
 from typing import Any
 
 
-RATES = (1e-5, 1e-4, 5e-4, 1e-3, 3e-3)
-SEEDS, TUNING_SEED = [0, 1, 2, 3, 4], 1000
-MEASURES = ("greedy", "samples", "samples at 0.7", "pass at 8", "best of 8", "teacher's score", "rank accuracy")
+RATES = (1e-5, 1e-4, 5e-4, 1e-3, 3e-3, 1e-2)
+SEEDS, TUNING_SEEDS = [0, 1, 2, 3, 4], [1000, 1001]
 NO_RANKING = {"alpha_start": 0.0, "alpha_end": 0.0}  # which leaves KD, with groups of one's own
 ONLINE = {"generate_every": 5, "learns_from": "prompts"}
 BEST, VERIFIED = {"learns_from": "best"}, {"learns_from": "groups with a right completion"}
@@ -70,7 +69,7 @@ REGIMES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
 # By regime: a method and the one that it is compared to, for what the method has in addition.
 COMPARISONS = {
     "logits": {
-        "ranking": [("grkd", "kd"), ("grkd constant", "kd"), ("grkd preference", "kd"), ("grkd at kd's rate", "kd")],
+        "ranking": [("grkd", "kd"), ("grkd constant", "kd"), ("grkd preference", "kd")],
         "a schedule": [("grkd", "grkd constant")],
         "online groups": [("grkd online", "grkd")],
     },
@@ -82,6 +81,19 @@ COMPARISONS = {
     "scores": {"ranking": [("grkd +sft", "sft"), ("grkd group +sft", "sft"), ("pro", "sft")]},
     "privileged": {"ranking": [("grkd", "kd"), ("grkd online", "grkd no ranking online")]},
 }
+COMPARISONS["real pair"] = {"ranking": [("grkd", "kd")], "soft labels": [("kd", "sft"), ("grkd", "sft")]}
 TASKS = {"logits": ("math_word", "scan"), "verifier": ("math_word",), "scores": ("math_word", "scan")}
 TASKS |= {"privileged": ("math_word",)}
+# Of the real pair
+PAIR_METHODS: dict[str, dict[str, Any]] = {
+    "grkd": {},
+    "kd": {},
+    "sft": BEST,
+    "seqkd": {"learns_from": "prompts"},
+    "dpo": {},
+    "simpo": {},
+    "pro": {},
+}
+PAIR_RATES = (3e-5, 1e-4, 3e-4)
+PAIR_SEEDS, PAIR_TUNING_SEED = [0, 1, 2], 1000
 MAX_NEW_TOKENS = {"math_word": 16, "scan": 49}

@@ -64,7 +64,7 @@ def measure(
 
     _, cooler = write(NUM_SAMPLES, 0.7)
     found |= {"samples at 0.7": list(map(_mean, cooler)), "pass at 8": list(map(max, sampled))}
-    own = writer.score(asked, written.texts, columns=_written(written)).scores
+    own = writer.score(asked, written.texts, columns=written_columns(written)).scores
     best = [max(range(len(scores)), key=lambda place: _known(scores[place])) for scores in own]
     found["best of 8"] = [group[place] for group, place in zip(sampled, best, strict=True)]
     columns = {"clipped": written.clipped}
@@ -80,7 +80,8 @@ def measure(
     return found
 
 
-def _written(written: Any) -> dict[str, Any]:
+def written_columns(written: Any) -> dict[str, Any]:
+    """The columns of groups that a teacher has written, so that its own ids are scored."""
     columns = {name: getattr(written, name) for name in ("clipped", "prompt_ids", "completion_ids")}
     return columns | {"tokenizer_hash": [written.tokenizer_hash] * len(written.texts)}
 

@@ -62,7 +62,7 @@ def training_data(start: Start, learns_from: str) -> Dataset:
     if learns_from == "teacher's right":
         groups = groups.filter(lambda row: row["teacher_scores"][row["written_by"].index("teacher")] > 0)
 
-    def one(row: dict[str, Any]) -> dict[str, str]:
+    def one(row: dict[str, Any]) -> dict[str, Any]:
         if learns_from == "reference":
             return {"completion": row["reference"]}
         scores, place = row["teacher_scores"], 0
@@ -70,7 +70,8 @@ def training_data(start: Start, learns_from: str) -> Dataset:
             place = row["written_by"].index("teacher")
         else:
             place = max(range(len(scores)), key=scores.__getitem__)
-        return {"completion": row["completions"][place]}
+        text = row["completions"][place]
+        return {"completion": text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]}
 
     return groups.map(one).select_columns(["prompt", "completion"])
 

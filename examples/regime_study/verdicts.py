@@ -1,56 +1,73 @@
-"""What the runs of `regimes.py` say: every measure by item, and the differences that its rules ask for."""
+"""What the runs of `regimes.py` and `real_pair.py` say: the differences that their rules ask for."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from grkd_trl.evaluation.results import append_result, read_results
+from grkd_trl.evaluation.results import read_results
 from grkd_trl.evaluation.statistics import holm_p_values, paired_difference
-from grkd_trl.examples.regime_study.grid import COMPARISONS, MEASURES
-from grkd_trl.examples.regime_study.run import measured_path
+from grkd_trl.examples.regime_study.grid import COMPARISONS
 
 
-def by_measure(results: Path, work_dir: Path, path: Path) -> Path:
-    """Each measure of the runs as a task of its own, with its values by item."""
-    path.unlink(missing_ok=True)
-    for row in read_results(results):
-        if row["status"] != "done":
-            append_result(path, row)
-            continue
-        values = json.loads(measured_path(work_dir, row["task"], row["method"], row["seed"]).read_text())
-        for measure in MEASURES:
-            own = {"task": f"{row['task']}: {measure}", "metric": measure, "per_item": values[measure]}
-            append_result(path, row | own | {"metrics": {measure: sum(values[measure]) / len(values[measure])}})
-    return path
+Runs = dict[str, dict[int, dict[str, list[float]]]]  # by method, seed and measure a value for each item
+Values = dict[str, Runs]  # by task
+HEAD = """# What ranking, a verifier, a schedule and online groups add
+
+Differences with their 95 % intervals over seeds and items; bold: significant after Holm's correction over the comparisons of a
+regime, task and measure. Rank accuracy is over held-out groups, the other measures over test items."""
 
 
-def verdicts(measures: Path) -> str:
+def at_baseline_rate(results: Path, task: str, methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Ranking at the learning rate of the same losses without it, where the two were tested at different rates."""
+    done = {row["method"]: row for row in read_results(results) if row["task"] == task}
+    rates = {name: row["settings"]["learning_rate"] for name, row in done.items() if name in methods}
+    pairs = [pair for pair in COMPARISONS[task.split(",")[0]]["ranking"] if set(pair) <= rates.keys()]
+    again = {f"{one} at the rate of {other}": methods[one] | {"learning_rate": rates[other]} for one, other in pairs}
+    return {name: again[name] for name, (one, other) in zip(again, pairs, strict=True) if rates[one] != rates[other]}
+
+
+def measures_of(methods: Runs) -> list[str]:
+    """Names of the measures that all runs of a task have."""
+    return list(next(iter(next(iter(methods.values())).values())))
+
+
+def by_samples(methods: Runs) -> list[str]:
+    """The methods, the one with the best samples first."""
+    measures = measures_of(methods)
+    samples = "samples" if "samples" in measures else measures[0]
+    return sorted(methods, key=lambda method: -mean(methods[method], samples))
+
+
+def mean(seeds: dict[int, dict[str, list[float]]], measure: str) -> float:
+    """Mean of a method's measure over seeds and items."""
+    return float(np.mean([values[measure] for values in seeds.values()]))
+
+
+def verdicts(found: Values) -> str:
     """Each comparison's difference by each measure, in Markdown, with Holm's p-values over a regime, task and measure."""
-    items: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for row in read_results(measures):
-        if row["status"] == "done":
-            items.setdefault(row["task"], {}).setdefault(row["method"], {})[row["seed"]] = row["per_item"]
-    lines = []
-    for task in sorted({name.split(":")[0] for name in items}):
+    lines = [HEAD]
+    for task, methods in found.items():
         asked = [(what, *pair) for what, pairs in COMPARISONS[task.split(",")[0]].items() for pair in pairs]
+        asked += [(what, f"{one} at the rate of {other}", other) for what, one, other in asked if what == "ranking"]
         cells: dict[tuple[str, str, str], list[str]] = {}
-        for measure in MEASURES:
-            found = items[f"{task}: {measure}"]
+        for measure in measures_of(methods):
             known = {}
             for what, method, baseline in asked:
-                seeds = sorted(found.get(method, {}).keys() & found.get(baseline, {}).keys())
+                seeds = sorted(methods.get(method, {}).keys() & methods.get(baseline, {}).keys())
                 if seeds:
-                    values = [np.array([found[name][seed] for seed in seeds]) for name in (method, baseline)]
+                    values = [
+                        np.array([methods[name][seed][measure] for seed in seeds]) for name in (method, baseline)
+                    ]
                     known[what, method, baseline] = paired_difference(*values)
             p_values = holm_p_values(np.array([estimate.p_value for estimate in known.values()]))
             for key, estimate, p_value in zip(known, known.values(), p_values, strict=True):
                 mark = "**" if p_value < 0.05 else ""
                 text = f"{mark}{estimate.mean:+.3f}{mark} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
                 cells.setdefault(key, []).append(text)
-        lines += ["", f"## {task}", "", f"| adds | method | minus | {' | '.join(MEASURES)} |"]
+        lines += ["", f"## {task}", "", f"| adds | method | minus | {' | '.join(measures_of(methods))} |"]
         lines += [
-            "|---" * (3 + len(MEASURES)) + "|",
+            "|---" * (3 + len(measures_of(methods))) + "|",
             *(f"| {' | '.join([*key, *row])} |" for key, row in cells.items()),
         ]
     return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -35,7 +36,7 @@ def compare(
     settings: dict[str, dict[str, Any]] | None = None,
     search_space: dict[str, list[dict[str, Any]]] | None = None,
     tune: int = 0,
-    tuning_seed: int = 1000,
+    tuning_seed: int | Sequence[int] = 1000,
     num_workers: int = 1,
 ) -> Path:
     """
@@ -74,8 +75,8 @@ def compare(
         tune (`int`, *optional*, defaults to `0`):
             Trials for each method: points of its search space, the same points in each, drawn once. Each is run with
             `tuning_seed` on the validation split, and the one with the best metric that decides goes into the comparison.
-        tuning_seed (`int`, *optional*, defaults to `1000`):
-            Seed of the trials, none of `seeds`.
+        tuning_seed (`int` or `Sequence[int]`, *optional*, defaults to `1000`):
+            Seed of the trials, none of `seeds`. With several, each trial is run with all of them, and its metric is the mean.
         num_workers (`int`, *optional*, defaults to `1`):
             Runs at a time. More than one shares the machine, and with it `seconds`.
 
@@ -93,7 +94,8 @@ def compare(
     folder = Path(output_dir).expanduser()
     given = {method: (shared or {}) | budget | (settings or {}).get(method, {}) for method in methods}
     if tune:
-        given = _tuned(start, folder, task, given, search_space or {}, tune, tuning_seed, seeds, num_workers)
+        drawn = [tuning_seed] if isinstance(tuning_seed, int) else list(tuning_seed)
+        given = _tuned(start, folder, task, given, search_space or {}, tune, drawn, seeds, num_workers)
     requests = [
         {"task": task, "method": method, "seed": seed, "split": "test", "settings": given[method]}
         for seed in seeds  # all methods of a seed first, so that what is there when it is stopped can be compared
@@ -111,7 +113,7 @@ def _tuned(
     given: dict[str, dict[str, Any]],
     search_space: dict[str, list[dict[str, Any]]],
     tune: int,
-    tuning_seed: int,
+    tuning_seeds: list[int],
     seeds: Sequence[int],
     num_workers: int,
 ) -> dict[str, dict[str, Any]]:
@@ -120,33 +122,36 @@ def _tuned(
         raise ValueError(
             f"`search_space` must hold the same number of settings for each method, {tune} (`tune`) or more, got {sizes}."
         )
-    if tuning_seed in seeds:
-        raise ValueError(f"`tuning_seed` {tuning_seed} is one of `seeds`: tune with a seed that is not tested.")
+    if tested := sorted(set(tuning_seeds) & set(seeds)):
+        raise ValueError(f"`tuning_seed` {tested[0]} is one of `seeds`: tune with a seed that is not tested.")
+    if not tuning_seeds:
+        raise ValueError("`tuning_seed` is empty: give a seed, or several, to tune with.")
     points = sorted(random.Random(0).sample(range(next(iter(sizes.values()))), tune))
     trials = [
         {
             "task": task,
             "method": f"{method} trial {number}",
-            "seed": tuning_seed,
+            "seed": seed,
             "split": "validation",
             "settings": settings | search_space[method][point],
         }
+        for seed in tuning_seeds
         for number, point in enumerate(points)
         for method, settings in given.items()
     ]
     path = folder / "tuning.jsonl"
     _run_all(start, trials, path, folder / "logs", num_workers)
-    rows = {row["method"]: row for row in read_results(path) if row["task"] == task}
+    rows = {(row["method"], row["seed"]): row for row in read_results(path) if row["task"] == task}
     best = {}
-    for method in given:
-        done = [rows[f"{method} trial {number}"] for number in range(tune)]
-        done = [row for row in done if row["status"] == "done"]
-        if not done:
-            # Every trial failed: the comparison shows the method as failed, with the first trial's settings.
-            best[method] = rows[f"{method} trial 0"]["settings"]
-            continue
-        chosen = max(done, key=lambda row: row["metrics"][decisive_metric(row)])  # the first of equals
-        best[method] = chosen["settings"]
+    for method, settings in given.items():
+        # Where every trial failed, the comparison shows the method as failed, with the first trial's settings.
+        best[method], highest = settings | search_space[method][points[0]], -math.inf
+        for number, point in enumerate(points):
+            runs = [rows[f"{method} trial {number}", seed] for seed in tuning_seeds]
+            if all(row["status"] == "done" for row in runs):
+                mean = sum(row["metrics"][decisive_metric(row)] for row in runs) / len(runs)
+                if mean > highest:  # the first of equals
+                    best[method], highest = settings | search_space[method][point], mean
     return best
 
 

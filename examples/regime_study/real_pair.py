@@ -1,0 +1,213 @@
+"""One run of `real_pair.py`: a pretrained model without some of its layers, trained to follow the whole one, and measured."""
+
+import json
+import math
+import resource
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_dataset, load_from_disk
+from rouge_score.rouge_scorer import RougeScorer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
+
+from grkd_trl.data import encode_prompt
+from grkd_trl.examples.comparison.run import Budget, versions
+from grkd_trl.examples.comparison.tasks import pair_agreement
+from grkd_trl.examples.pruning.layers import claim_folder, drop_layers
+from grkd_trl.examples.regime_study.measures import written_columns
+from grkd_trl.examples.regime_study.run import make_trainer, measured_path
+from grkd_trl.examples.regime_study.tasks import Start
+from grkd_trl.generation import GroupsConfig, generate_groups
+from grkd_trl.teacher import LocalTeacher
+
+
+NUM_SAMPLES = 2
+MAX_PROMPT, MAX_ANSWER, MAX_PREFERENCES = 80, 128, 64  # tokens of a prompt, of an answer in a preference; rows
+NUM_HELD_OUT = {"validation": 24, "test": 48}
+
+
+def read_rows(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
+    """Rows of `prompt` (as messages, no longer than `MAX_PROMPT`), `chosen` and `rejected`: with long answers, and with short ones."""
+    rows = load_dataset("json", data_files=path, split="train").select_columns(["prompt", "chosen", "rejected"])
+    rows = rows.map(lambda row: {"messages": [{"role": "user", "content": row["prompt"]}]}, remove_columns="prompt")
+    rows = rows.rename_column("messages", "prompt")
+    rows = rows.filter(lambda row: len(encode_prompt(tokenizer, row["prompt"])) <= MAX_PROMPT)
+
+    def is_short(row: dict[str, Any]) -> bool:
+        return max(len(tokenizer(row[name]).input_ids) for name in ("chosen", "rejected")) <= MAX_ANSWER
+
+    return rows.filter(lambda row: not is_short(row)), rows.filter(is_short)
+
+
+def make_start(settings: dict[str, Any], seed: int) -> Start:
+    """
+    Models, groups, and held-out rows and groups of both splits, made where they are not there yet.
+
+    Args:
+        settings (`dict[str, Any]`):
+            `model`, `drop` (layers to leave out, see [`~examples.pruning.layers.layers_to_drop`]), `data` (two files of rows of
+            `prompt`, `chosen` and `rejected`, whose prompts are trained on and tested on), `work_dir`, `num_prompts`, `max_new_tokens`.
+        seed (`int`):
+            Decides the prompts, and what is written for them.
+
+    Returns:
+        [`~examples.regime_study.tasks.Start`]: All of it. Its items are the rows of the splits, and `held_out` their groups.
+    """
+    folder = Path(settings["work_dir"]) / "pair"
+    claim_folder(folder, model=settings["model"], drop=settings["drop"])
+    paths = {name: str(folder / name) for name in ("student", "teacher")}
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    if not (folder / "student" / "tokenizer_config.json").exists():
+        model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float32)
+        for name, made in (("teacher", model), ("student", drop_layers(model, settings["drop"]))):
+            made.save_pretrained(paths[name])
+            tokenizer.save_pretrained(paths[name])
+    (prompts, _), parts = (read_rows(path, tokenizer) for path in settings["data"])
+    held_out = concatenate_datasets(list(parts))
+    tested = [row["prompt"] for row in held_out]
+    prompts = prompts.filter(lambda row: row["prompt"] not in tested)
+    drawn = prompts.select_columns("prompt").shuffle(seed=seed).select(range(settings["num_prompts"]))
+    places = iter(range(len(held_out)))
+    items = {
+        name: held_out.select([next(places) for _ in range(min(count, len(held_out) // 2))])
+        for name, count in NUM_HELD_OUT.items()
+    }
+    groups = _groups(f"groups-{seed}", paths, drawn, settings, seed)
+    watched = {
+        name: _groups(name, paths, rows.select_columns("prompt"), settings, 10**6) for name, rows in items.items()
+    }
+    return Start(paths["student"], paths["teacher"], groups, watched, items, settings["max_new_tokens"])
+
+
+def _groups(name: str, paths: dict[str, str], rows: Dataset, settings: dict[str, Any], seed: int) -> Dataset:
+    folder = Path(settings["work_dir"]) / name
+    if not (folder / "done").exists():
+        writers = {who: _teacher(path) for who, path in paths.items()}
+        config = GroupsConfig(
+            output_dir=str(folder / "made"),
+            completion_source="mixed",
+            num_completions=4,
+            num_drawn=4,
+            num_teacher_completions=2,
+            max_completion_length=settings["max_new_tokens"],
+            seed=seed,
+        )
+        generate_groups(rows, config, **writers).save_to_disk(folder / "part")
+        (folder / "part").rename(folder / "done")  # complete or not at all
+    return load_from_disk(folder / "done")
+
+
+def _teacher(path: str) -> LocalTeacher:
+    return LocalTeacher(AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path))
+
+
+def measure(
+    model: PreTrainedModel, start: Start, split: str, preferences: Dataset | None = None
+) -> dict[str, list[float]]:
+    """
+    Measure a model on held-out prompts. All models draw their samples by the same random numbers.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Model.
+        start ([`~examples.regime_study.tasks.Start`]):
+            Teacher, and held-out rows and groups.
+        split (`str`):
+            `"validation"` or `"test"`.
+        preferences ([`~datasets.Dataset`], *optional*):
+            Rows of `prompt`, `chosen` and `rejected`.
+
+    Returns:
+        `dict[str, list[float]]`: For each prompt `"score of samples"` (the teacher's, in nats a token), `"ROUGE-L"` of the samples
+        to as many words of the reference, `"new trigrams"` (share of a sample's trigrams of words that it has not had before),
+        `"length"` in tokens; for each held-out group `"teacher's text"` (the model's score of it, in nats a token) and `"rank
+        accuracy"`; and with `preferences` `"preferences"`, whether the chosen answer has the higher score.
+    """
+    teacher = _teacher(start.teacher)
+    writer = LocalTeacher(model, teacher.processing_class)
+    rows, groups = start.items[split], start.held_out[split]
+    asked = list(rows["prompt"])
+    written = writer.generate(asked, NUM_SAMPLES, seed=0, max_new_tokens=start.max_new_tokens)
+    scores = teacher.score(asked, written.texts, columns=written_columns(written)).scores
+    found = {
+        "score of samples": [_mean([score for score in own if math.isfinite(score)] or [-20.0]) for own in scores]
+    }
+    rouge = RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = list(zip(written.texts, rows["chosen"], strict=True))
+    found["ROUGE-L"] = [_mean([_rouge(rouge, text, reference) for text in texts]) for texts, reference in pairs]
+    found["new trigrams"] = [_mean(list(map(_new_trigrams, texts))) for texts in written.texts]
+    found["length"] = [_mean([float(len(ids)) for ids in group]) for group in written.completion_ids or []]
+    columns = {name: list(groups[name]) for name in ("clipped", "prompt_ids", "completion_ids", "tokenizer_hash")}
+    ours = writer.score(list(groups["prompt"]), list(groups["completions"]), columns=columns).scores
+    authors = groups["written_by"]
+    found["teacher's text"] = [
+        _mean([score for score, author in zip(own, names, strict=True) if author == "teacher"])
+        for own, names in zip(ours, authors, strict=True)
+        if "teacher" in names
+    ]
+    theirs = list(groups["teacher_scores"])
+    found["rank accuracy"] = [pair_agreement(*scores, without=0.5) for scores in zip(ours, theirs, strict=True)]
+    if preferences is not None:
+        answers = [[row["chosen"], row["rejected"]] for row in preferences]
+        judged = writer.score(list(preferences["prompt"]), answers).scores
+        found["preferences"] = [float(chosen > rejected) for chosen, rejected in judged]
+    return found
+
+
+def run(request_path: str, result_path: str) -> None:
+    """One run, from a request of `grkd_trl.evaluation.compare`. The first word of its method names the trainer."""
+    request = json.loads(Path(request_path).read_text())
+    settings, seed, method = request["settings"], request["seed"], request["method"].split()[0]
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    start = make_start(settings, seed)
+    tokenizer = AutoTokenizer.from_pretrained(start.student)
+    budget = Budget(settings, 0, None)
+    with tempfile.TemporaryDirectory() as folder:
+        set_seed(seed)
+        if method in ("student", "teacher"):  # before training
+            model = AutoModelForCausalLM.from_pretrained(getattr(start, method))
+        else:
+            own = {name: value for name, value in settings.items() if name not in ("model", "drop")}
+            trainer = make_trainer(method, start, tokenizer, own, seed, folder)
+            trainer.add_callback(budget)
+            trainer.train()
+            model = trainer.model
+    is_test = request["split"] == "test"
+    preferences = None  # about prompts that are not trained on
+    if is_test:
+        _, preferences = read_rows(settings["data"][0], tokenizer)
+        preferences = preferences.select(range(min(len(preferences), MAX_PREFERENCES)))
+    found = measure(model.eval(), start, request["split"], preferences)
+    result = {
+        "metrics": {name: _mean(values) for name, values in found.items()} | {"cpu_seconds": budget.cpu_seconds},
+        "metric": "score of samples",
+        "per_item": found["score of samples"],
+        "seconds": round(budget.seconds, 3),
+        "tokens": budget.tokens,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "versions": versions(),
+    }
+    if is_test:
+        path = measured_path(settings["work_dir"], request["task"], request["method"], seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+    Path(result_path).write_text(json.dumps(result))
+
+
+def _rouge(rouge: RougeScorer, text: str, reference: str) -> float:
+    beginning = " ".join(reference.split()[: max(len(text.split()), 1)])
+    return rouge.score(beginning, text)["rougeL"].fmeasure
+
+
+def _new_trigrams(text: str) -> float:
+    words = text.split()
+    trigrams = list(zip(words, words[1:], words[2:], strict=False))
+    return len(set(trigrams)) / len(trigrams) if trigrams else 1.0
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
