@@ -1,12 +1,14 @@
 """Which of two answers a teacher picks, against a plain forward a question."""
 
 import doctest
+import json
 import math
 
 import pytest
 import torch
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model
 
+from grkd_trl.examples.benchmarks import preferences
 from grkd_trl.teacher import CalibratedTeacher, LocalTeacher, calibrate_scores, calibration, selection_probs
 
 
@@ -143,3 +145,26 @@ class TestCalibratedTeacher:
     def test_takes_means(self, tokenizer):
         with pytest.raises(ValueError, match='`score="sum"`'):
             CalibratedTeacher(LocalTeacher(make_model("llama", tokenizer), tokenizer, score="sum"))
+
+
+def test_how_often_a_teacher_is_right_about_preferences(tokenizer, tmp_path, capsys):
+    """`examples/benchmarks/preferences.py` with pairs and with ranked answers, on a tiny model."""
+    assert preferences.right_share([1.0, 2.0, 3.0], [2, 1, 0]) == 1.0
+    assert preferences.right_share([1.0, 2.0, 3.0], [0, 1, 2]) == 0.0
+    assert (
+        preferences.right_share([1.0, 1.0, 3.0], [1, 0, 1]) == 0.25
+    )  # a tie is half right, and equal ranks are no pair
+    make_model("llama", tokenizer, max_position_embeddings=2048).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    rows = [
+        {"prompt": "why", "chosen": "so it is", "rejected": "no"},
+        {"prompt": "x" * 999, "chosen": "a", "rejected": "b"},
+    ]
+    ranked = [{"prompt": PROMPT, "completions": ["Red.", "Blue", "x"], "ranks": [0, 1, 2]}]
+    for name, given in (("pairs", rows), ("ranked", ranked)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, given)))
+        preferences.main(["--teacher", str(tmp_path / "teacher"), "--pairs", str(tmp_path / f"{name}.jsonl")])
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found["rows"] == 1  # the long one is left out
+        assert found["longer"]["mean"] == {"pairs": 1.0, "ranked": pytest.approx(5 / 6, abs=1e-3)}[name]
+        assert all(0 <= found[score]["mean"] <= 1 for score in ("log-probability", "picks"))
