@@ -1,9 +1,9 @@
 """Alignment of tokenizers whose vocabularies, turns and prompts differ: bytes as fallback, ends of turns, merged prompts."""
 
 import pytest
+from aligned_runs import BYTES, bpe
 from datasets import Dataset
 from runs import TOKENIZER, VOCAB, logged, make_rows, train
-from test_aligned import BYTES, bpe
 from tiny import tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
