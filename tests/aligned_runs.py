@@ -53,23 +53,30 @@ def spaced(rows):
 
 
 def slow_step(student, teacher, rows, *, temperature=1.0, max_length=None):
-    """Soft labels of each completion token, and each side's scores: bytes of a text are its characters."""
+    """
+    Soft labels of each completion token, and each side's scores: bytes of a text are its characters, as far as the student has
+    read the same. `completion_ids` of a row are what the student wrote, and `clipped` what has no end.
+    """
+    names = {token: word for word, token in TOKENIZER.get_vocab().items()}
     vocab, bytes_of = TOKENIZER.get_vocab(), BYTES.get_vocab()
     pairs = [(vocab[word], bytes_of[word]) for word in "abcdefghijklmnop"] + [(vocab["<eos>"], bytes_of["<eos>"])]
     options = reference_step.Options(vocab_size=VOCAB, max_length=max_length)
     losses, scores = [], []
     for row in rows:
-        group, read = to_ids(row), row.get("teacher_prompt") or row["prompt"]
+        written = {name: row[name] for name in ["completion_ids"] if name in row}
+        group = to_ids(row | {"completions": []} if written else row) | written
+        read = row.get("teacher_prompt") or row["prompt"]
+        cut = row.get("clipped", [False] * len(row["completions"]))
         scores.append(([], []))
-        for ids, text in zip(group["completion_ids"], row["completions"], strict=True):
+        for ids, text, was_cut in zip(group["completion_ids"], row["completions"], cut, strict=True):
             score, own_logits = reference_step.read_completion(student, group["prompt_ids"], ids, options)
-            characters = [bytes_of["Ġ" if c == " " else c] for c in read + text] + [bytes_of["<eos>"]]
+            characters = BYTES(read + text)["input_ids"] + [bytes_of["<eos>"]] * (not was_cut or not text)
             with torch.no_grad():
                 logits = teacher(input_ids=torch.tensor([characters])).logits[0]
             own = [logits[place - 1].log_softmax(-1)[characters[place]] for place in range(len(read), len(characters))]
             scores[-1][0].append(score)
             scores[-1][1].append(float(sum(own)) / len(own))
-            words = text.split()
+            words = [names[token] for token in ids]
             for place, student_row in enumerate(own_logits):
                 read_before = " ".join(words[:place])
                 if not text.startswith(read_before):  # the student reads one space, the teacher as many as there are

@@ -36,6 +36,7 @@ FIELDS = {
     "mixed": {"completion_source": "mixed", "num_completions": 3, "max_completion_length": 6},
     "checkpointing": {"gradient_checkpointing": True},
     "aligned": {"soft_label": "aligned"},
+    "loose": {"min_aligned": 0.05},  # a student that is not trained writes special tokens, which are no text
     "short": {"max_completion_length": 6},
     # Adam makes steps of its rate of a gradient that is rounding alone, unless its epsilon is above that.
     "damped": {"adam_epsilon": 1e-5},

@@ -79,7 +79,6 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "fields, match",
         [
-            ({"completion_source": "student"}, "aligns the groups before training, and online"),
             ({"relative_level": "tokens"}, "ranks tokens that student and teacher share"),
             ({"min_aligned": 0.0}, "`min_aligned` is a share"),
             ({"min_aligned": 0.4, "soft_label": "token"}, "is for soft labels across tokenizers"),
@@ -101,7 +100,9 @@ class TestRefusals:
     def test_too_few_positions(self, tmp_path, folder):
         """The words of the student end where no byte of the teacher's text does: a prompt without its space."""
         rows = [{"prompt": "a ", "completions": ["b c d", "p  p  p  p"]}]
-        with pytest.raises(ValueError, match=r"at 6\d\.\d% of the train completions' tokens, below `min_aligned=0.9`"):
+        with pytest.raises(
+            ValueError, match=r"at 6\d\.\d% of the tokens of the train completions, below `min_aligned=0.9`"
+        ):
             make_trainer(tmp_path, rows, teacher_model=folder, soft_label="aligned", min_aligned=0.9)
 
     def test_a_row_that_does_not_fit(self, tmp_path):
@@ -111,14 +112,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match="Row [0-4] has .* of the teacher's tokens, and its context holds 20"):
             make_trainer(tmp_path, rows, teacher_model=str(tmp_path / "t"), soft_label="aligned")
 
-    @pytest.mark.parametrize("how, match", [("stream", "a stream cannot be"), ("ids", "give the text")])
-    def test_data(self, tmp_path, folder, how, match):
-        dataset = Dataset.from_list(self.ROWS)
-        if how == "ids":
-            dataset = Dataset.from_list([to_ids(row) for row in self.ROWS])
-        else:
-            dataset = dataset.to_iterable_dataset()
-        with pytest.raises(ValueError, match=match):
+    @pytest.mark.parametrize("streams", [False, True])
+    def test_token_ids_alone(self, tmp_path, folder, streams):
+        dataset = Dataset.from_list([to_ids(row) for row in self.ROWS])
+        dataset = dataset.to_iterable_dataset() if streams else dataset
+        with pytest.raises(ValueError, match="give the text"):
             make_trainer(tmp_path, train_dataset=dataset, teacher_model=folder, soft_label="aligned", max_steps=1)
 
     def test_a_teacher_without_a_tokenizer(self, tmp_path):

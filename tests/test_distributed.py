@@ -29,6 +29,7 @@ RUNS += ["MiniLLM+short+text+uneven", "GRKD+student+scored+uneven", "GRKD+mixed+
 RUNS += ["GRKD+scored+stream+uneven", "GRKDForClassification+uneven", "DistillationForClassification+stream+uneven"]
 RUNS += ["GRKD+compiled", "GRKD+lora+paths", "GRKD+shown+uneven", "KD+shown+lora+base+stream"]
 RUNS += ["GRKD+several+uneven", "GRKD+several+student", "GRKD+aligned+uneven"]
+RUNS += ["GRKD+aligned+stream+uneven", "GRKD+aligned+mixed+loose"]
 RESUMED = ["GRKD", "GRKD+lora"]
 OWN_TEACHER = ["GRKD", "GRKD+lora", "GRKD+sharded", "GRKD+replicated", "KD"]
 needs_deepspeed = pytest.mark.skipif(

@@ -14,11 +14,12 @@ from transformers.utils.import_utils import is_rich_available
 
 from .. import _trl, data
 from .._trl import unwrap_model_for_generation
-from ..data import DataCollatorForGroups, encode_teacher_prompt, tokenize_completions
+from ..data import DataCollatorForGroups, encode_teacher_prompt, tokenize_completions, tokenizer_hash
 from ..data.images import put_images
 from ..data.rows import WRITTEN
 from ..data.sampler import RepeatedPrompts, indices_of_process
 from ..teacher import Completions, LocalTeacher, Scorer, TopKTeacher
+from ..teacher.alignment import align_group
 from ..teacher.retokenize import image_columns
 from ..teacher.topk import require_same_tokenizer
 from .checks import as_scorer
@@ -220,7 +221,10 @@ class OnlineGroups:
                 trainer.processing_class, prompt, group["completions"], **given
             )
             tokens = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, **images}
-            if "teacher_prompt" in group and trainer.teacher_context is not None:
+            if trainer.teacher_tokenizer is not None:
+                both = {"student": trainer.processing_class, "teacher": trainer.teacher_tokenizer}
+                tokens |= align_group(group | tokens, index, context_length=trainer.teacher_context, **both)
+            elif "teacher_prompt" in group and trainer.teacher_context is not None:
                 own_ids = encode_teacher_prompt(trainer.processing_class, group, prompt_ids, index)
                 tokens["teacher_prompt_ids"] = own_ids
             if group.get("teacher_token_ids", completion_ids) != completion_ids:
@@ -254,14 +258,16 @@ class OnlineGroups:
                 top_p=args.top_p,
                 offsets=offsets,
             )
+        own = tokenizer_hash(self.trainer.processing_class)
         for group in groups:
             if len(group["completions"]) < args.num_completions:
                 raise ValueError(
                     f"The prompt {group['prompt']!r} leaves no room for `max_completion_length="
                     f"{args.max_completion_length}` in the context of a model that writes: drop or shorten it."
                 )
-            # Without ids a cut completion that has no text has no token to train on but its end.
-            ids = group["completion_ids"] or [None] * len(group["completions"])
+            # Without ids of its own the student has no token of a cut completion without text to train on but its end.
+            read = group["completion_ids"] if group["tokenizer_hash"] == own else None
+            ids = read or [None] * len(group["completions"])
             triples = zip(group["clipped"], group["completions"], ids, strict=True)
             group["clipped"] = [cut and (bool(text) or tokens is not None) for cut, text, tokens in triples]
         return groups
@@ -302,9 +308,8 @@ class OnlineGroups:
                 model, trainer.accelerator, gradient_checkpointing_kwargs=checkpointing
             ) as teacher:
                 # A forward for each micro-batch, as in the training step: processes that share it need as many.
-                yield LocalTeacher(
-                    teacher, trainer.processing_class, score=trainer.args.score, tokens_per_batch=sys.maxsize
-                )
+                tokenizer = trainer.teacher_tokenizer or trainer.processing_class
+                yield LocalTeacher(teacher, tokenizer, score=trainer.args.score, tokens_per_batch=sys.maxsize)
 
 
 def prepare_prompts(

@@ -3,15 +3,15 @@
 import os.path
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..data import encode_prompt, read_group, tokenize_completions
+from ..data import encode_prompt, encode_teacher_prompt, read_group, read_prompt, tokenize_completions
 from ..data.images import refuse_images
 from ..data.rows import WRITTEN
-from .retokenize import read_groups, template_columns
 
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -160,6 +160,92 @@ def _lead(processing_class: Any, prompt: Any, prompt_ids: list[int], template: d
     return whole[len(prompt_ids) :] if whole[: len(prompt_ids)] == prompt_ids else []
 
 
+def align_group(
+    row: dict[str, Any],
+    index: int,
+    *,
+    student: PreTrainedTokenizerBase | ProcessorMixin,
+    teacher: PreTrainedTokenizerBase | ProcessorMixin,
+    context_length: float,
+) -> dict[str, Any]:
+    """
+    Tokenize a group with the teacher's tokenizer too, and align its completions.
+
+    Args:
+        row (`dict[str, Any]`):
+            Group with `prompt_ids` and `completion_ids` of the student's tokenizer beside their text.
+        index (`int`):
+            Row number, for errors.
+        student, teacher ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Tokenizers.
+        context_length (`float`):
+            Longest row that the teacher reads, in tokens.
+
+    Returns:
+        `dict[str, Any]`: `aligned_prompt_ids`, `aligned_completion_ids`, and for each completion `aligned_student` and
+        `aligned_teacher`, positions among its tokens.
+
+    Raises:
+        `ValueError`: If it has images or does not fit the teacher's context.
+    """
+    refuse_images(row, index, 'Soft labels across tokenizers (`"aligned"`)')
+    group = read_group({name: row[name] for name in row if name not in WRITTEN}, index, min_completions=1)
+    template = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
+    read = partial(tokenize_completions, teacher, group["prompt"], group["completions"], **template)
+    prompt_ids, completion_ids = read(clipped=group["clipped"])
+    if [] in completion_ids:  # cut before any text: the teacher scores its end, since a row without a token scores 0
+        prompt_ids, completion_ids = read(
+            clipped=[cut and bool(ids) for cut, ids in zip(group["clipped"], completion_ids, strict=True)]
+        )
+    shown = row.get("teacher_prompt")
+    if shown is not None:
+        own = {"prompt": group["prompt"], "teacher_prompt": shown, **template}
+        prompt_ids = encode_teacher_prompt(teacher, own, prompt_ids, index)
+    longest = len(prompt_ids) + max(map(len, completion_ids))
+    if longest > context_length:
+        raise ValueError(
+            f"Row {index} has {longest} of the teacher's tokens, and its context holds {context_length:.0f}. Shorten or drop it: "
+            f"its prompt is {group['prompt']!r}."
+        )
+    leads = {
+        "student_lead": _lead(student, group["prompt"], row["prompt_ids"], template),
+        "teacher_lead": _lead(teacher, group["prompt"] if shown is None else shown, prompt_ids, template),
+    }
+    pairs = [
+        align_completion(student, ours, teacher, theirs, **leads)
+        for ours, theirs in zip(row["completion_ids"], completion_ids, strict=True)
+    ]
+    return {
+        "aligned_prompt_ids": prompt_ids,
+        "aligned_completion_ids": completion_ids,
+        "aligned_student": [places for places, _ in pairs],
+        "aligned_teacher": [places for _, places in pairs],
+    }
+
+
+def refuse_unaligned(share: float, min_aligned: float, which: str) -> None:
+    """
+    Refuse completions of which two tokenizers have read the same text at too few tokens.
+
+    Args:
+        share (`float`):
+            Share of the student's tokens at whose positions both have.
+        min_aligned (`float`):
+            Least share.
+        which (`str`):
+            Which completions, for the error.
+
+    Raises:
+        `ValueError`: If the share is below the least.
+    """
+    if share < min_aligned:
+        raise ValueError(
+            f"The tokenizers of student and teacher have read the same text at {share:.1%} of the tokens of {which}, below "
+            f"`min_aligned={min_aligned}`. Lower it, or train on the teacher's scores "
+            '(`soft_label="group"` or `"none"`).'
+        )
+
+
 def align_groups(
     dataset: Dataset | IterableDataset,
     student: PreTrainedTokenizerBase | ProcessorMixin,
@@ -169,76 +255,76 @@ def align_groups(
     min_aligned: float,
     num_proc: int | None = None,
     name: str = "train",
-) -> Dataset:
+) -> Dataset | IterableDataset:
     """
-    Tokenize groups with the teacher's tokenizer too, and align their completions.
+    Align a dataset of groups, see [`align_group`].
 
     Args:
-        dataset ([`~datasets.Dataset`]):
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Groups with `prompt_ids` and `completion_ids` of the student's tokenizer beside their text, as
             [`~data.prepare_groups`] gives them.
-        student, teacher ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            Tokenizers.
-        context_length (`float`):
-            Longest row that the teacher reads, in tokens.
+        student, teacher, context_length:
+            As for [`align_group`].
         min_aligned (`float`):
-            Least share of the student's tokens at whose positions both have read the same text.
+            Least share of the student's tokens at whose positions both have read the same text. That of a stream is not known
+            before it is read, and not checked here.
         num_proc (`int`, *optional*):
             Processes for `Dataset.map`.
         name (`str`, *optional*, defaults to `"train"`):
             Name for progress bars and messages.
 
     Returns:
-        [`~datasets.Dataset`]: With `aligned_prompt_ids`, `aligned_completion_ids`, and for each completion `aligned_student` and
-        `aligned_teacher`, positions among its tokens.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: With the columns of [`align_group`] added.
 
     Raises:
-        `ValueError`: If the dataset streams or has no text, a row has images or does not fit the teacher's context, or the share
-            is below the least.
+        `ValueError`: If the dataset has no text, a row has images or does not fit the teacher's context, or the share is below
+            the least.
     """
-    if isinstance(dataset, IterableDataset):
-        raise ValueError(
-            "Aligned soft labels are checked before training, and a stream cannot be. Load the dataset without `streaming`."
-        )
-    if not {"completions", "chosen"}.intersection(dataset.column_names):
+    in_memory = isinstance(dataset, Dataset)
+    if not {"completions", "chosen"}.intersection(dataset.column_names or next(iter(dataset))):
         raise ValueError(
             "The dataset is tokenized, and the teacher reads other tokens: give the text (`prompt`, `completions`) too."
         )
-
-    def align(row: dict[str, Any], index: int) -> dict[str, Any]:
-        refuse_images(row, index, 'Soft labels across tokenizers (`"aligned"`)')
-        text = read_group({name: row[name] for name in row if name not in WRITTEN}, index, min_completions=1)
-        names = ("tools", "chat_template_kwargs", "teacher_prompt")
-        columns = {name: [row[name]] for name in names if name in row} | {"clipped": [text["clipped"]]}
-        ((prompt_ids, completion_ids, _),) = read_groups(teacher, [text["prompt"]], [text["completions"]], columns)
-        longest = len(prompt_ids) + max(map(len, completion_ids))
-        if longest > context_length:
-            raise ValueError(
-                f"Row {index} has {longest} of the teacher's tokens, and its context holds {context_length:.0f}. Shorten or drop it."
-            )
-        template, shown = template_columns(columns, 0), row.get("teacher_prompt")
-        leads = {
-            "student_lead": _lead(student, text["prompt"], row["prompt_ids"], template),
-            "teacher_lead": _lead(teacher, text["prompt"] if shown is None else shown, prompt_ids, template),
-        }
-        pairs = [
-            align_completion(student, ours, teacher, theirs, **leads)
-            for ours, theirs in zip(row["completion_ids"], completion_ids, strict=True)
-        ]
-        return {
-            "aligned_prompt_ids": prompt_ids,
-            "aligned_completion_ids": completion_ids,
-            "aligned_student": [places for places, _ in pairs],
-            "aligned_teacher": [places for _, places in pairs],
-        }
-
-    aligned = dataset.map(align, with_indices=True, num_proc=num_proc, desc=f"Aligning {name} groups")
-    num_aligned = sum(len(places) for row in aligned["aligned_student"] for places in row)
-    num_tokens = sum(len(ids) for row in aligned["completion_ids"] for ids in row)
-    if num_aligned < min_aligned * num_tokens:
-        raise ValueError(
-            f"The tokenizers of student and teacher have read the same text at {num_aligned / num_tokens:.1%} of the {name} "
-            f"completions' tokens, below `min_aligned={min_aligned}`. Lower it, or train on the teacher's scores "
-            '(`soft_label="group"` or `"none"`).'
-        )
+    align = partial(align_group, student=student, teacher=teacher, context_length=context_length)
+    kwargs = {"num_proc": num_proc, "desc": f"Aligning {name} groups"} if in_memory else {}
+    aligned = dataset.map(align, with_indices=True, **kwargs)
+    if in_memory:
+        num_aligned = sum(len(places) for row in aligned["aligned_student"] for places in row)
+        num_tokens = sum(len(ids) for row in aligned["completion_ids"] for ids in row)
+        refuse_unaligned(num_aligned / num_tokens, min_aligned, f"the {name} completions")
     return aligned
+
+
+def check_prompts(
+    dataset: Dataset,
+    teacher: PreTrainedTokenizerBase | ProcessorMixin,
+    *,
+    context_length: float,
+    max_completion_length: int,
+) -> None:
+    """
+    Refuse prompts of online groups that a teacher with another tokenizer cannot read, before any completion is written.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows with `prompt`.
+        teacher ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            The teacher's tokenizer.
+        context_length (`float`):
+            Longest row that the teacher reads, in tokens.
+        max_completion_length (`int`):
+            Longest completion, in tokens of the model that writes it.
+
+    Raises:
+        `ValueError`: If a prompt has images, or leaves no room for the longest completion.
+    """
+    for index, row in enumerate(dataset):
+        refuse_images(row, index, 'Soft labels across tokenizers (`"aligned"`)')
+        template = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
+        shown = row.get("teacher_prompt")
+        num_prompt = len(encode_prompt(teacher, read_prompt(row, index) if shown is None else shown, **template))
+        if num_prompt + max_completion_length > context_length:
+            raise ValueError(
+                f"The prompt of row {index} has {num_prompt} of the teacher's tokens and leaves no room for "
+                f"`max_completion_length={max_completion_length}` in its context of {context_length:.0f}. Shorten or drop it."
+            )

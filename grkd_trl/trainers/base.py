@@ -26,12 +26,10 @@ from ..data.repeats import number_rows, reduce_remainder, without_repeats
 from ..data.sampler import GroupedByLength, balance
 from ..generation.labels import as_teacher
 from ..scoring import eval_mode
-from ..teacher import (
-    AnyTeacher,
-    disable_dropout,
-)
+from ..teacher import AnyTeacher, disable_dropout
 from ..teacher.loading import check_student, init_kwargs_of, load_adapted_student
 from ..teacher.models import context_length_of
+from .aligned import require_aligned, require_aligned_step
 from .card import complete_card, origins
 from .checkpoints import OrderOfEpoch, prepare_resume, saving_explained
 from .checks import GroupWarnings, check_sampling
@@ -241,6 +239,7 @@ class GroupTrainer(SFTTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             batches[-1] = without_repeats(self.accelerator, batches[-1])
+        require_aligned_step(self, batches)
         return batches, self.accelerator.reduce(self.count_items(batches).to(device), reduction="sum")
 
     def step_counts(self, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
@@ -319,6 +318,7 @@ class GroupTrainer(SFTTrainer):
     ):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         means = self.running_means["eval"].read(self.accelerator)
+        require_aligned(self, dataloader.dataset, means, metric_key_prefix)
         means["loss"] = self.mean_loss(means)  # that of the groups, not of batches
         if "aux_loss" in means:
             means["loss"] += self.router_aux_loss_coef * means["aux_loss"]

@@ -30,6 +30,7 @@ from ..losses import (
 )
 from ..scoring import score_as_teacher, score_completions, sequence_scores, to_groups
 from ..teacher import AnyTeacher, Scorer
+from .aligned import check_aligned_prompts, require_aligned_step
 from .base import GroupTrainer
 from .checks import check_finite
 from .config import current_alpha, ranking_options
@@ -156,7 +157,11 @@ class GRKDTrainer(GroupTrainer):
 
     def read(self, dataset, processing_class, args, name):
         if args.online and dataset.column_names and not {"completions", "chosen"}.intersection(dataset.column_names):
-            return prepare_prompts(dataset, args, processing_class, name, self.teacher_context)
+            context = None if args.aligned else self.teacher_context
+            prompts = prepare_prompts(dataset, args, processing_class, name, context)
+            if self.teacher_tokenizer is not None:
+                check_aligned_prompts(self, prompts, args)
+            return prompts
         return super().read(dataset, processing_class, args, name)
 
     def get_train_dataloader(self):
@@ -168,6 +173,7 @@ class GRKDTrainer(GroupTrainer):
         if self.online is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = list(self.online.batches(epoch_iterator, num_batches))
+        require_aligned_step(self, batches)
         return batches, self.accelerator.reduce(count_items(batches).to(device), reduction="sum")
 
     def _prepare_inputs(self, inputs):

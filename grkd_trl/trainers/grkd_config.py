@@ -51,7 +51,8 @@ class GRKDConfig(GroupConfig):
         soft_label_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature that softens both sides of the soft labels.
         min_aligned (`float`, *optional*, defaults to `0.5`):
-            Least share of the completions' tokens at which both tokenizers have read the same text, for `"aligned"`.
+            Least share of the completions' tokens at which both tokenizers have read the same text, for `"aligned"`. Checked before
+            training; where completions come from a stream or are written online, in each optimizer step.
         soft_label_top_k (`int`, *optional*, defaults to `20`):
             Most likely tokens that a teacher given as `score_fn`, such as [`~teacher.ServerTeacher`], is asked for at each
             position of online groups. vLLM gives 20, or `--max-logprobs`.
@@ -209,11 +210,6 @@ class GRKDConfig(GroupConfig):
             raise ValueError(f"`log_completions` must be 0 or above, got {self.log_completions}.")
         if self.use_vllm and self.completion_source not in ("student", "mixed"):
             raise ValueError('`use_vllm` is for the student: set `completion_source` to "student" or "mixed".')
-        if self.online and self.soft_label == "aligned":
-            raise ValueError(
-                '`soft_label="aligned"` aligns the groups before training, and online groups are written in it. Make them '
-                'beforehand (`grkd_trl.generation.generate_groups`), or set `soft_label` to "group" or "none".'
-            )
         if self.soft_label == "aligned" and self.relative_level == "tokens":
             raise ValueError(
                 '`relative_level="tokens"` ranks tokens that student and teacher share, and `soft_label="aligned"` is for another '

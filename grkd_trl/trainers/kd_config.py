@@ -26,7 +26,8 @@ class KDConfig(GroupConfig):
             `"aligned"` is for a teacher with another tokenizer: the distance of [`~losses.aligned_soft_label_loss`] at
             temperature T where both have read the same text, without a factor \\( T^2 \\).
         min_aligned (`float`, *optional*, defaults to `0.5`):
-            Least share of the completions' tokens at which both tokenizers have read the same text, for `"aligned"`.
+            Least share of the completions' tokens at which both tokenizers have read the same text, for `"aligned"`. Checked before
+            training; where completions come from a stream, in each optimizer step.
         soft_label_top_k (`int`, *optional*, defaults to `20`):
             Most likely tokens that a teacher which is asked before training, such as [`~teacher.ServerTeacher`] or several
             teachers, gives at each position. A model, or the path of one, gives its whole distribution.

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data import first_rows, read_prompt
@@ -111,12 +110,12 @@ def other_tokenizer(args: Any, teacher_model: Any) -> PreTrainedTokenizerBase | 
     return tokenizer
 
 
-def align(dataset: Any, student: Any, teacher: Any, args: Any, context_length: float | None, name: str) -> Dataset:
+def align(dataset: Any, student: Any, teacher: Any, args: Any, context_length: float | None, name: str) -> Any:
     """
     Align tokenized groups with a teacher's tokens, see [`~teacher.alignment.align_groups`].
 
     Args:
-        dataset ([`~datasets.Dataset`]):
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Groups, tokenized with the student's tokenizer.
         student, teacher ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizers.
@@ -128,7 +127,7 @@ def align(dataset: Any, student: Any, teacher: Any, args: Any, context_length: f
             Name for messages.
 
     Returns:
-        [`~datasets.Dataset`]: Aligned groups.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: Aligned groups.
     """
     given: dict[str, Any] = {"context_length": context_length or math.inf, "min_aligned": args.min_aligned}
     return align_groups(dataset, student, teacher, num_proc=args.dataset_num_proc, name=name, **given)
