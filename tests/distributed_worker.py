@@ -37,6 +37,7 @@ FIELDS = {
     "checkpointing": {"gradient_checkpointing": True},
     "aligned": {"soft_label": "aligned"},
     "loose": {"min_aligned": 0.05},  # a student that is not trained writes special tokens, which are no text
+    "whole": {"soft_label_top_k": None},  # distributions of several teachers, mixed in the step
     "short": {"max_completion_length": 6},
     # Adam makes steps of its rate of a gradient that is rounding alone, unless its epsilon is above that.
     "damped": {"adam_epsilon": 1e-5},
@@ -83,7 +84,7 @@ def make_trainer(name, models, folder, max_steps, *callbacks, **fields):
     if "shown" in flags:  # the teacher reads more than the student
         shown = [f"a b c {row['prompt']}" if index % 3 else None for index, row in enumerate(dataset)]
         dataset = dataset.add_column("teacher_prompt", shown)
-    if "several" in flags:  # teachers, of whom a column says which reads a row
+    if "several" in flags and "whole" not in flags:  # teachers, of whom a column says which reads a row
         routes = [[None, ["a"], ["b"], ["a", "b"]][index % 4] for index in range(len(dataset))]
         dataset = dataset.add_column("teacher", routes)
     if "student" in flags or "mixed" in flags:

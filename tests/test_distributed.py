@@ -30,6 +30,7 @@ RUNS += ["GRKD+scored+stream+uneven", "GRKDForClassification+uneven", "Distillat
 RUNS += ["GRKD+compiled", "GRKD+lora+paths", "GRKD+shown+uneven", "KD+shown+lora+base+stream"]
 RUNS += ["GRKD+several+uneven", "GRKD+several+student", "GRKD+aligned+uneven"]
 RUNS += ["GRKD+aligned+stream+uneven", "GRKD+aligned+mixed+loose"]
+RUNS += ["GRKD+several+whole+uneven", "KD+several+whole+tiled+stream"]
 RESUMED = ["GRKD", "GRKD+lora"]
 OWN_TEACHER = ["GRKD", "GRKD+lora", "GRKD+sharded", "GRKD+replicated", "KD"]
 needs_deepspeed = pytest.mark.skipif(

@@ -18,6 +18,7 @@ from grkd_trl.teacher import (
     TeacherEnsemble,
 )
 from grkd_trl.teacher.abilities import ABILITIES, gives, needs
+from grkd_trl.teacher.in_step import as_mixture
 
 
 PAGE = Path(__file__).resolve().parents[1] / "examples/guides/groups.md"
@@ -50,6 +51,7 @@ def make_teachers():
         "`CallableScorer`, a function or a scorer of yours": [CallableScorer(score)],
         "several, of which one gives scores alone": [TeacherEnsemble([local, CallableScorer(score)])],
         "several that give most likely tokens": [TeacherEnsemble([local, served["vllm"]])],
+        "several models, with `soft_label_top_k=None`": [as_mixture(TeacherEnsemble([local, local]), TOKENIZER, score="mean")],
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from ..data import as_read, bring_scores, bring_soft_labels, first_rows, parts, 
 from ..data.images import has_image_columns
 from ..data.teacher_prompts import check_made_with, record_teacher_prompts
 from ..teacher import LazyTeacher, LocalTeacher, Scorer, TeacherEnsemble, load_teacher, loading_whole, tokenizer_of
+from ..teacher.in_step import as_mixture
 from ..teacher.loading import load_processor, read_chat_template, with_remote_code
 from ..teacher.topk import SOFT_LABELS, put_column, require_same_tokenizer
 from .checks import check_chat_templates, reads_teacher_prompts
@@ -119,10 +120,12 @@ def as_teacher(teacher: Any, args: Any, model: Any, processing_class: Any, *data
 
     Returns:
         `Any`: The teacher, of a list or mapping a [`~teacher.TeacherEnsemble`], whose paths and models take turns in memory,
-        or all stay in it where groups are made online.
+        or all stay in it where groups are made online. With `soft_label_top_k=None` of several a
+        [`~teacher.in_step.TeacherMixture`].
 
     Raises:
-        `ValueError`: If a field of `args` would be read by no teacher, or the student is among them.
+        `ValueError`: If a field of `args` would be read by no teacher, the student is among them, or a teacher that is asked is
+            to give whole distributions.
     """
     if isinstance(teacher, Mapping | list | tuple):
         named = (
@@ -130,7 +133,7 @@ def as_teacher(teacher: Any, args: Any, model: Any, processing_class: Any, *data
         )
     else:
         named = dict(teacher.teachers) if isinstance(teacher, TeacherEnsemble) else {"": teacher}
-    several = isinstance(teacher, Mapping | list | tuple)
+    several, whole = isinstance(teacher, Mapping | list | tuple), getattr(args, "soft_label_top_k", 1) is None
     if several or is_asked(teacher):
         for own in named.values():
             refuse_student(own.model if isinstance(own, LocalTeacher | LazyTeacher) else own, model)
@@ -138,7 +141,7 @@ def as_teacher(teacher: Any, args: Any, model: Any, processing_class: Any, *data
         return teacher
     unread = {
         "teacher_chat_template": args.teacher_chat_template is not None,
-        "teacher_sharding": getattr(args, "teacher_sharding", "auto") != "auto",
+        "teacher_sharding": not whole and getattr(args, "teacher_sharding", "auto") != "auto",
         "teacher_model_init_kwargs": args.teacher_model_init_kwargs
         and not (several and any(isinstance(own, str) for own in named.values())),
     }
@@ -148,11 +151,19 @@ def as_teacher(teacher: Any, args: Any, model: Any, processing_class: Any, *data
             f"{', '.join(names)} is set, and is read for a `teacher_model` that is a model or its path. Leave it at its default, "
             "and set it up on each teacher (`grkd_trl.teacher.LazyTeacher`, `LocalTeacher`)."
         )
-    if not several:
+    if several:
+        opened = {name: _open(own, args, model, processing_class, *datasets) for name, own in named.items()}
+        routed = any("teacher" in row for row in first_rows(*datasets))
+        teacher = TeacherEnsemble(opened, route_column="teacher" if routed else None)
+    if not whole:
         return teacher
-    opened = {name: _open(own, args, model, processing_class, *datasets) for name, own in named.items()}
-    routed = any("teacher" in row for row in first_rows(*datasets))
-    return TeacherEnsemble(opened, route_column="teacher" if routed else None)
+    if not isinstance(teacher, TeacherEnsemble):
+        raise ValueError(
+            f"`soft_label_top_k=None` is for models in the training step, and a `{type(teacher).__name__}` is asked for its most "
+            "likely tokens. Give their number, or pass a model or its path."
+        )
+    student = processing_class or tokenizer_of(model, None, with_remote_code(args.model_init_kwargs, args))
+    return as_mixture(teacher, student, score=getattr(args, "score", "mean"))
 
 
 def _open(teacher: Any, args: Any, model: Any, processing_class: Any, *datasets: Any) -> Any:
@@ -165,7 +176,7 @@ def _open(teacher: Any, args: Any, model: Any, processing_class: Any, *datasets:
         "score": getattr(args, "score", "mean"),
         "prompt_sharing": getattr(args, "prompt_sharing", "auto"),
     }
-    if not getattr(args, "online", False):
+    if not getattr(args, "online", False) or args.soft_label_top_k is None:
         progress = not args.disable_tqdm
         device: dict[str, Any] = {"device": args.device, "loading": loading, "progress": progress}
         return LazyTeacher(teacher, processor, init_kwargs=init_kwargs, **device, **options)

@@ -75,6 +75,11 @@ def assign_roles(
             labeller = asked
         elif teacher_model is None and isinstance(score_fn, Scorer) and need in gives(score_fn):
             labeller = score_fn
+    if labeller is not None and args.soft_label_top_k is None:
+        raise ValueError(
+            "`soft_label_top_k=None` is for models in the training step, and `score_fn` is asked for its most likely tokens. Give "
+            "their number, or pass `teacher_model`."
+        )
     if labeller is not None:
         groups = [row for row in first_rows(*given) if {"completions", "chosen"}.intersection(row)]
         if groups and not all(row.get("teacher_top_ids") is not None for row in groups):
@@ -100,9 +105,9 @@ def assign_roles(
             "and to score groups without `teacher_scores`. Pass a teacher, or score the groups beforehand and set "
             '`soft_label="group"` or `"none"`, or cache the soft labels (`grkd_trl.teacher.cache_soft_labels`).'
         )
-    if asked is not None and uses["writing"]:
+    if uses["writing"] and (asked is not None or "text" not in gives(teacher_model)):
         raise ValueError(
-            f"`completion_source={args.completion_source!r}` has the teacher write, and a `{type(asked).__name__}` as "
+            f"`completion_source={args.completion_source!r}` has the teacher write, and a `{type(teacher_model).__name__}` as "
             '`teacher_model` scores and labels. Set `completion_source="student"`, pass `completion_fn`, or pass a model or its '
             "path."
         )

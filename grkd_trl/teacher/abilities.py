@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from .calibration import CalibratedTeacher
 from .ensemble import TeacherEnsemble
+from .in_step import TeacherMixture
 from .protocol import Scorer, TopKTeacher
 from .server import ServerTeacher
 
@@ -31,7 +32,7 @@ def gives(teacher: Any) -> set[str]:
     What a teacher can give.
 
     Args:
-        teacher (`str`, [`~transformers.PreTrainedModel`] or [`~teacher.Scorer`]):
+        teacher (`str`, [`~transformers.PreTrainedModel`], [`~teacher.Scorer`] or [`~teacher.in_step.TeacherMixture`]):
             Hub id or path, model, or any other teacher.
 
     Returns:
@@ -40,6 +41,8 @@ def gives(teacher: Any) -> set[str]:
     """
     if isinstance(teacher, str | PreTrainedModel | PeftModel):
         return set(ABILITIES)
+    if isinstance(teacher, TeacherMixture):
+        return {"scores", "top tokens", "logits"}
     if isinstance(teacher, ServerTeacher):
         return set(_OF_SERVERS[teacher.server])
     if isinstance(teacher, CalibratedTeacher):

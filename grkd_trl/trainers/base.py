@@ -27,8 +27,7 @@ from ..data.sampler import GroupedByLength, balance
 from ..generation.labels import as_teacher
 from ..scoring import eval_mode
 from ..teacher import AnyTeacher, disable_dropout
-from ..teacher.loading import check_student, init_kwargs_of, load_adapted_student
-from ..teacher.models import context_length_of
+from ..teacher.loading import check_student, load_adapted_student
 from .aligned import require_aligned, require_aligned_step
 from .card import complete_card, origins
 from .checkpoints import OrderOfEpoch, prepare_resume, saving_explained
@@ -36,7 +35,7 @@ from .checks import GroupWarnings, check_sampling
 from .compile import compile_layers, take_over_compilation
 from .config import GroupConfig, resolve_args
 from .metrics import RunningMeans, add_group_metrics, as_predictions, is_logged, peak_memory
-from .teachers import align, check_teacher, other_tokenizer, place_teacher
+from .teachers import align, check_teacher, context_of, other_tokenizer, place_teacher
 
 
 class GroupTrainer(SFTTrainer):
@@ -70,7 +69,7 @@ class GroupTrainer(SFTTrainer):
 
     Attributes:
         teacher_model (`torch.nn.Module`, *optional*): Frozen teacher of the training step; `None` where the step needs
-            none. The student itself where its base is the teacher, see [`~GroupTrainer.teaching`].
+            none. The student itself where its base is the teacher, see [`~GroupTrainer.teaching`]; several as a list of modules.
         teacher_context (`float`, *optional*): Longest row that this teacher reads, in tokens, infinite without a limit.
         teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer, where soft labels are aligned.
         vocab_size (`int`, *optional*): Number of leading token ids that student and teacher share.
@@ -122,8 +121,7 @@ class GroupTrainer(SFTTrainer):
         teacher_model, train_dataset, eval_dataset = self.bring_teacher(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
         )
-        init_kwargs = init_kwargs_of(args)["teacher_init_kwargs"]
-        self.teacher_context = None if teacher_model is None else context_length_of(teacher_model, init_kwargs)
+        self.teacher_context = context_of(teacher_model, args)
         self.teacher_tokenizer = other_tokenizer(args, teacher_model)
         model, processing_class = load_adapted_student(model, processing_class, quantization_config, args)
         with accept_adapters_on_head():

@@ -13,6 +13,7 @@ from peft import PeftModel
 
 from .._trl import get_config_model_id
 from ..teacher import Scorer, TeacherEnsemble
+from ..teacher.in_step import TeacherMixture
 from .config import own_fields
 
 
@@ -35,6 +36,8 @@ _ONLINE = (
 
 
 def _name_of(model: Any) -> str:
+    if isinstance(model, TeacherMixture):
+        return "the mixture of " + ", ".join(map(_name_of, model.models.values()))
     if isinstance(model, TeacherEnsemble):
         return "several teachers: " + ", ".join(_name_of(teacher) for teacher in model.teachers.values())
     if isinstance(model, Scorer):

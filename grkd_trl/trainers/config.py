@@ -144,6 +144,28 @@ def check_aligned(args: Any, aligned: bool) -> None:
         raise ValueError(f'`min_aligned={args.min_aligned}` is for soft labels across tokenizers (`"aligned"`).')
 
 
+def check_top_k(args: Any, *, whole: bool) -> None:
+    """
+    Check the number of most likely tokens.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Configuration with `soft_label_top_k`.
+        whole (`bool`):
+            Whether a loss reads whole distributions, which `None` asks several teachers for.
+
+    Raises:
+        `ValueError`: If it is below 1, or `None` and nothing would read it.
+    """
+    if args.soft_label_top_k is None:
+        if not whole:
+            raise ValueError(
+                "`soft_label_top_k=None` is for token soft labels of several teachers, and this loss has none. Leave it out."
+            )
+    elif args.soft_label_top_k < 1:
+        raise ValueError(f"`soft_label_top_k` must be 1 or above, or `None`, got {args.soft_label_top_k}.")
+
+
 def check_best_metric(args: Any) -> None:
     """
     Warn where the best checkpoint would be chosen by a loss whose balance moves, so that each is measured by a different loss.

@@ -28,13 +28,14 @@ from ..losses import (
     token_soft_label_loss,
     topk_soft_label_loss,
 )
-from ..scoring import score_as_teacher, score_completions, sequence_scores, to_groups
+from ..scoring import score_completions, sequence_scores, to_groups
 from ..teacher import AnyTeacher, Scorer
 from .aligned import check_aligned_prompts, require_aligned_step
 from .base import GroupTrainer
 from .checks import check_finite
 from .config import current_alpha, ranking_options
 from .grkd_config import GRKDConfig
+from .mixture import read_as_teacher
 from .teachers import aligned_losses
 
 
@@ -71,7 +72,8 @@ class GRKDTrainer(GroupTrainer):
             (`soft_label="token"` or `relative_level="tokens"`); not loaded otherwise. If it is the base of the student's
             adapters it is not loaded again: they are switched off. Any other teacher, and several (a list, a mapping from
             names or a [`~teacher.TeacherEnsemble`]), are asked for scores and their `soft_label_top_k` most likely tokens,
-            before training or online, and none is in memory in the training step.
+            before training or online, and none is in memory in the training step. With `soft_label_top_k=None` several models
+            are in it all, and the mixture of their whole distributions is learned.
         model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks,
         optimizers, quantization_config, peft_config:
             As in [`~trainers.GroupTrainer`].
@@ -197,10 +199,8 @@ class GRKDTrainer(GroupTrainer):
 
         if self.teacher_model is not None:
             with self.teaching(model) as teacher_model:
-                teacher = score_as_teacher(teacher_model, inputs, return_logits=args.needs_teacher_logits, **sharing)
-            mask = inputs["teacher_completion_mask"] if args.aligned else completion_mask
-            scores = sequence_scores(teacher.per_token_logps, mask, score=args.score)
-            teacher_scores = to_groups(scores, group_mask) if teacher_scores is None else teacher_scores
+                given: dict[str, Any] = {"score": args.score, "return_logits": args.needs_teacher_logits, **sharing}
+                teacher, teacher_scores = read_as_teacher(self, teacher_model, inputs, **given)
         softening: dict[str, Any] = {"temperature": args.soft_label_temperature}
 
         # Equations 1 to 3 at the level of tokens: one value a completion token, of which these are `rows`

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .config import GroupConfig, check_aligned, check_best_metric, option
+from .config import GroupConfig, check_aligned, check_best_metric, check_top_k, option
 
 
 @dataclass
@@ -54,8 +54,9 @@ class GRKDConfig(GroupConfig):
             Least share of the completions' tokens at which both tokenizers have read the same text, for `"aligned"`. Checked before
             training; where completions come from a stream or are written online, in each optimizer step.
         soft_label_top_k (`int`, *optional*, defaults to `20`):
-            Most likely tokens that a teacher given as `score_fn`, such as [`~teacher.ServerTeacher`], is asked for at each
-            position of online groups. vLLM gives 20, or `--max-logprobs`.
+            Most likely tokens that a teacher which is asked, such as [`~teacher.ServerTeacher`] or several teachers, gives at each
+            position. vLLM gives 20, or `--max-logprobs`. With `None` several models give their whole distributions, and are all in
+            memory in the training step.
 
         > Parameters that control the balance (equation 4)
 
@@ -139,8 +140,8 @@ class GRKDConfig(GroupConfig):
     )
     soft_label_temperature: float = option(1.0, "Temperature that softens both sides of the soft labels.")
     min_aligned: float = option(0.5, "Least share of tokens at which both tokenizers have read the same text.")
-    soft_label_top_k: int = option(
-        20, "Most likely tokens that a teacher as `score_fn` is asked for at each position."
+    soft_label_top_k: int | None = option(
+        20, "Most likely tokens that a teacher which is asked gives at each position; None: several give all."
     )
     alpha_start: float = option(0.0, "Share of the relative loss at the start of the run.")
     alpha_end: float = option(0.3, "Share of the relative loss at the end of the run.")
@@ -186,13 +187,14 @@ class GRKDConfig(GroupConfig):
         if self.relative_top_k < 2:
             raise ValueError(f"`relative_top_k` must be at least 2 to make a pair, got {self.relative_top_k}.")
         check_aligned(self, self.soft_label == "aligned")
+        check_top_k(self, whole=self.needs_teacher_logits and not self.aligned)
         self._check_online()
         super().__post_init__()
         if self.soft_label != "none":  # else alpha is 1 throughout
             check_best_metric(self)
 
     def _check_online(self):
-        for name in ("max_completion_length", "generate_every", "reuse_groups", "soft_label_top_k"):
+        for name in ("max_completion_length", "generate_every", "reuse_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or above, got {getattr(self, name)}.")
         if self.num_completions < 2:

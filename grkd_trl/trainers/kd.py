@@ -8,11 +8,12 @@ from transformers.utils import logging
 from ..data import bring_soft_labels
 from ..generation.labels import ask_datasets, is_asked
 from ..losses import forward_kl, reverse_kl, topk_kl
-from ..scoring import predicted_mask, score_as_teacher, score_completions, sequence_scores, to_groups
+from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
 from ..teacher.abilities import needs, require
 from .base import GroupTrainer
 from .checks import check_finite
 from .kd_config import KDConfig
+from .mixture import read_as_teacher
 from .teachers import aligned_losses
 
 
@@ -47,7 +48,7 @@ class KDTrainer(GroupTrainer):
             [`~teacher.cache_soft_labels`]), whose k most likely tokens stand for the distribution. If it is the base of the
             student's adapters it is not loaded again: they are switched off. Any other teacher, and several (a list, a mapping
             from names or a [`~teacher.TeacherEnsemble`]), are asked for their `soft_label_top_k` most likely tokens before
-            training.
+            training; with `None` several models are in the training step, and the mixture of their whole distributions is learned.
         model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks,
         optimizers, quantization_config, peft_config:
             As in [`~trainers.GroupTrainer`].
@@ -104,10 +105,8 @@ class KDTrainer(GroupTrainer):
         teacher, teacher_scores = None, inputs.get("teacher_scores")
         if self.teacher_model is not None:
             with self.teaching(model) as teacher_model:
-                teacher = score_as_teacher(teacher_model, inputs, return_logits=True, **sharing)
-            mask = inputs["teacher_completion_mask"] if args.aligned else completion_mask
-            scores = to_groups(sequence_scores(teacher.per_token_logps, mask, score="mean"), group_mask)
-            teacher_scores = scores if teacher_scores is None else teacher_scores
+                given: dict[str, Any] = {"score": "mean", "return_logits": True, **sharing}
+                teacher, teacher_scores = read_as_teacher(self, teacher_model, inputs, **given)
 
         # Soft labels over the whole vocabulary, or the teacher's most likely tokens, and hard ones: one value a token each
         def token_losses(logits, rows):

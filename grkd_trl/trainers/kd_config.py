@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .config import GroupConfig, check_aligned, option
+from .config import GroupConfig, check_aligned, check_top_k, option
 
 
 @dataclass
@@ -30,7 +30,8 @@ class KDConfig(GroupConfig):
             training; where completions come from a stream, in each optimizer step.
         soft_label_top_k (`int`, *optional*, defaults to `20`):
             Most likely tokens that a teacher which is asked before training, such as [`~teacher.ServerTeacher`] or several
-            teachers, gives at each position. A model, or the path of one, gives its whole distribution.
+            teachers, gives at each position. A model, or the path of one, gives its whole distribution, and so do several with
+            `None`, which are then all in memory in the training step.
     """
 
     temperature: float = option(1.0, "Temperature that softens both next-token distributions.")
@@ -41,7 +42,9 @@ class KDConfig(GroupConfig):
         choices=["forward", "reverse", "aligned"],
     )
     min_aligned: float = option(0.5, "Least share of tokens at which both tokenizers have read the same text.")
-    soft_label_top_k: int = option(20, "Most likely tokens that a teacher which is asked gives at each position.")
+    soft_label_top_k: int | None = option(
+        20, "Most likely tokens that a teacher which is asked gives at each position."
+    )
 
     def __post_init__(self):
         if not self.temperature > 0:
@@ -49,8 +52,7 @@ class KDConfig(GroupConfig):
         if not 0 <= self.hard_label_weight <= 1:
             raise ValueError(f"`hard_label_weight` is a share and must lie in 0..1, got {self.hard_label_weight}.")
         check_aligned(self, self.divergence == "aligned")
-        if self.soft_label_top_k < 1:
-            raise ValueError(f"`soft_label_top_k` must be 1 or above, got {self.soft_label_top_k}.")
+        check_top_k(self, whole=self.divergence != "aligned")
         super().__post_init__()
 
     @property

@@ -13,9 +13,11 @@ from ..scoring.tiles import LOGITS_PER_TILE, core_model
 from ..teacher import is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary, tokenizer_of
 from ..teacher.abilities import require
 from ..teacher.alignment import align_groups, shared_tokens
+from ..teacher.in_step import TeacherMixture
 from ..teacher.loading import init_kwargs_of, read_chat_template, with_remote_code
-from ..teacher.models import check_same_images
+from ..teacher.models import check_same_images, context_length_of
 from .compile import compile_layers
+from .mixture import TeachersOfStep
 
 
 def check_teacher(teacher_model: Any, args: Any, model: Any, processing_class: Any, *, by: str) -> None:
@@ -50,11 +52,39 @@ def check_teacher(teacher_model: Any, args: Any, model: Any, processing_class: A
         return
     # What is no tokenizer at all is refused by TRL.
     if isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin | None):
-        shared_vocabulary(model, teacher_model, processing_class, **init_kwargs_of(args))
+        for own, init_kwargs in _models_of(teacher_model, args):
+            shared_vocabulary(
+                model, own, processing_class, **init_kwargs_of(args) | {"teacher_init_kwargs": init_kwargs}
+            )
+
+
+def _models_of(teacher_model: Any, args: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """The teacher, or each of several, and how it is loaded."""
+    if not isinstance(teacher_model, TeacherMixture):
+        return [(teacher_model, init_kwargs_of(args)["teacher_init_kwargs"])]
+    return [(own, teacher_model.init_kwargs[name]) for name, own in teacher_model.models.items()]
+
+
+def context_of(teacher_model: Any, args: Any) -> float | None:
+    """
+    Longest row that the teacher of the training step reads.
+
+    Args:
+        teacher_model (`str`, [`~transformers.PreTrainedModel`] or [`~teacher.in_step.TeacherMixture`], *optional*):
+            Teacher.
+        args ([`~trainers.GroupConfig`]):
+            Configuration.
+
+    Returns:
+        `float`, *optional*: Tokens, of several teachers those that all read. `None` without a teacher.
+    """
+    if teacher_model is None:
+        return None
+    return min(context_length_of(*own) for own in _models_of(teacher_model, args))
 
 
 def place_teacher(
-    trainer: Any, teacher_model: str | PreTrainedModel | None
+    trainer: Any, teacher_model: str | PreTrainedModel | TeacherMixture | None
 ) -> tuple[torch.nn.Module | None, int | None, tuple[torch.Tensor, torch.Tensor] | None]:
     """
     Load the teacher of the training step and place it beside the student.
@@ -62,31 +92,40 @@ def place_teacher(
     Args:
         trainer ([`~trainers.GroupTrainer`]):
             Trainer, its student placed.
-        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+        teacher_model (`str`, [`~transformers.PreTrainedModel`] or [`~teacher.in_step.TeacherMixture`], *optional*):
             Teacher.
 
     Returns:
-        `tuple`: The teacher, which is the student where its base is the teacher; the number of leading token ids that both share;
+        `tuple`: The teacher, which is the student where its base is the teacher; the number of leading token ids that all share;
         and, where soft labels are aligned, in its place the student's tokens and the teacher's that are the same string, each
         `(K,)`. `None` without a teacher.
     """
     args, student = trainer.args, trainer.model
     if teacher_model is None:
         return None, None, None
+    if isinstance(teacher_model, TeacherMixture):
+        placed = [_place(trainer, own, init_kwargs) for own, init_kwargs in _models_of(teacher_model, args)]
+        teachers, sizes = zip(*placed, strict=True)
+        return TeachersOfStep(list(teachers), teacher_model.weights, teacher_model.combine), min(sizes), None
     if is_base_of(student, teacher_model, args):
         shared = _shared_ids(trainer, student) if args.aligned else None
         return student, student.config.get_text_config().vocab_size, shared
+    teacher, vocab_size = _place(trainer, teacher_model, with_remote_code(args.teacher_model_init_kwargs, args))
+    return teacher, vocab_size, _shared_ids(trainer, teacher) if args.aligned else None
+
+
+def _place(trainer: Any, teacher_model: str | PreTrainedModel, init_kwargs: dict[str, Any]) -> tuple[Any, int | None]:
+    """Load one teacher and place it. Gives the number of leading token ids that it shares with the student, if they are."""
+    args, vocab_size = trainer.args, None
     with loading_whole(args) if args.teacher_sharding == "replicated" else nullcontext():
-        teacher = load_teacher(teacher_model, with_remote_code(args.teacher_model_init_kwargs, args))
-    if args.aligned:
-        compile_layers(teacher, trainer.compile_plugin)
-        shared = _shared_ids(trainer, teacher)
-        return prepare_teacher(teacher, trainer.accelerator, sharding=args.teacher_sharding), None, shared
-    vocab_size = shared_vocabulary(student, teacher_model, trainer._tokenizer, **init_kwargs_of(args))
-    if any(row.get("image_prompt") for row in first_rows(trainer.train_dataset)):
-        check_same_images(trainer.processing_class, teacher_model, init_kwargs_of(args)["teacher_init_kwargs"])
+        teacher = load_teacher(teacher_model, init_kwargs)
+    if not args.aligned:
+        given: dict[str, Any] = init_kwargs_of(args) | {"teacher_init_kwargs": init_kwargs}
+        vocab_size = shared_vocabulary(trainer.model, teacher_model, trainer._tokenizer, **given)
+        if any(row.get("image_prompt") for row in first_rows(trainer.train_dataset)):
+            check_same_images(trainer.processing_class, teacher_model, init_kwargs)
     compile_layers(teacher, trainer.compile_plugin)
-    return prepare_teacher(teacher, trainer.accelerator, sharding=args.teacher_sharding), vocab_size, None
+    return prepare_teacher(teacher, trainer.accelerator, sharding=args.teacher_sharding), vocab_size
 
 
 def other_tokenizer(args: Any, teacher_model: Any) -> PreTrainedTokenizerBase | None:
