@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from runs import Recorder, logged, make_rows, make_student, make_teacher, make_trainer, train, weights
 from transformers import TrainerCallback
@@ -51,6 +52,24 @@ class TestResume:
             assert len(logged(whole, name)) == 6
         alphas = logged(whole, "alpha")
         assert len(set(alphas)) == (1 if "soft_label" in fields else 6)
+
+    @pytest.mark.parametrize("step", [2, 4, 6])
+    def test_a_stream_resumes_in_the_pass_that_it_was_in(self, tmp_path, step):
+        """Three steps in a pass, the last one of a single micro-batch."""
+
+        def run(folder, checkpoint=None):
+            stream = Dataset.from_list(make_rows(10)).to_iterable_dataset().shuffle(seed=3, buffer_size=10)
+            given = {"max_steps": 8, "save_steps": 1, "save_strategy": "steps", "lr_scheduler_type": "cosine"}
+            given |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+            trainer = make_trainer(folder, train_dataset=stream, **given)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            return trainer
+
+        whole = run(tmp_path / "whole")
+        assert len(set(logged(whole, "loss"))) == 8
+        resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / f"checkpoint-{step}"))
+        for name in ("loss", "grad_norm", "epoch"):
+            assert logged(resumed, name) == logged(whole, name), name
 
 
 class TestCutOff:

@@ -30,7 +30,7 @@ from ..teacher import AnyTeacher, disable_dropout
 from ..teacher.loading import check_student, load_adapted_student
 from .aligned import require_aligned, require_aligned_step
 from .card import complete_card, origins
-from .checkpoints import OrderOfEpoch, prepare_resume, saving_explained
+from .checkpoints import OrderOfEpoch, ResumesStreams, prepare_resume, saving_explained
 from .checks import GroupWarnings, check_sampling
 from .compile import compile_layers, take_over_compilation
 from .config import GroupConfig, resolve_args
@@ -38,7 +38,7 @@ from .metrics import RunningMeans, add_group_metrics, as_predictions, is_logged,
 from .teachers import align, check_teacher, context_of, other_tokenizer, place_teacher
 
 
-class GroupTrainer(SFTTrainer):
+class GroupTrainer(ResumesStreams, SFTTrainer):
     r"""
     Base class of the methods that train on groups. A method defines `config_class`, `equation`, `mean_loss` and
     `compute_loss`, and where it needs them [`~GroupTrainer.bring_teacher`] and [`~GroupTrainer.arrange`].

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from datasets import IterableDataset
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
@@ -163,6 +164,26 @@ def _prepare_deepspeed(trainer: Trainer, checkpoint: Path) -> None:
                 f"--output_folder {tag}_universal`."
             )
         config.setdefault("checkpoint", {})["load_universal"] = True
+
+
+class ResumesStreams:
+    """
+    Resumes a run over a stream in the pass that it was in. `Trainer` of transformers 5.23 takes all its steps for one pass, since
+    a stream has no length, so it looks for the batches to skip past the stream's end and goes on from its beginning.
+    """
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        given = (max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
+        passes, batches = super()._init_training_state(*given)  # type: ignore[misc]  # of `Trainer`
+        if not resume_from_checkpoint or not isinstance(self.train_dataset, IterableDataset):  # type: ignore[attr-defined]
+            return passes, batches
+        state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+        passes, accumulated = int(state["epoch"]), self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
+        # `Trainer` counts each pass as a share of all the run's batches.
+        share = round((state["epoch"] - passes) * state["max_steps"] * accumulated)
+        return passes, 0 if self.args.ignore_data_skip else share  # type: ignore[attr-defined]
 
 
 class OrderOfEpoch(TrainerCallback):
