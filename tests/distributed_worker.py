@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,14 +17,16 @@ from datasets import Dataset
 from peft import LoraConfig
 from runs import end_process
 from runs_of_classifiers import make_rows as make_classification_rows
+from teacher_server import Server
 from tiny import WORDS, use_tiles
 from torch._dynamo.utils import counters
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import grkd_trl
 from grkd_trl.evaluation import classification_metrics
 from grkd_trl.losses import pld_loss
+from grkd_trl.teacher import ServerTeacher
 
 
 GLOBAL_BATCH = 4
@@ -73,6 +76,14 @@ def local_numel(model):
     )
 
 
+def serve_teacher(path):
+    """The teacher behind a server of this process, which ends with it."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    server = Server(AutoModelForCausalLM.from_pretrained(path, dtype="float32"), tokenizer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return ServerTeacher(server.url, "teacher", tokenizer)
+
+
 def make_trainer(name, models, folder, max_steps, *callbacks, **fields):
     """The trainer that a run's name says: a method, and flags joined by `+`."""
     method, *flags = name.split("+")
@@ -114,6 +125,8 @@ def make_trainer(name, models, folder, max_steps, *callbacks, **fields):
         student, teacher = "student_adapter", "teacher_adapter"
     teacher = "other" if "aligned" in flags else teacher  # with another tokenizer
     teacher = str(models / (student if "base" in flags else teacher))
+    if "served" in flags:
+        teacher = serve_teacher(teacher)
     fields = {key: value for flag in flags for key, value in FIELDS.get(flag, {}).items()} | fields
     args = getattr(grkd_trl, f"{method}Config")(
         str(folder),

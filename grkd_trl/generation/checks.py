@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from datasets import Dataset
 
+from .. import data
 from ..data import require_chat_template
 from ..teacher import (
     CalibratedTeacher,
@@ -104,3 +105,36 @@ def as_scorer(score_fn: Any) -> Scorer:
         [`~teacher.Scorer`]: Scorer.
     """
     return score_fn if isinstance(score_fn, Scorer) else CallableScorer(score_fn)
+
+
+def prepare_prompts(
+    dataset: Any, args: Any, processing_class: Any, name: str, teacher_context: float | None = None
+) -> Any:
+    """
+    Check a dataset of prompts, and drop those that leave no room for a completion.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows with `prompt`.
+        args ([`GRKDConfig`]):
+            Configuration.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Student's tokenizer.
+        name (`str`):
+            Name for messages.
+        teacher_context (`float`, *optional*):
+            Longest row of the teacher, in tokens, as for [`~data.prepare_prompts`].
+
+    Returns:
+        [`~datasets.Dataset`]: The rows that are kept.
+
+    Raises:
+        `ValueError`: If a prompt is empty, none is kept, or a `teacher_prompt` does not fit.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError("Online groups need a dataset with a length, and got a stream: load it without `streaming`.")
+    lengths = {"max_length": args.max_length, "max_completion_length": args.max_completion_length}
+    given = {"teacher_context": teacher_context, "num_proc": args.dataset_num_proc, "name": name}
+    prepared = data.prepare_prompts(dataset, processing_class, **lengths, **given)
+    made = [column for column in ("prompt_ids", "teacher_prompt_ids") if column in prepared.column_names]
+    return prepared.remove_columns(made)  # the writer tokenizes

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from datasets import Dataset
 from transformers.utils import logging
 from transformers.utils.import_utils import is_rich_available
 
-from .. import _trl, data
+from .. import _trl
 from .._trl import unwrap_model_for_generation
 from ..data import DataCollatorForGroups, encode_teacher_prompt, tokenize_completions, tokenizer_hash
 from ..data.images import put_images
@@ -22,6 +21,7 @@ from ..teacher import Completions, LocalTeacher, Scorer, TopKTeacher
 from ..teacher.alignment import align_group
 from ..teacher.retokenize import image_columns
 from ..teacher.topk import require_same_tokenizer
+from .ahead import LabelsAhead
 from .checks import as_scorer
 from .core import add_scores, as_groups, columns_of, content_seed, write_groups
 from .table import log_completions
@@ -66,6 +66,11 @@ class OnlineGroups:
             require_same_tokenizer(labeller, trainer.processing_class)
             self._labels = {"teacher": labeller, "k": trainer.args.soft_label_top_k}
         self._buffer: list[dict[str, Any]] = []
+        self._rest: Iterator[list[dict[str, Any]]] = iter(())  # of the round, labelled while training goes on
+        self._ahead: LabelsAhead | None = None
+        if self.scorer is not None and trainer.args.generate_every > 1:
+            ahead = LabelsAhead(self.scorer, **self._labels)
+            self._ahead = ahead if ahead.is_possible else None
         self._training_since: float | None = None
         args = trainer.args
         if "completion_ids" in (getattr(trainer.train_dataset, "column_names", None) or ()):
@@ -160,9 +165,12 @@ class OnlineGroups:
         chunks = [chunk for _, chunk in zip(range(num_batches), epoch_iterator, strict=False)]
         if not self._buffer or step % (args.generate_every * args.reuse_groups) == 0:
             indices = self._indices(trainer.accelerator.process_index)
-            self._buffer = self._make(chunks[0], step // (args.generate_every * args.reuse_groups), indices, "train")
+            round_ = step // (args.generate_every * args.reuse_groups)
+            self._buffer, self._rest = [], self._make(chunks[0], round_, indices, "train")
         size = args.per_device_train_batch_size
         first = step % args.generate_every * num_batches
+        while len(self._buffer) < (first + len(chunks)) * size:
+            self._buffer += next(self._rest)
         groups = [self._buffer[i * size : (i + 1) * size] for i in range(first, first + len(chunks))]
         self._training_since = time.perf_counter()
         return iter([self._to_device(self.collator(part)) for part in groups])
@@ -180,64 +188,81 @@ class OnlineGroups:
         """
         self._training_since = None  # what comes until the next step is no training
         offsets = [content_seed(row["prompt"]) for row in rows]
-        return self._to_device(self.collator(self._make(rows, 0, offsets, "eval")))
+        (groups,) = self._make(rows, 0, offsets, "eval")
+        return self._to_device(self.collator(groups))
+
+    def close(self) -> None:
+        """Stop asking for labels, and drop the groups that have not all of them."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._buffer = self._buffer if len(self._buffer) == self.batch_size else []
 
     def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return send_to_device(batch, self.trainer.accelerator.device)
 
-    def _make(self, rows: list[dict[str, Any]], index: int, offsets: list[int], split: str) -> list[dict[str, Any]]:
-        """Write, score and tokenize the groups of some prompts."""
+    def _make(
+        self, rows: list[dict[str, Any]], round_: int, offsets: list[int], split: str
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Write, score and tokenize the groups of some prompts: all at once, or step by step as their labels arrive."""
         trainer, args, means = self.trainer, self.trainer.args, self.trainer.running_means[split]
         start = time.perf_counter()
-        groups = self._write(rows, index, offsets)
+        groups = self._write(rows, round_, offsets)
         means.add("time/generation", torch.tensor(time.perf_counter() - start))
         texts = [group["completions"] for group in groups]
         repeated = [len(group) - len(set(group)) for group in texts]
         means.add("completions/duplicate_ratio", torch.tensor(repeated), sum(map(len, texts)))
 
-        start, is_scored = time.perf_counter(), True
+        if self._ahead is not None and split == "train":
+            num_steps, size = 1, len(groups) // args.generate_every
+            scored = self._ahead.add_scores([groups[i : i + size] for i in range(0, len(groups), size)])
+        else:
+            num_steps, scored = args.generate_every, self._score(groups)
+        start, index = time.perf_counter(), 0
+        for part in scored:
+            if self.scorer is not None or not args.needs_teacher_logits:
+                means.add("time/scoring", torch.tensor(time.perf_counter() - start))
+            tokenized = [self._tokenize(group, index) for index, group in enumerate(part, start=index)]
+            every, step = args.log_completions, trainer.state.global_step
+            if split == "train" and every and step % every < num_steps and trainer.accelerator.is_main_process:
+                log_completions(trainer, part)
+            yield tokenized
+            start, index = time.perf_counter(), index + len(part)
+
+    def _score(self, groups: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         if self.scorer is not None:
-            groups = add_scores(groups, self.scorer, **self._labels)
-        elif not args.needs_teacher_logits:
-            size, parts = args.per_device_train_batch_size, []
+            yield add_scores(groups, self.scorer, **self._labels)
+        elif self.trainer.args.needs_teacher_logits:
+            yield groups  # the training step's own forward of the teacher scores them
+        else:
+            size, scored = self.trainer.args.per_device_train_batch_size, []
             with self._teacher() as teacher:
                 for first in range(0, len(groups), size):
-                    parts += add_scores(groups[first : first + size], teacher)
-            groups = parts
-        else:
-            is_scored = False  # the training step's own forward of the teacher scores them
-        if is_scored:
-            means.add("time/scoring", torch.tensor(time.perf_counter() - start))
+                    scored += add_scores(groups[first : first + size], teacher)
+            yield scored
 
-        tokenized = []
-        for index, group in enumerate(groups):
-            if not group["completions"]:
-                raise ValueError(f"No completion of the prompt {group['prompt']!r} was scored: drop the prompt.")
-            given = {name: group.get(name) for name in ("clipped", "tools", "chat_template_kwargs", *WRITTEN)}
-            images = {name: [value] for name, value in group.items()}
-            images = image_columns(trainer.processing_class, group["prompt"], images, 0)
-            prompt = put_images(trainer.processing_class, group["prompt"], images.get("images", []), index)
-            prompt_ids, completion_ids = tokenize_completions(
-                trainer.processing_class, prompt, group["completions"], **given
+    def _tokenize(self, group: dict[str, Any], index: int) -> dict[str, Any]:
+        processing_class = self.trainer.processing_class
+        if not group["completions"]:
+            raise ValueError(f"No completion of the prompt {group['prompt']!r} was scored: drop the prompt.")
+        given = {name: group.get(name) for name in ("clipped", "tools", "chat_template_kwargs", *WRITTEN)}
+        images = {name: [value] for name, value in group.items()}
+        images = image_columns(processing_class, group["prompt"], images, 0)
+        prompt = put_images(processing_class, group["prompt"], images.get("images", []), index)
+        prompt_ids, completion_ids = tokenize_completions(processing_class, prompt, group["completions"], **given)
+        tokens = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, **images}
+        if self.trainer.teacher_tokenizer is not None:
+            both = {"student": processing_class, "teacher": self.trainer.teacher_tokenizer}
+            tokens |= align_group(group | tokens, index, context_length=self.trainer.teacher_context, **both)
+        elif "teacher_prompt" in group and self.trainer.teacher_context is not None:
+            own_ids = encode_teacher_prompt(processing_class, group, prompt_ids, index)
+            tokens["teacher_prompt_ids"] = own_ids
+        if group.get("teacher_token_ids", completion_ids) != completion_ids:
+            raise ValueError(
+                f"The teacher reads the completions of {group['prompt']!r} as other tokens than the student, so it has no "
+                'soft labels for them. Set `soft_label="group"` or `"none"`.'
             )
-            tokens = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, **images}
-            if trainer.teacher_tokenizer is not None:
-                both = {"student": trainer.processing_class, "teacher": trainer.teacher_tokenizer}
-                tokens |= align_group(group | tokens, index, context_length=trainer.teacher_context, **both)
-            elif "teacher_prompt" in group and trainer.teacher_context is not None:
-                own_ids = encode_teacher_prompt(trainer.processing_class, group, prompt_ids, index)
-                tokens["teacher_prompt_ids"] = own_ids
-            if group.get("teacher_token_ids", completion_ids) != completion_ids:
-                raise ValueError(
-                    f"The teacher reads the completions of {group['prompt']!r} as other tokens than the student, so it has no "
-                    'soft labels for them. Set `soft_label="group"` or `"none"`.'
-                )
-            read = ("clipped", "teacher_scores", "teacher_top_ids", "teacher_top_logps", "teacher_agreement")
-            tokenized.append(tokens | {name: group[name] for name in read if name in group})
-        every, step = args.log_completions, trainer.state.global_step
-        if split == "train" and every and step % every < args.generate_every and trainer.accelerator.is_main_process:
-            log_completions(trainer, groups)
-        return tokenized
+        read = ("clipped", "teacher_scores", "teacher_top_ids", "teacher_top_logps", "teacher_agreement")
+        return tokens | {name: group[name] for name in read if name in group}
 
     def _write(self, rows: list[dict[str, Any]], index: int, offsets: list[int]) -> list[dict[str, Any]]:
         args = self.trainer.args
@@ -310,36 +335,3 @@ class OnlineGroups:
                 # A forward for each micro-batch, as in the training step: processes that share it need as many.
                 tokenizer = trainer.teacher_tokenizer or trainer.processing_class
                 yield LocalTeacher(teacher, tokenizer, score=trainer.args.score, tokens_per_batch=sys.maxsize)
-
-
-def prepare_prompts(
-    dataset: Any, args: Any, processing_class: Any, name: str, teacher_context: float | None = None
-) -> Any:
-    """
-    Check a dataset of prompts, and drop those that leave no room for a completion.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Rows with `prompt`.
-        args ([`GRKDConfig`]):
-            Configuration.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Student's tokenizer.
-        name (`str`):
-            Name for messages.
-        teacher_context (`float`, *optional*):
-            Longest row of the teacher, in tokens, as for [`~data.prepare_prompts`].
-
-    Returns:
-        [`~datasets.Dataset`]: The rows that are kept.
-
-    Raises:
-        `ValueError`: If a prompt is empty, none is kept, or a `teacher_prompt` does not fit.
-    """
-    if not isinstance(dataset, Dataset):
-        raise ValueError("Online groups need a dataset with a length, and got a stream: load it without `streaming`.")
-    lengths = {"max_length": args.max_length, "max_completion_length": args.max_completion_length}
-    given = {"teacher_context": teacher_context, "num_proc": args.dataset_num_proc, "name": name}
-    prepared = data.prepare_prompts(dataset, processing_class, **lengths, **given)
-    made = [column for column in ("prompt_ids", "teacher_prompt_ids") if column in prepared.column_names]
-    return prepared.remove_columns(made)  # the writer tokenizes

@@ -1,10 +1,12 @@
 """The one client for OpenAI-compatible servers: a teacher's and a judge's."""
 
+import copy
 import json
 import math
 import posixpath
 import random
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from time import time
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ from urllib.parse import quote
 
 import anyio
 import httpx2
-from anyio.from_thread import start_blocking_portal
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 from transformers.utils import logging
 
 
@@ -123,6 +125,25 @@ class ServerClient:
         secrets = (key, self.url.password, self.url.query.decode())
         self._secrets = [secret for secret in secrets if len(secret) > 3]  # "x" is no secret, but in every message
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._is_stopped, self._running = False, set[tuple[BlockingPortal, anyio.CancelScope]]()
+
+    def beside(self) -> "ServerClient":
+        """
+        A client for another thread, which can be stopped without this one.
+
+        Returns:
+            [`ServerClient`]: A copy.
+        """
+        own = copy.copy(self)
+        own._is_stopped, own._running = False, set()
+        return own
+
+    def stop(self) -> None:
+        """End the requests in flight, where nobody waits for their answers any more. No other is sent."""
+        self._is_stopped = True
+        for portal, scope in list(self._running):
+            with suppress(RuntimeError):  # ended meanwhile
+                portal.call(scope.cancel)
 
     def is_local(self) -> bool:
         """
@@ -162,7 +183,7 @@ class ServerClient:
             `list[Any]`: What their `read` made of the answers, in the order of the requests.
 
         Raises:
-            [`ServerError`]: If a request is refused, or fails in every attempt.
+            [`ServerError`]: If a request is refused or fails in every attempt, or the client is stopped.
         """
         results: dict[int, Any] = {}
         errors: list[Exception] = []
@@ -177,16 +198,31 @@ class ServerClient:
                 if errors:
                     return
 
-        async def run() -> None:
+        async def run(portal: BlockingPortal) -> None:
             limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self.max_concurrency)
-            http = httpx2.AsyncClient(headers=self._headers, timeout=None, limits=limits, follow_redirects=False)
-            async with http, anyio.create_task_group() as group:
-                for _ in range(self.max_concurrency):
-                    group.start_soon(work, http)
+            http = httpx2.AsyncClient(
+                headers=self._headers,
+                verify=self.url.scheme == "https",  # certificates take 30 ms to read
+                timeout=None,
+                limits=limits,
+                follow_redirects=False,
+            )
+            with anyio.CancelScope() as scope:
+                self._running.add((portal, scope))
+                try:
+                    if self._is_stopped:  # before there was a scope to cancel
+                        scope.cancel()
+                    async with http, anyio.create_task_group() as group:
+                        for _ in range(self.max_concurrency):
+                            group.start_soon(work, http)
+                finally:
+                    self._running.discard((portal, scope))
+            if scope.cancelled_caught:
+                errors.insert(0, self.error(f"The requests to the {self.who} were stopped."))
 
         # A thread of its own, because the caller may run within an event loop, as notebooks do.
         with start_blocking_portal() as portal:
-            portal.call(run)
+            portal.call(run, portal)
         if errors:
             raise errors[0]
         return [results[index] for index in sorted(results)]

@@ -18,6 +18,9 @@ class CallableScorer:
             `score_fn(prompts, completions, **columns) -> list[list[float]]`: a score for each completion of each
             prompt, higher is better, `None` or NaN for a completion to drop. `columns` are the dataset's further
             columns, a value a prompt, and `clipped`.
+        in_background (`bool`, *optional*, defaults to `False`):
+            Whether online training may call it in a thread, for later steps while earlier ones are trained on: for a function
+            that waits for another process and reads nothing that training changes, random generators included.
 
     Example:
 
@@ -32,8 +35,8 @@ class CallableScorer:
     ```
     """
 
-    def __init__(self, score_fn: Callable[..., list[list[float]]]):
-        self.score_fn = score_fn
+    def __init__(self, score_fn: Callable[..., list[list[float]]], *, in_background: bool = False):
+        self.score_fn, self.in_background = score_fn, in_background
 
     def describe(self) -> dict[str, Any]:
         """

@@ -1,5 +1,6 @@
 """A teacher behind an OpenAI-compatible server, such as vLLM or SGLang."""
 
+import copy
 import json
 import math
 import os
@@ -106,6 +107,22 @@ class ServerTeacher:
         self.model, self.processing_class = model, processing_class
         self.server, self.score_type, self.context_length = server, score, context_length or math.inf
         self._prefill = PrefillRequests(server, model, processing_class)
+
+    def beside(self) -> "ServerTeacher":
+        """
+        This teacher for another thread: tokenizers keep a state that two threads must not share.
+
+        Returns:
+            [`ServerTeacher`]: A copy with a tokenizer and a client of its own.
+        """
+        own = copy.copy(self)
+        own.processing_class, own._client = copy.deepcopy(self.processing_class), self._client.beside()
+        own._prefill = PrefillRequests(own.server, own.model, own.processing_class)
+        return own
+
+    def stop(self) -> None:
+        """End the requests in flight, where nobody waits for their answers any more."""
+        self._client.stop()
 
     def describe(self) -> dict[str, Any]:
         """

@@ -19,7 +19,8 @@ from transformers.trainer_utils import EvalPrediction
 
 from .._trl import make_train_dataloader
 from ..data import count_items
-from ..generation.online import OnlineGroups, prepare_prompts
+from ..generation.checks import prepare_prompts
+from ..generation.online import OnlineGroups
 from ..generation.roles import Roles, assign_roles
 from ..losses import (
     group_relative_loss,
@@ -165,6 +166,13 @@ class GRKDTrainer(GroupTrainer):
                 check_aligned_prompts(self, prompts, args)
             return prompts
         return super().read(dataset, processing_class, args, name)
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            if self.online is not None:
+                self.online.close()
 
     def get_train_dataloader(self):
         if self.online is None:
