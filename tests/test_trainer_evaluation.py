@@ -6,9 +6,10 @@ import pytest
 import reference_step
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from runs import VOCAB, make_rows, make_student, make_teacher, make_trainer, to_ids
+from runs import TOKENIZER, VOCAB, make_rows, make_student, make_teacher, make_trainer, to_ids
 
 from grkd_trl import GRKDConfig, GRKDForClassificationConfig
+from grkd_trl.teacher import LazyTeacher, cache_soft_labels
 
 
 ROWS = make_rows(7, seed=4)
@@ -241,3 +242,25 @@ class TestComputeMetrics:
         assert not warned(alpha_schedule="constant")
         if config_class is GRKDConfig:
             assert not warned(soft_label="none")
+
+
+class TestAskedTeachers:
+    """Groups that come after training are labelled by the teacher that was asked before it."""
+
+    @pytest.mark.parametrize("method, fields", [("GRKD", {}), ("GRKD", {"soft_label": "group"}), ("KD", {})], ids=str)
+    def test_equals_the_teacher_in_the_step(self, tmp_path, method, fields):
+        groups, found = Dataset.from_list(make_rows(7, seed=4, scores=False)), []
+        for teacher in (LazyTeacher(make_teacher(), TOKENIZER), make_teacher()):
+            fields = fields | {"method": method, "teacher_model": teacher, "soft_label_top_k": VOCAB}
+            trainer = make_trainer(tmp_path, make_rows(4, scores=False), **fields)
+            found.append((trainer.evaluate(groups)["eval_loss"], trainer.predict(groups).metrics["test_loss"]))
+        assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0][0] == found[0][1]
+
+    @pytest.mark.parametrize("method, missing", [("GRKD", "soft labels"), ("GRKD", "scores"), ("KD", "soft labels")])
+    def test_nobody_to_ask(self, tmp_path, method, missing):
+        cached = cache_soft_labels(make_teacher(), TOKENIZER, Dataset.from_list(make_rows(4, scores=False)), k=4)
+        trainer = make_trainer(tmp_path, method=method, train_dataset=cached, teacher_model=None)
+        removed = ["teacher_top_ids", "teacher_top_logps"] if missing == "soft labels" else ["teacher_scores"]
+        for act in (trainer.evaluate, trainer.predict):
+            with pytest.raises(ValueError, match=f"groups have no .*{missing}.* made without a teacher"):
+                act(cached.remove_columns(removed))

@@ -260,6 +260,61 @@ def ask_datasets(
     return [ask(dataset) for dataset in datasets]
 
 
+def complete(
+    args: Any,
+    teacher: Any,
+    processing_class: Any,
+    dataset: Any,
+    name: str,
+    *,
+    soft_labels: int | None,
+    scored: bool = True,
+    min_completions: int = 2,
+) -> Any:
+    """
+    Groups that come after the trainer was made, to evaluate on: what they lack is asked of the teacher that was asked for the
+    others.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The method's configuration.
+        teacher ([`~teacher.Scorer`], *optional*):
+            Teacher that was asked.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Student's tokenizer.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Groups.
+        name (`str`):
+            Name for messages.
+        soft_labels (`int`, *optional*):
+            Most likely tokens at each position, where the loss reads them.
+        scored (`bool`, *optional*, defaults to `True`):
+            Whether the loss reads scores.
+        min_completions (`int`, *optional*, defaults to `2`):
+            Fewest completions of a group.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The groups with scores, and with soft labels where these are read.
+
+    Raises:
+        `ValueError`: If they lack one and there is no such teacher.
+    """
+    if teacher is not None:
+        given: dict[str, Any] = {"soft_labels": soft_labels, "min_completions": min_completions}
+        (dataset,) = ask_datasets(args, None, teacher, processing_class, dataset, **given)
+    lacking = {
+        "soft labels (`teacher_top_ids`)": soft_labels is not None and not bring_soft_labels(dataset),
+        "`teacher_scores`": scored and not bring_scores(dataset),
+    }
+    for what, lacks in lacking.items():
+        if lacks:
+            raise ValueError(
+                f"The {name} groups have no {what}, and the trainer was made without a teacher that gives them. Pass it "
+                "`teacher_model`, or make them beforehand (`grkd_trl.teacher.cache_soft_labels`, `score_groups`)."
+            )
+    return dataset
+
+
 def _ask(dataset: Dataset, scorer: Any, labels: dict[str, Any], min_completions: int) -> Dataset:
     removed = (["teacher_scores", "teacher_agreement"] if scorer is not None else []) + (
         list(SOFT_LABELS) if labels else []

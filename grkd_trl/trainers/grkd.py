@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalPrediction
 from .._trl import make_train_dataloader
 from ..data import count_items
 from ..generation.checks import prepare_prompts
+from ..generation.labels import complete
 from ..generation.online import OnlineGroups
 from ..generation.roles import Roles, assign_roles
 from ..losses import (
@@ -165,6 +166,9 @@ class GRKDTrainer(GroupTrainer):
             if self.teacher_tokenizer is not None:
                 check_aligned_prompts(self, prompts, args)
             return prompts
+        if self.teacher_context is None:  # no teacher in the step
+            soft_labels = args.soft_label_top_k if args.needs_teacher_logits else None
+            dataset = complete(args, self.asked_teacher, processing_class, dataset, name, soft_labels=soft_labels)
         return super().read(dataset, processing_class, args, name)
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):

@@ -6,7 +6,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..data import bring_soft_labels
-from ..generation.labels import ask_datasets, is_asked
+from ..generation.labels import ask_datasets, complete, is_asked
 from ..losses import forward_kl, reverse_kl, topk_kl
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
 from ..teacher.abilities import needs, require
@@ -94,6 +94,12 @@ class KDTrainer(GroupTrainer):
             asked: dict[str, Any] = {"soft_labels": args.soft_label_top_k, "min_completions": self.min_completions}
             return None, *ask_datasets(args, model, teacher_model, processing_class, *datasets, **asked)
         return super().bring_teacher(args, model, teacher_model, processing_class, *datasets)
+
+    def read(self, dataset, processing_class, args, name):
+        if self.teacher_context is None:  # no teacher in the step
+            asked: dict[str, Any] = {"soft_labels": args.soft_label_top_k, "min_completions": self.min_completions}
+            dataset = complete(args, self.asked_teacher, processing_class, dataset, name, scored=False, **asked)
+        return super().read(dataset, processing_class, args, name)
 
     def mean_loss(self, means):
         share = self.args.hard_label_weight
