@@ -104,7 +104,14 @@ class TestRefusals:
         "fields, kwargs, match",
         [
             ({"completion_source": "teacher"}, {}, "has the teacher write, and a `TeacherEnsemble`"),
-            ({"completion_source": "student"}, {"min_agreement": 0.5}, "drops groups, and a step of online groups"),
+            (
+                {
+                    "completion_source": "student",
+                    "score_fn": lambda completions, **_: [[0.0] * 3 for _ in completions],
+                },
+                {"min_agreement": 0.5},
+                "drops groups whose scores disagree, and online `score_fn` scores",
+            ),
         ],
     )
     def test_online(self, tmp_path, fields, kwargs, match):
@@ -121,3 +128,19 @@ class TestRefusals:
         teacher = TeacherEnsemble([LocalTeacher(make_teacher(), plain), LocalTeacher(make_teacher(), ended)])
         with pytest.raises(ValueError, match="The teachers '0' and '1' read the completions of row 0 as other tokens"):
             teacher.top_k([[{"role": "user", "content": "a"}]], [["b", "c"]], 3)
+
+    @pytest.mark.parametrize("method", ["GRKD", "KD"])
+    def test_rows_whose_start_is_cut(self, tmp_path, method):
+        """The teacher has read them whole, where one in the step reads what the student does."""
+        rows = make_rows(scores=False)
+        fields = {"method": method, "teacher_model": make_ensemble(), "truncation_mode": "keep_end"}
+        train(tmp_path, rows, max_length=64, **fields)
+        with pytest.raises(ValueError, match='train groups has .* tokens, and `truncation_mode="keep_end"` cuts'):
+            train(tmp_path, rows, max_length=6, **fields)
+
+    def test_another_score(self, tmp_path):
+        """Of a path in an ensemble of the user's own, or of a teacher; in a list or mapping a path follows `score`."""
+        train(tmp_path, make_rows(scores=False), teacher_model=[make_teacher(), make_teacher(seed=2)], score="sum")
+        for teacher, name in ((make_ensemble(), " 'a'"), (LocalTeacher(make_teacher(), TOKENIZER), "")):
+            with pytest.raises(ValueError, match=f"The teacher{name} scores a completion by the mean of its log-prob"):
+                train(tmp_path, make_rows(scores=False), teacher_model=teacher, score="sum")

@@ -1,4 +1,4 @@
-"""Scores and soft labels say which `teacher_prompt` they were made with, and are refused beside another."""
+"""Scores and soft labels say which `prompt` and `teacher_prompt` they were made with, and are refused beside another."""
 
 import re
 
@@ -65,6 +65,18 @@ class TestRefused:
         row = 0 if change == "another" else 3
         with pytest.raises(ValueError, match=rf"The {what} of row {row} were made with another `teacher_prompt`"):
             self.train(tmp_path / "other", with_prompts(dataset, OTHER[change]), maker)
+
+    @pytest.mark.parametrize("maker", MAKERS)
+    def test_another_prompt(self, tmp_path, maker):
+        """Of the student too, with and without a prompt of the teacher's. Older rows do not say what theirs was."""
+        dataset, what = MAKERS[maker](tmp_path), "soft labels" if maker in ("cache", "groups") else "scores"
+        changed = dataset.map(
+            lambda row, index: {"prompt": f"{'n ' * (index == 1)}{row['prompt']}"}, with_indices=True
+        )
+        for row in (changed, changed.remove_columns("teacher_prompt")):
+            with pytest.raises(ValueError, match=rf"The {what} of row 1 were made with another `prompt`"):
+                self.train(tmp_path / "other", row, maker)
+        self.train(tmp_path / "old", changed.remove_columns("prompt_hash"), maker)
 
     @pytest.mark.parametrize("maker", ["cache", pytest.param("scored_groups", marks=pytest.mark.slow)])
     def test_survives_parquet(self, tmp_path, maker):

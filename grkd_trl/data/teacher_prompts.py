@@ -68,12 +68,12 @@ def encode_teacher_prompt(
 
 def prompt_hash(prompt: Any) -> str:
     """
-    Hash of a `teacher_prompt`, by which scores and soft labels say what they were made with, in the column
+    Hash of a prompt, by which scores and soft labels say what they were made with, in the columns `prompt_hash` and
     `teacher_prompt_hash`.
 
     Args:
         prompt (`str`, `list[dict]` or `None`):
-            The teacher's prompt, `None` where it read the student's.
+            Prompt, or the teacher's own one, `None` where it read the student's.
 
     Returns:
         `str`: Sixteen hexadecimal digits.
@@ -84,8 +84,9 @@ def prompt_hash(prompt: Any) -> str:
 
 def check_made_with(row: dict[str, Any], index: int) -> None:
     """
-    Refuse scores or soft labels that were made with another `teacher_prompt` than the row has now. A row without the column
-    is accepted: nothing reads a prompt of the teacher's any more.
+    Refuse scores or soft labels that were made with another `prompt` or `teacher_prompt` than the row has now. A row that has
+    lost its `teacher_prompt` is accepted: nothing reads a prompt of the teacher's any more. So is one that does not say what its
+    scores were made with.
 
     Args:
         row (`dict[str, Any]`):
@@ -96,35 +97,40 @@ def check_made_with(row: dict[str, Any], index: int) -> None:
     Raises:
         `ValueError`: If the hashes differ, or soft labels beside a `teacher_prompt` do not say what they were made with.
     """
-    labelled, recorded = row.get("teacher_top_ids") is not None, row.get("teacher_prompt_hash")
-    if "teacher_prompt" not in row or not (labelled or row.get("teacher_scores") is not None):
+    labelled = row.get("teacher_top_ids") is not None
+    if not labelled and row.get("teacher_scores") is None:
         return
-    unknown = recorded is None and labelled and row["teacher_prompt"] is not None
-    if unknown or recorded not in (None, prompt_hash(row["teacher_prompt"])):
-        made = "do not say that they were made with its" if unknown else "were made with another"
-        raise ValueError(
-            f"The {'soft labels' if labelled else 'scores'} of row {index} {made} `teacher_prompt`. Make them again "
-            f"(`grkd_trl.teacher.{'cache_soft_labels' if labelled else 'score_groups'}`), or give the row the "
-            "`teacher_prompt` that they were made with."
-        )
+    for name in ("prompt", "teacher_prompt"):
+        recorded = row.get(f"{name}_hash")
+        if name not in row:
+            continue
+        unknown = name == "teacher_prompt" and recorded is None and labelled and row[name] is not None
+        if unknown or recorded not in (None, prompt_hash(row[name])):
+            made = "do not say that they were made with its" if unknown else "were made with another"
+            raise ValueError(
+                f"The {'soft labels' if labelled else 'scores'} of row {index} {made} `{name}`. Make them again "
+                f"(`grkd_trl.teacher.{'cache_soft_labels' if labelled else 'score_groups'}`), or give the row the "
+                f"`{name}` that they were made with."
+            )
 
 
-def record_teacher_prompts(dataset: Dataset) -> Dataset:
+def record_prompts(dataset: Dataset) -> Dataset:
     """
-    Record which `teacher_prompt` the scores or soft labels of a dataset were made with.
+    Record which `prompt` and `teacher_prompt` the scores or soft labels of a dataset were made with.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Groups.
 
     Returns:
-        [`~datasets.Dataset`]: With a column `teacher_prompt_hash` if it has a `teacher_prompt`, and else without.
+        [`~datasets.Dataset`]: With a column `prompt_hash`, and `teacher_prompt_hash` if it has a `teacher_prompt`.
     """
-    if "teacher_prompt_hash" in dataset.column_names:
-        dataset = dataset.remove_columns("teacher_prompt_hash")
-    if "teacher_prompt" not in dataset.column_names:
-        return dataset
-    return dataset.add_column("teacher_prompt_hash", [prompt_hash(prompt) for prompt in dataset["teacher_prompt"]])
+    for name in ("prompt", "teacher_prompt"):
+        if f"{name}_hash" in dataset.column_names:
+            dataset = dataset.remove_columns(f"{name}_hash")
+        if name in dataset.column_names:
+            dataset = dataset.add_column(f"{name}_hash", [prompt_hash(prompt) for prompt in dataset[name]])
+    return dataset
 
 
 def with_teacher_context(

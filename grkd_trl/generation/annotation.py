@@ -22,7 +22,7 @@ from ..data import (
     tokenizer_hash,
 )
 from ..data.rows import check_teacher_prompt
-from ..data.teacher_prompts import record_teacher_prompts, require_room
+from ..data.teacher_prompts import record_prompts, require_room
 from ..teacher import load_teacher, loading_whole, score_groups
 from ..teacher.abilities import needs, require
 from ..teacher.loading import with_remote_code
@@ -120,9 +120,7 @@ def rank_datasets(
             scored = score_groups(teacher, tokenizer, dataset.select(rows), progress=not args.disable_tqdm)
         made = {"teacher_scores", "teacher_agreement"}.intersection(dataset.column_names)
         dataset = dataset.remove_columns(sorted(made))
-        return record_teacher_prompts(
-            dataset.add_column("teacher_scores", gather_object(list(scored["teacher_scores"])))
-        )
+        return record_prompts(dataset.add_column("teacher_scores", gather_object(list(scored["teacher_scores"]))))
 
     unscored = [part for dataset in datasets for part in parts(dataset) if not bring_scores(part)]
     teacher, tokenizer = _load(args, model, teacher_model, processing_class, *unscored)

@@ -23,7 +23,7 @@ PER_COMPLETION = (
     *SOFT_LABELS,
 )
 _NOT_FOR_TEACHERS = {"prompt", "completions", "written_by", "teacher_scores", "num_tokens", "surprises", *SOFT_LABELS}
-_NOT_FOR_TEACHERS |= {"teacher_prompt_hash", "teacher_agreement"}
+_NOT_FOR_TEACHERS |= {"prompt_hash", "teacher_prompt_hash", "teacher_agreement"}
 
 
 def draw_seed(seed: int, index: int, writer: str) -> int:

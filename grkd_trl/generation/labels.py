@@ -15,8 +15,17 @@ from transformers.utils import logging
 
 from ..data import as_read, bring_scores, bring_soft_labels, first_rows, parts, read_group
 from ..data.images import has_image_columns
-from ..data.teacher_prompts import check_made_with, record_teacher_prompts
-from ..teacher import LazyTeacher, LocalTeacher, Scorer, TeacherEnsemble, load_teacher, loading_whole, tokenizer_of
+from ..data.teacher_prompts import check_made_with, record_prompts
+from ..teacher import (
+    LazyTeacher,
+    LocalTeacher,
+    Scorer,
+    ServerTeacher,
+    TeacherEnsemble,
+    load_teacher,
+    loading_whole,
+    tokenizer_of,
+)
 from ..teacher.in_step import as_mixture
 from ..teacher.loading import load_processor, read_chat_template, with_remote_code
 from ..teacher.topk import SOFT_LABELS, put_column, require_same_tokenizer
@@ -124,8 +133,8 @@ def as_teacher(teacher: Any, args: Any, model: Any, processing_class: Any, *data
         [`~teacher.in_step.TeacherMixture`].
 
     Raises:
-        `ValueError`: If a field of `args` would be read by no teacher, the student is among them, or a teacher that is asked is
-            to give whole distributions.
+        `ValueError`: If a field of `args` would be read by no teacher, a teacher scores by another mean than `args.score`, the
+            student is among them, or a teacher that is asked is to give whole distributions.
     """
     if isinstance(teacher, Mapping | list | tuple):
         named = (
@@ -139,6 +148,8 @@ def as_teacher(teacher: Any, args: Any, model: Any, processing_class: Any, *data
             refuse_student(own.model if isinstance(own, LocalTeacher | LazyTeacher) else own, model)
     if not several and not is_asked(teacher):
         return teacher
+    for name, own in named.items():
+        _check_score(own, name, args)
     unread = {
         "teacher_chat_template": args.teacher_chat_template is not None,
         "teacher_sharding": not whole and getattr(args, "teacher_sharding", "auto") != "auto",
@@ -164,6 +175,19 @@ def as_teacher(teacher: Any, args: Any, model: Any, processing_class: Any, *data
         )
     student = processing_class or tokenizer_of(model, None, with_remote_code(args.model_init_kwargs, args))
     return as_mixture(teacher, student, score=getattr(args, "score", "mean"))
+
+
+def _check_score(teacher: Any, name: str, args: Any) -> None:
+    if isinstance(teacher, LazyTeacher):
+        by = teacher.kwargs.get("score", "mean")
+    else:
+        by = teacher.score_type if isinstance(teacher, LocalTeacher | ServerTeacher) else None
+    if by is not None and by != getattr(args, "score", by):
+        raise ValueError(
+            f"The teacher{f' {name!r}' if name else ''} scores a completion by the {by} of its log-probabilities, and "
+            f'`score="{args.score}"`. Pass `score="{args.score}"` to the teacher too (a path in a `TeacherEnsemble` as '
+            f'`LazyTeacher(path, score="{args.score}")`).'
+        )
 
 
 def _open(teacher: Any, args: Any, model: Any, processing_class: Any, *datasets: Any) -> Any:
@@ -260,61 +284,6 @@ def ask_datasets(
     return [ask(dataset) for dataset in datasets]
 
 
-def complete(
-    args: Any,
-    teacher: Any,
-    processing_class: Any,
-    dataset: Any,
-    name: str,
-    *,
-    soft_labels: int | None,
-    scored: bool = True,
-    min_completions: int = 2,
-) -> Any:
-    """
-    Groups that come after the trainer was made, to evaluate on: what they lack is asked of the teacher that was asked for the
-    others.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]):
-            The method's configuration.
-        teacher ([`~teacher.Scorer`], *optional*):
-            Teacher that was asked.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Student's tokenizer.
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Groups.
-        name (`str`):
-            Name for messages.
-        soft_labels (`int`, *optional*):
-            Most likely tokens at each position, where the loss reads them.
-        scored (`bool`, *optional*, defaults to `True`):
-            Whether the loss reads scores.
-        min_completions (`int`, *optional*, defaults to `2`):
-            Fewest completions of a group.
-
-    Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The groups with scores, and with soft labels where these are read.
-
-    Raises:
-        `ValueError`: If they lack one and there is no such teacher.
-    """
-    if teacher is not None:
-        given: dict[str, Any] = {"soft_labels": soft_labels, "min_completions": min_completions}
-        (dataset,) = ask_datasets(args, None, teacher, processing_class, dataset, **given)
-    lacking = {
-        "soft labels (`teacher_top_ids`)": soft_labels is not None and not bring_soft_labels(dataset),
-        "`teacher_scores`": scored and not bring_scores(dataset),
-    }
-    for what, lacks in lacking.items():
-        if lacks:
-            raise ValueError(
-                f"The {name} groups have no {what}, and the trainer was made without a teacher that gives them. Pass it "
-                "`teacher_model`, or make them beforehand (`grkd_trl.teacher.cache_soft_labels`, `score_groups`)."
-            )
-    return dataset
-
-
 def _ask(dataset: Dataset, scorer: Any, labels: dict[str, Any], min_completions: int) -> Dataset:
     removed = (["teacher_scores", "teacher_agreement"] if scorer is not None else []) + (
         list(SOFT_LABELS) if labels else []
@@ -355,4 +324,4 @@ def _ask(dataset: Dataset, scorer: Any, labels: dict[str, Any], min_completions:
                 cells = [[own[position] for position in made[row][1]] for own, row in zip(cells, rows, strict=True)]
             dataset = put_column(dataset, name, cells, feature)
     teachers = (scorer, labels.get("teacher"))
-    return record_teacher_prompts(dataset) if any(map(reads_teacher_prompts, teachers)) else dataset
+    return record_prompts(dataset) if any(map(reads_teacher_prompts, teachers)) else dataset

@@ -21,6 +21,7 @@ _OWN_COLUMNS = {
     "num_tokens",
     "teacher_scores",
     *SOFT_LABELS,
+    "prompt_hash",
     "teacher_prompt_hash",
     "teacher_agreement",
     "chosen",
@@ -87,12 +88,9 @@ def group_features(dataset: Dataset, config: Any, scorer: Scorer | None) -> Feat
     elif config.completion_source == "dataset":
         own |= {name: feature for name, feature in dataset.features.items() if name in SOFT_LABELS}
     made = config.soft_labels is not None or reads_teacher_prompts(scorer)
-    if (
-        "teacher_prompt" in dataset.features
-        and made
-        or "teacher_prompt_hash" in dataset.features
-        and set(SOFT_LABELS) <= set(own)
-    ):
-        own |= {"teacher_prompt_hash": Value("string")}
+    for name in ("prompt", "teacher_prompt"):
+        kept = f"{name}_hash" in dataset.features and set(SOFT_LABELS) <= set(own)
+        if name in dataset.features and made or kept:
+            own |= {f"{name}_hash": Value("string")}
     further = {name: feature for name, feature in dataset.features.items() if name not in _OWN_COLUMNS}
     return Features({"prompt": dataset.features["prompt"], **own, **further})

@@ -267,7 +267,8 @@ def _make_shard(rows, shard, config, writers, scorer) -> tuple[list[dict[str, An
         labels = {"teacher": writers["teacher"] or scorer, "k": config.soft_labels} if config.soft_labels else {}
         scored = add_scores(groups, scorer, **labels)
         if labels or reads_teacher_prompts(scorer):
-            scored = [group | {"teacher_prompt_hash": prompt_hash(group.get("teacher_prompt"))} for group in scored]
+            names = ("prompt", "teacher_prompt")
+            scored = [group | {f"{name}_hash": prompt_hash(group.get(name)) for name in names} for group in scored]
         counts["unscored"] = num_before - sum(len(group["completions"]) for group in scored)
         groups = [group for group in scored if len(group["completions"]) >= 2]
         counts["small_groups"] += len(scored) - len(groups)

@@ -18,7 +18,7 @@ from ..data import (
     is_score,
     tokenizer_hash,
 )
-from ..data.teacher_prompts import record_teacher_prompts
+from ..data.teacher_prompts import record_prompts
 from ..scoring import (
     eval_mode,
     predicted_mask,
@@ -309,8 +309,8 @@ def score_groups(
             Whether to show a progress bar.
 
     Returns:
-        [`~datasets.Dataset`]: The dataset with a column `teacher_scores`, in place of one it had, and beside a
-        `teacher_prompt` with `teacher_prompt_hash`, by which the trainers refuse the scores if it is changed.
+        [`~datasets.Dataset`]: The dataset with a column `teacher_scores`, in place of one it had, and with `prompt_hash` and beside
+        a `teacher_prompt` with `teacher_prompt_hash`, by which the trainers refuse the scores if one of the two is changed.
 
     Raises:
         `ValueError`: If a row is no group, the teacher's logits are not finite, or a completion has no token, exceeds
@@ -330,4 +330,4 @@ def score_groups(
                     f"and their score is {value}. With the prompt it must come to at least one token, fit the teacher's "
                     f"context of {teacher.context_length} tokens and be possible for the teacher. Drop or shorten it."
                 )
-    return record_teacher_prompts(dataset.add_column("teacher_scores", scores))
+    return record_prompts(dataset.add_column("teacher_scores", scores))

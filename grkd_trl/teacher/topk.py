@@ -7,7 +7,7 @@ from datasets import Dataset, Features, Sequence, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data import as_read, tokenizer_hash
-from ..data.teacher_prompts import record_teacher_prompts
+from ..data.teacher_prompts import record_prompts
 from .ensemble import TeacherEnsemble
 from .local import LocalTeacher
 from .protocol import TopKTeacher
@@ -108,8 +108,8 @@ def cache_soft_labels(
 
     Returns:
         [`~datasets.Dataset`]: The dataset with `teacher_top_ids` and `teacher_top_logps` (for each completion
-        `(T, k)`), `teacher_token_ids` (the tokens they belong to), and `teacher_scores` if it had none; beside a
-        `teacher_prompt` also `teacher_prompt_hash`, by which the trainers refuse them if it is changed.
+        `(T, k)`), `teacher_token_ids` (the tokens they belong to), and `teacher_scores` if it had none; and `prompt_hash`, and
+        beside a `teacher_prompt` also `teacher_prompt_hash`, by which the trainers refuse them if one of the two is changed.
 
     Raises:
         `ValueError`: If k is out of range, a row is no group, the tokenizers differ, a `teacher_prompt` does not fit the
@@ -151,4 +151,4 @@ def cache_soft_labels(
         features = features | {"teacher_scores": Sequence(Value("float64"))}
     for name, feature in features.items():
         dataset = put_column(dataset, name, cells[name], feature)
-    return record_teacher_prompts(dataset)
+    return record_prompts(dataset)

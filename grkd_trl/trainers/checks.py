@@ -2,12 +2,15 @@
 
 import math
 import os
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
+from ..data import bring_scores, bring_soft_labels
+from ..generation.labels import ask_datasets
 from ..scoring import refuse_not_finite
 
 
@@ -167,4 +170,86 @@ class GroupWarnings(TrainerCallback):
                 f"The student's own completions have {score:.1f} nats per token, and a uniform choice among its tokens "
                 f"{random:.1f}: it writes nearly at random. Start from a trained student, or check its weights "
                 "and chat template."
+            )
+
+
+def complete_labels(
+    args: Any,
+    teacher: Any,
+    processing_class: Any,
+    dataset: Any,
+    name: str,
+    *,
+    soft_labels: int | None,
+    scored: bool = True,
+    min_completions: int = 2,
+) -> Any:
+    """
+    Groups that come after the trainer was made, to evaluate on: what they lack is asked of the teacher that was asked for the
+    others.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The method's configuration.
+        teacher ([`~teacher.Scorer`], *optional*):
+            Teacher that was asked.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Student's tokenizer.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Groups.
+        name (`str`):
+            Name for messages.
+        soft_labels (`int`, *optional*):
+            Most likely tokens at each position, where the loss reads them.
+        scored (`bool`, *optional*, defaults to `True`):
+            Whether the loss reads scores.
+        min_completions (`int`, *optional*, defaults to `2`):
+            Fewest completions of a group.
+
+    Returns:
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The groups with scores, and with soft labels where these are read.
+
+    Raises:
+        `ValueError`: If they lack one and there is no such teacher.
+    """
+    if teacher is not None:
+        given: dict[str, Any] = {"soft_labels": soft_labels, "min_completions": min_completions}
+        (dataset,) = ask_datasets(args, None, teacher, processing_class, dataset, **given)
+    lacking = {
+        "soft labels (`teacher_top_ids`)": soft_labels is not None and not bring_soft_labels(dataset),
+        "`teacher_scores`": scored and not bring_scores(dataset),
+    }
+    for what, lacks in lacking.items():
+        if lacks:
+            raise ValueError(
+                f"The {name} groups have no {what}, and the trainer was made without a teacher that gives them. Pass it "
+                "`teacher_model`, or make them beforehand (`grkd_trl.teacher.cache_soft_labels`, `score_groups`)."
+            )
+    return dataset
+
+
+def refuse_cut_prompts(dataset: Any, args: Any, name: str) -> None:
+    """
+    Refuse to cut the start of rows that a teacher was asked about, which read them whole; one in the training step reads what the
+    student does.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Tokenized groups, with their `length`.
+        args ([`~trainers.GroupConfig`]):
+            Configuration.
+        name (`str`):
+            Name for messages.
+
+    Raises:
+        `ValueError`: If `truncation_mode` is `"keep_end"` and a row exceeds `max_length`.
+    """
+    if args.truncation_mode != "keep_end" or args.max_length is None or "length" not in dataset.column_names:
+        return
+    for index, length in enumerate(dataset["length"]):
+        if length > args.max_length:
+            raise ValueError(
+                f'Row {index} of the {name} groups has {length} tokens, and `truncation_mode="keep_end"` cuts its start to '
+                f"`max_length={args.max_length}`, which the teacher that was asked has read. Shorten the prompt, raise "
+                '`max_length`, or set `truncation_mode="keep_start"`.'
             )

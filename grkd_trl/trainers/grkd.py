@@ -20,7 +20,6 @@ from transformers.trainer_utils import EvalPrediction
 from .._trl import make_train_dataloader
 from ..data import count_items
 from ..generation.checks import prepare_prompts
-from ..generation.labels import complete
 from ..generation.online import OnlineGroups
 from ..generation.roles import Roles, assign_roles
 from ..losses import (
@@ -34,7 +33,7 @@ from ..scoring import score_completions, sequence_scores, to_groups
 from ..teacher import AnyTeacher, Scorer
 from .aligned import check_aligned_prompts, require_aligned_step
 from .base import GroupTrainer
-from .checks import check_finite
+from .checks import check_finite, complete_labels, refuse_cut_prompts
 from .config import current_alpha, ranking_options
 from .grkd_config import GRKDConfig
 from .mixture import read_as_teacher
@@ -168,8 +167,13 @@ class GRKDTrainer(GroupTrainer):
             return prompts
         if self.teacher_context is None:  # no teacher in the step
             soft_labels = args.soft_label_top_k if args.needs_teacher_logits else None
-            dataset = complete(args, self.asked_teacher, processing_class, dataset, name, soft_labels=soft_labels)
-        return super().read(dataset, processing_class, args, name)
+            dataset = complete_labels(
+                args, self.asked_teacher, processing_class, dataset, name, soft_labels=soft_labels
+            )
+        dataset = super().read(dataset, processing_class, args, name)
+        if self.asked_teacher is not None:
+            refuse_cut_prompts(dataset, args, name)
+        return dataset
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         try:

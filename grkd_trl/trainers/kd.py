@@ -6,12 +6,12 @@ from typing import Any
 from transformers.utils import logging
 
 from ..data import bring_soft_labels
-from ..generation.labels import ask_datasets, complete, is_asked
+from ..generation.labels import ask_datasets, is_asked
 from ..losses import forward_kl, reverse_kl, topk_kl
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
 from ..teacher.abilities import needs, require
 from .base import GroupTrainer
-from .checks import check_finite
+from .checks import check_finite, complete_labels, refuse_cut_prompts
 from .kd_config import KDConfig
 from .mixture import read_as_teacher
 from .teachers import aligned_losses
@@ -98,8 +98,11 @@ class KDTrainer(GroupTrainer):
     def read(self, dataset, processing_class, args, name):
         if self.teacher_context is None:  # no teacher in the step
             asked: dict[str, Any] = {"soft_labels": args.soft_label_top_k, "min_completions": self.min_completions}
-            dataset = complete(args, self.asked_teacher, processing_class, dataset, name, scored=False, **asked)
-        return super().read(dataset, processing_class, args, name)
+            dataset = complete_labels(args, self.asked_teacher, processing_class, dataset, name, scored=False, **asked)
+        dataset = super().read(dataset, processing_class, args, name)
+        if self.asked_teacher is not None:
+            refuse_cut_prompts(dataset, args, name)
+        return dataset
 
     def mean_loss(self, means):
         share = self.args.hard_label_weight
