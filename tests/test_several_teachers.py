@@ -212,6 +212,36 @@ class TestWholeStep:
         assert max(relative_error(gradients[name], expected[name]) for name in expected) < 1e-5
         assert logged(trainer, "rank/agreement")
 
+    @pytest.mark.parametrize("num_kept", [1, pytest.param(3, marks=pytest.mark.slow)])
+    def test_min_agreement_online(self, tmp_path, num_kept):
+        """The step is that of the groups that are kept. Of one, a micro-batch has none left."""
+        rows, models = make_rows(4, sizes=(3,), scores=False), make_models()
+        by_hand = [agreement({name: slow_scores([row], model)[0] for name, model in models.items()}) for row in rows]
+        least = sorted(by_hand)[-num_kept]
+        kept = [row for row, value in zip(rows, by_hand, strict=True) if value >= least]
+        assert len(kept) < 4
+        groups, weights_of_row = slow_groups(kept, models)
+        given = make_student(), Mixture(models, weights_of_row), groups, reference_step.Options(vocab_size=VOCAB)
+        loss, expected = reference_step.loss_and_gradients(*given)
+        texts = {row["prompt"]: row["completions"] for row in rows}
+        trainer, (gradients,) = train(
+            tmp_path,
+            train_dataset=Dataset.from_dict({"prompt": list(texts)}),
+            teacher_model=make_ensemble(min_agreement=least),
+            completion_fn=lambda prompts, **_: [texts[prompt] for prompt in prompts],
+            completion_source="student",
+            num_completions=3,
+            max_completion_length=8,
+            soft_label_top_k=VOCAB,
+            alpha_start=0.3,
+            max_steps=1,
+            **STEP,
+        )
+        assert logged(trainer, "loss") == [pytest.approx(loss, rel=1e-5)]
+        assert max(relative_error(gradients[name], expected[name]) for name in expected) < 1e-5
+        assert logged(trainer, "rank/dropped_ratio") == [1 - len(kept) / 4]
+        assert logged(trainer, "rank/agreement") == [pytest.approx(sum(v for v in by_hand if v >= least) / len(kept))]
+
     def test_a_function_scores_what_they_label(self, tmp_path):
         rows = make_rows(4, sizes=(3,), scores=False)
         texts = {row["prompt"]: row["completions"] for row in rows}

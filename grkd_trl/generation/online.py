@@ -1,5 +1,6 @@
 """Groups made while training: the current student and the teacher write, the teacher scores."""
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +14,11 @@ from transformers.utils.import_utils import is_rich_available
 
 from .. import _trl
 from .._trl import unwrap_model_for_generation
-from ..data import DataCollatorForGroups, encode_teacher_prompt, tokenize_completions, tokenizer_hash
+from ..data import DataCollatorForGroups, encode_teacher_prompt, first_groups, tokenize_completions, tokenizer_hash
 from ..data.images import put_images
 from ..data.rows import WRITTEN
 from ..data.sampler import RepeatedPrompts, indices_of_process
-from ..teacher import Completions, LocalTeacher, Scorer, TopKTeacher
+from ..teacher import Completions, LocalTeacher, Scorer, TeacherEnsemble, TopKTeacher
 from ..teacher.alignment import align_group
 from ..teacher.retokenize import image_columns
 from ..teacher.topk import require_same_tokenizer
@@ -65,6 +66,12 @@ class OnlineGroups:
         if labeller is not None:
             require_same_tokenizer(labeller, trainer.processing_class)
             self._labels = {"teacher": labeller, "k": trainer.args.soft_label_top_k}
+        self._min_agreement = 0.0
+        if isinstance(self.scorer, TeacherEnsemble) and self.scorer.min_agreement > 0:
+            self._min_agreement = self.scorer.min_agreement
+            self.scorer = copy.copy(self.scorer)
+            self.scorer.min_agreement = 0.0  # groups are dropped from the batch, which must have a row
+            self._labels |= {"teacher": self.scorer} if labeller is not None else {}
         self._buffer: list[dict[str, Any]] = []
         self._rest: Iterator[list[dict[str, Any]]] = iter(())  # of the round, labelled while training goes on
         self._ahead: LabelsAhead | None = None
@@ -173,7 +180,16 @@ class OnlineGroups:
             self._buffer += next(self._rest)
         groups = [self._buffer[i * size : (i + 1) * size] for i in range(first, first + len(chunks))]
         self._training_since = time.perf_counter()
-        return iter([self._to_device(self.collator(part)) for part in groups])
+        return iter([self._to_device(self._collate_agreed(part)) for part in groups])
+
+    def _collate_agreed(self, groups: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Batch of the groups on which several teachers agree enough, see [`~data.collator.first_groups`] for none."""
+        if self._min_agreement == 0:
+            return self.collator(groups)
+        kept = [group for group in groups if not group["teacher_agreement"] < self._min_agreement]
+        num_dropped = torch.tensor(len(groups) - len(kept))
+        self.trainer.running_means["train"].add("rank/dropped_ratio", num_dropped, len(groups))
+        return self.collator(kept) if kept else first_groups(self.collator(groups), 0)
 
     def evaluate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """

@@ -90,7 +90,7 @@ def assign_roles(
         labeller.check_top_k(args.soft_label_top_k)
     scorer = score_fn or asked
     for role in (scorer, labeller) if args.online else ():
-        _check_online(role, *given)
+        _check_online(role, scorer, *given)
 
     cached = need == "top tokens" and (labeller is not None or bring_soft_labels(*given))
     uses = {
@@ -130,13 +130,13 @@ def _ask_before(args: Any, model: Any, teacher: Any, processing_class: Any, need
     )
 
 
-def _check_online(teacher: Any, *datasets: Any) -> None:
+def _check_online(teacher: Any, scorer: Any, *datasets: Any) -> None:
     if not isinstance(teacher, TeacherEnsemble):
         return
-    if teacher.min_agreement > 0:
+    if teacher.min_agreement > 0 and teacher is not scorer:
         raise ValueError(
-            f"`min_agreement={teacher.min_agreement}` drops groups, and a step of online groups has as many as it has prompts. "
-            "Leave it at 0, or make the groups before training."
+            f"`min_agreement={teacher.min_agreement}` drops groups whose scores disagree, and online `score_fn` scores in the place "
+            "of these teachers. Leave it at 0, or leave `score_fn` out."
         )
     for part in parts(*datasets):
         if isinstance(part, Dataset):  # a stream is refused later
