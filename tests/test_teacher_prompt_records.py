@@ -119,6 +119,12 @@ class TestUnrecorded:
         config = GroupsConfig(str(tmp_path / "groups"), completion_source="dataset")
         assert "teacher_prompt_hash" not in generate_groups(SHOWN, config, scorer=scorer).column_names
 
+    def test_scores_of_a_function_in_place_of_others(self, tmp_path):
+        changed = with_prompts(scored(SHOWN), OTHER["another"]).map(lambda row: {"prompt": f"n {row['prompt']}"})
+        scorer = CallableScorer(lambda prompts, completions, **_: [[float(len(t)) for t in g] for g in completions])
+        rows = changed.remove_columns("teacher_scores")
+        make_trainer(tmp_path, train_dataset=rows, teacher_model=scorer, soft_label="group")
+
 
 class TestKeptBesideNew:
     """What is made now and what is kept must have been made with one prompt."""

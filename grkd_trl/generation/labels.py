@@ -324,4 +324,8 @@ def _ask(dataset: Dataset, scorer: Any, labels: dict[str, Any], min_completions:
                 cells = [[own[position] for position in made[row][1]] for own, row in zip(cells, rows, strict=True)]
             dataset = put_column(dataset, name, cells, feature)
     teachers = (scorer, labels.get("teacher"))
-    return record_prompts(dataset) if any(map(reads_teacher_prompts, teachers)) else dataset
+    if any(map(reads_teacher_prompts, teachers)):
+        return record_prompts(dataset)
+    # A function's scores are of the text, and what was recorded was of others
+    of_others = {"prompt_hash", "teacher_prompt_hash"} if "teacher_top_ids" not in dataset.column_names else set()
+    return dataset.remove_columns(sorted(of_others.intersection(dataset.column_names)))

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
-from ..data import bring_scores, bring_soft_labels
+from ..data import bring_scores, bring_soft_labels, first_rows
 from ..generation.labels import ask_datasets
 from ..scoring import refuse_not_finite
 
@@ -215,6 +215,8 @@ def complete_labels(
     if teacher is not None:
         given: dict[str, Any] = {"soft_labels": soft_labels, "min_completions": min_completions}
         (dataset,) = ask_datasets(args, None, teacher, processing_class, dataset, **given)
+    if not any({"completions", "chosen", "completion_ids"}.intersection(row) for row in first_rows(dataset)):
+        return dataset  # no groups, which is said where they are read
     lacking = {
         "soft labels (`teacher_top_ids`)": soft_labels is not None and not bring_soft_labels(dataset),
         "`teacher_scores`": scored and not bring_scores(dataset),
