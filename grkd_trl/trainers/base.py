@@ -24,7 +24,7 @@ from ..data import DataCollatorForGroups, count_items, prepare_groups, require_r
 from ..data.images import IMAGE_COLUMNS, rename_images
 from ..data.repeats import number_rows, reduce_remainder, without_repeats
 from ..data.sampler import GroupedByLength, balance
-from ..generation.labels import as_teacher, is_asked
+from ..generation.labels import as_teacher
 from ..scoring import eval_mode
 from ..teacher import AnyTeacher, disable_dropout
 from ..teacher.loading import check_student, load_adapted_student
@@ -70,7 +70,7 @@ class GroupTrainer(ResumesStreams, SFTTrainer):
     Attributes:
         teacher_model (`torch.nn.Module`, *optional*): Frozen teacher of the training step; `None` where the step needs
             none. The student itself where its base is the teacher, see [`~GroupTrainer.teaching`]; several as a list of modules.
-        asked_teacher ([`~teacher.Scorer`], *optional*): Teacher that is asked, before training or online.
+        asked_teacher ([`~teacher.Scorer`], *optional*): Teacher that `GRKDTrainer` or `KDTrainer` asks, before training or online.
         teacher_context (`float`, *optional*): Longest row that this teacher reads, in tokens, infinite without a limit.
         teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer, where soft labels are aligned.
         vocab_size (`int`, *optional*): Number of leading token ids that student and teacher share.
@@ -90,6 +90,7 @@ class GroupTrainer(ResumesStreams, SFTTrainer):
     data_collator: Any
     model: PreTrainedModel | PeftModel
     shared_ids: Any
+    asked_teacher: Any = None
 
     # Fewest completions of a group. 1 for a method that does not compare.
     min_completions: ClassVar[int] = 2
@@ -119,7 +120,6 @@ class GroupTrainer(ResumesStreams, SFTTrainer):
         check_student(model, peft_config, args, teacher_model)
         teacher_model = as_teacher(teacher_model, args, model, processing_class, train_dataset, eval_dataset)
         self.chosen_first, self.origins = False, origins(model, teacher_model, train_dataset)
-        self.asked_teacher = teacher_model if is_asked(teacher_model) else None
         teacher_model, train_dataset, eval_dataset = self.bring_teacher(
             args, model, teacher_model, processing_class, train_dataset, eval_dataset
         )

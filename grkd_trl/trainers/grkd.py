@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalPrediction
 from .._trl import make_train_dataloader
 from ..data import count_items
 from ..generation.checks import prepare_prompts
+from ..generation.labels import is_asked
 from ..generation.online import OnlineGroups
 from ..generation.roles import Roles, assign_roles
 from ..losses import (
@@ -152,6 +153,7 @@ class GRKDTrainer(GroupTrainer):
                 self.group_warnings.num_tokens = self.model.config.get_text_config().vocab_size
 
     def bring_teacher(self, args, model, teacher_model, processing_class, *datasets):
+        self.asked_teacher = teacher_model if is_asked(teacher_model) else None
         given = (args, model, teacher_model, processing_class, self.completion_fn, self.score_fn)
         self.roles, datasets = assign_roles(*given, *datasets)
         if not self.roles.used_for:

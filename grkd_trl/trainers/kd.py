@@ -85,6 +85,7 @@ class KDTrainer(GroupTrainer):
     }
 
     def bring_teacher(self, args, model, teacher_model, processing_class, *datasets):
+        self.asked_teacher = teacher_model if is_asked(teacher_model) else None
         if bring_soft_labels(*datasets) and not args.aligned:
             if teacher_model is not None:
                 logger.warning("`teacher_model` is used for nothing: the data has its soft labels.")
