@@ -47,9 +47,7 @@ def comparisons(monkeypatch):
     """Models that were compared."""
     models = []
     original = packed_check._compare
-    monkeypatch.setattr(
-        packed_check, "_compare", lambda model, device: models.append(model) or original(model, device)
-    )
+    monkeypatch.setattr(packed_check, "_compare", lambda model, *how: models.append(model) or original(model, *how))
     return models
 
 

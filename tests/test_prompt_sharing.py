@@ -17,8 +17,8 @@ from grkd_trl.data import DataCollatorForGroups
 from grkd_trl.scoring import attention_costs as costs_of_devices
 from grkd_trl.scoring import check_packed_rows_on_all_ranks, score_completions, shared_prompts
 from grkd_trl.scoring import rows as scoring_rows
-from grkd_trl.scoring.attention_costs import attention_costs
-from grkd_trl.scoring.packed_rows import PackedRows, causal_pairs, read_rows
+from grkd_trl.scoring.attention_costs import attention_costs, causal_pairs
+from grkd_trl.scoring.packed_rows import PackedRows, read_rows
 
 
 VOCAB = 41

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 
 from grkd_trl.examples.benchmarks.common import DEVICE, DTYPE, batch_of, interleaved, machine, make_model
 from grkd_trl.scoring import score_completions
-from grkd_trl.scoring.attention_costs import AttentionCosts, attention_costs
-from grkd_trl.scoring.packed_rows import PackedRows, causal_pairs, query_slices, read_rows
+from grkd_trl.scoring.attention_costs import AttentionCosts, attention_costs, causal_pairs, query_slices
+from grkd_trl.scoring.packed_check import attends_at_once, can_attend_at_once
+from grkd_trl.scoring.packed_flex import Runs, attend_at_once
+from grkd_trl.scoring.packed_rows import PackedRows, read_rows
 
 
 HEAD = 64  # sizes of a head
@@ -61,6 +63,10 @@ def of_layers(hidden_size, length, rounds):
         "calls": lambda: [attend(*small, 16) for _ in range(64)],
         "matrices": lambda: (tokens @ matrix).sum().backward(),
     }
+    if can_attend_at_once(torch.device(DEVICE)):
+        runs = Runs([(length, 0, 0, 0)], torch.device(DEVICE))
+        functions["at once"] = lambda: attend_at_once(*long, runs, dtype=DTYPE).sum().backward()
+        functions["at once"]()  # which compiles it
     return {name: median(of) for name, of in interleaved(functions, rounds).items()}
 
 
@@ -80,6 +86,7 @@ def overhead(costs, hidden_size, rounds):
         packed = PackedRows(
             read_rows(*(batch[name] for name in ("input_ids", "attention_mask", "completion_mask"))),
             batch["input_ids"].device,
+            attends_at_once(model),
         )
         plain = num_rows * (length * token + costs.causal * causal_pairs(length, costs.queries))
         work = (packed.source.numel() * token + packed.cost) / plain
@@ -104,6 +111,9 @@ def main():
         padding=attention_costs(torch.device(DEVICE)).padding,
         worthwhile=1.0,
     )
+    if "at once" in seconds:
+        pairs = Runs([(args.length, 0, 0, 0)], torch.device("cpu")).num_pairs
+        costs = costs._replace(at_once=round(seconds["at once"] / pairs / pair, 2))
     costs = costs._replace(worthwhile=round(min(1 / overhead(costs, args.hidden_size, args.rounds), 1.0), 2))
     print(json.dumps({"seconds": seconds, "machine": machine()}))
     print(f'    "{DEVICE}": {costs},')

@@ -22,6 +22,8 @@ class AttentionCosts(NamedTuple):
             How many times as many pairs groups may take together as one by one.
         worthwhile (`float`):
             Share of the work of plain rows up to which packed rows pay for what packing itself costs.
+        at_once (`float`, *optional*):
+            What a pair costs where FlexAttention takes the whole batch in one call. `None` where it does not train.
     """
 
     queries: int
@@ -30,6 +32,7 @@ class AttentionCosts(NamedTuple):
     token: float
     padding: float
     worthwhile: float
+    at_once: float | None = None
 
 
 # `examples/benchmarks/calibrate.py` measures these on a device and prints them as they stand here.
@@ -37,14 +40,17 @@ _COSTS = {
     # A pair takes 2 H multiplications in a layer, a token 4 H^2 in the projections of attention and about 8 H^2 in the MLP.
     "cpu": AttentionCosts(queries=256, call=2**14, causal=1.0, token=6.0, padding=1.1, worthwhile=0.9),
     # Not measured: a model of the kernels in bfloat16. With a mask they run at a third of the speed of a matrix product,
-    # causal ones at three quarters, and the host launches a call, forward and backward, in 60 microseconds.
-    "cuda": AttentionCosts(queries=512, call=2**17, causal=0.4, token=2.0, padding=1.1, worthwhile=0.8),
+    # causal ones at three quarters, FlexAttention at two thirds, and the host launches a call, forward and backward, in 60
+    # microseconds.
+    "cuda": AttentionCosts(queries=512, call=2**17, causal=0.4, token=2.0, padding=1.1, worthwhile=0.8, at_once=0.5),
 }
+# FlexAttention trains on no others: its backward raises an error on a CPU and on MPS.
+_OTHERS = _COSTS["cuda"]._replace(at_once=None)
 
 
 def attention_costs(device: torch.device) -> AttentionCosts:
     """
-    Costs on a device: those of CUDA on every kind that has none of its own.
+    Costs on a device: those of CUDA, without `at_once`, on every kind that has none of its own.
 
     Args:
         device (`torch.device`):
@@ -53,4 +59,36 @@ def attention_costs(device: torch.device) -> AttentionCosts:
     Returns:
         [`AttentionCosts`]: Its costs.
     """
-    return _COSTS.get(device.type, _COSTS["cuda"])
+    return _COSTS.get(device.type, _OTHERS)
+
+
+def query_slices(length: int, num_queries: int) -> list[slice]:
+    """
+    Cut a sequence for causal attention: queries `rows` see no key past `rows.stop`.
+
+    Args:
+        length (`int`):
+            Tokens of the sequence.
+        num_queries (`int`):
+            Most queries of a call.
+
+    Returns:
+        `list[slice]`: Queries of each call.
+    """
+    return [slice(first, min(first + num_queries, length)) for first in range(0, length, num_queries)]
+
+
+def causal_pairs(length: int, num_queries: int) -> int:
+    """
+    Query-key pairs that causal attention over a sequence computes, those that are masked included.
+
+    Args:
+        length (`int`):
+            Tokens of the sequence.
+        num_queries (`int`):
+            Most queries of a call.
+
+    Returns:
+        `int`: Area of the steps that cover the triangle.
+    """
+    return sum((rows.stop - rows.start) * rows.stop for rows in query_slices(length, num_queries))

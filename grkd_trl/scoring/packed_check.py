@@ -2,19 +2,27 @@
 
 Layer by layer: in bfloat16 the last layer of a deep model differs by a tenth and more from one order of its sums to the
 next, while the first differ by less than a hundredth, where a wrong mask or position shows in full.
+
+Here it is chosen, too, whether attention takes packed rows at once or in blocks: at once where FlexAttention trains on the
+device, and gives in every layer, with gradients, what the blocks give.
 """
 
+import math
 from contextlib import ExitStack
 from itertools import count
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from .attention_costs import attention_costs
 from .forward import eval_mode, run_packed, run_plain
 from .images import is_sharded
-from .packed_rows import PackedRows, read_rows
+from .packed_flex import IS_AVAILABLE
+from .packed_rows import PackedRows, Row, read_rows
 from .shared_prompts import implementation_of, unwrap_attention, why_lost, why_not_shared, wrap_attention
 from .tiles import core_model, unwrap
 
@@ -29,8 +37,19 @@ _ROUNDING, _COARSE_ROUNDING = 1e-4, 1 / 16
 # Below float32 rounding alone may route a token to another expert, so a quarter of the tokens may differ by more.
 _QUANTILE = 0.75
 
-# Of each model: the attention that it had when it was checked, and what speaks against packed rows.
-_verdicts: WeakKeyDictionary[torch.nn.Module, tuple[str, str | None]] = WeakKeyDictionary()
+# Rows of the comparison of both ways to attend: blocks of 128 queries and keys that are seen, in part, and not.
+_LONG = [Row(0, 150, 201, False), Row(400, 150, 60, True), Row(800, 140, 30, False), Row(1200, 140, 101, True)]
+
+logger = logging.get_logger(__name__)
+
+
+class _Verdict(NamedTuple):
+    attention: tuple[str, str]  # that the model had when it was checked, and the kind of device
+    reason: str | None  # what speaks against packed rows
+    at_once: bool
+
+
+_verdicts: WeakKeyDictionary[torch.nn.Module, _Verdict] = WeakKeyDictionary()
 
 
 def check_packed_rows_on_all_ranks(model: torch.nn.Module, device: torch.device) -> str | None:
@@ -56,18 +75,52 @@ def check_packed_rows_on_all_ranks(model: torch.nn.Module, device: torch.device)
     reason, core = why_not_shared(model), core_model(model)
     if reason is not None:
         return reason
-    implementation = implementation_of(model)
-    if _verdicts.get(core, ("",))[0] != implementation:
+    attention = implementation_of(model), device.type
+    if core not in _verdicts or _verdicts[core].attention != attention:
         wrap_attention(model)
-        reason = _compare_on_all_ranks(model, device)
+        reason, at_once = _compare_on_all_ranks(model, device, at_once=False), False
         if reason is not None:
             unwrap_attention(model)
-        _verdicts[core] = implementation, reason
-    return _verdicts[core][1]
+        elif can_attend_at_once(device):
+            against = _compare_on_all_ranks(model, device, at_once=True)
+            at_once = against is None
+            if not at_once:
+                logger.warning_once(f"Attention takes packed rows in blocks, and not at once: {against}.")
+        _verdicts[core] = _Verdict(attention, reason, at_once)
+    return _verdicts[core].reason
 
 
-def _compare_on_all_ranks(model: torch.nn.Module, device: torch.device) -> str | None:
-    reason = _compare(model, device)
+def can_attend_at_once(device: torch.device) -> bool:
+    """
+    Whether FlexAttention trains on a device, compiled: uncompiled it makes a matrix of all pairs.
+
+    Args:
+        device (`torch.device`):
+            Device.
+
+    Returns:
+        `bool`: `True` if it does.
+    """
+    return IS_AVAILABLE and attention_costs(device).at_once is not None and not torch._dynamo.config.disable
+
+
+def attends_at_once(model: torch.nn.Module) -> bool:
+    """
+    Whether attention takes packed rows in one call.
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model, as it is or wrapped, that [`check_packed_rows_on_all_ranks`] was called with.
+
+    Returns:
+        `bool`: `False` if it takes them in blocks.
+    """
+    verdict = _verdicts.get(core_model(model))
+    return verdict is not None and verdict.at_once
+
+
+def _compare_on_all_ranks(model: torch.nn.Module, device: torch.device, at_once: bool) -> str | None:
+    reason = _compare(model, device, at_once)
     sharded = is_sharded(model)
     if dist.is_initialized() and (sharded or unwrap(model) is not model):
         anywhere = torch.tensor(reason is not None, dtype=torch.int32, device=device)
@@ -77,11 +130,13 @@ def _compare_on_all_ranks(model: torch.nn.Module, device: torch.device) -> str |
     return reason
 
 
-def _compare(model: torch.nn.Module, device: torch.device) -> str | None:
+def _compare(model: torch.nn.Module, device: torch.device, at_once: bool) -> str | None:
     batch = _make_batch(core_model(model), device)
     rows = read_rows(**batch)
     assert rows is not None  # the batch has no gaps
-    packed_rows = PackedRows(rows, device)
+    packed_rows, proof = PackedRows(rows, device, at_once), _Proof(device)
+    if at_once:
+        packed_rows.proof = proof
     (num_rows, length), num_alone = batch["input_ids"].shape, _SHAPES[-1][0] + _SHAPES[-1][1][-1] - _CUT
     # The last row without its last tokens and its padding, which a causal model does not read
     alone = {name: tensor[-1:, :num_alone] for name, tensor in batch.items()}
@@ -101,10 +156,15 @@ def _compare(model: torch.nn.Module, device: torch.device) -> str | None:
                     "The model's forward failed while packed rows were compared with plain ones. Set `prompt_sharing` "
                     "to 'off'."
                 ) from error
-            return f"its forward fails on packed rows ({type(error).__name__}: {' '.join(str(error).split())})"
+            return f"its forward fails on packed rows ({_in_words(error)})"
     reason = why_lost(model, packed_rows)
     if reason is not None:
         return reason
+    coarse = _is_coarse(core_model(model), packed_rows.calls[0].dtype)
+    if proof.error is not None:
+        return proof.error
+    if not proof.difference <= (_COARSE_ROUNDING if coarse else _ROUNDING):
+        return f"outputs and gradients of FlexAttention differ by {proof.difference:.1%} from those of blocks"
     if len(packed) != len(plain):
         return "it attends another number of times when it is given packed rows"
     first = (num_rows - 1) * length
@@ -114,7 +174,6 @@ def _compare(model: torch.nn.Module, device: torch.device) -> str | None:
     ]
     last_logits = plain_logits[-_SHAPES[-1][1][-1] : -_CUT]
     compared.append((last_logits, own_logits, plain_logits, packed_logits))
-    coarse = _is_coarse(core_model(model), packed_rows.calls[0].dtype)
     for depth, (of_row, of_alone, of_plain, of_packed) in enumerate(compared):
         rounding = (_COARSE_ROUNDING if coarse else _ROUNDING) * (1 + depth) ** 0.5
         difference = _difference(of_alone, of_row, coarse)
@@ -124,6 +183,43 @@ def _compare(model: torch.nn.Module, device: torch.device) -> str | None:
         if not difference <= rounding:
             return f"its states of packed rows differ by {difference:.1%} from those of plain rows"
     return None
+
+
+class _Proof:
+    """
+    Both ways to attend side by side, on random states of the model's own sizes, in every layer. With gradients: there are
+    devices on which FlexAttention compiles its forward alone (https://github.com/pytorch/pytorch/issues/198224).
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.difference = 0.0  # of outputs or gradients, as a share of their norm
+        self.error: str | None = None
+
+    def __call__(self, at_once, in_blocks, query, key, value) -> bool:
+        rows = PackedRows(_LONG, self._device)
+        sizes = [(1, states.shape[1], rows.source.numel(), states.shape[3]) for states in (query, key, value)]
+        states = [torch.randn(size, dtype=query.dtype, device=query.device) for size in sizes]
+        slopes = None
+        results = []
+        try:
+            for attend in (in_blocks, at_once):
+                leaves = [of.clone().requires_grad_() for of in states]
+                with torch.enable_grad():
+                    outputs = attend(*leaves, rows)
+                slopes = torch.randn_like(outputs) if slopes is None else slopes
+                results.append([outputs, *torch.autograd.grad(outputs, leaves, slopes)])
+        except Exception as error:  # of a compiler, a driver or a kernel
+            self.error = f"FlexAttention fails ({_in_words(error)})"
+            return False
+        for expected, got in zip(*results, strict=True):
+            share = (got.float() - expected.float()).norm() / expected.float().norm()
+            self.difference = max(self.difference, share.item(), key=lambda share: (math.isnan(share), share))
+        return True
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _is_coarse(core: PreTrainedModel, dtype: torch.dtype) -> bool:

@@ -3,11 +3,14 @@
 A tail is what follows the prompt in a row, less its last token, which predicts nothing. There is no padding.
 """
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
-from .attention_costs import attention_costs
+from .attention_costs import attention_costs, causal_pairs
+from .packed_flex import Runs
 
 
 class Row(NamedTuple):
@@ -76,41 +79,9 @@ def read_rows(
     ]
 
 
-def query_slices(length: int, num_queries: int) -> list[slice]:
-    """
-    Cut a sequence for causal attention: queries `rows` see no key past `rows.stop`.
-
-    Args:
-        length (`int`):
-            Tokens of the sequence.
-        num_queries (`int`):
-            Most queries of a call.
-
-    Returns:
-        `list[slice]`: Queries of each call.
-    """
-    return [slice(first, min(first + num_queries, length)) for first in range(0, length, num_queries)]
-
-
-def causal_pairs(length: int, num_queries: int) -> int:
-    """
-    Query-key pairs that causal attention over a sequence computes, those that are masked included.
-
-    Args:
-        length (`int`):
-            Tokens of the sequence.
-        num_queries (`int`):
-            Most queries of a call.
-
-    Returns:
-        `int`: Area of the steps that cover the triangle.
-    """
-    return sum((rows.stop - rows.start) * rows.stop for rows in query_slices(length, num_queries))
-
-
 class Block:
     """
-    Groups that attend together: P prompts padded to length S, and R tails padded to length C.
+    Groups that attend together, where attention takes one call for each of them: P prompts padded to length S, and R tails padded to length C.
 
     Args:
         groups (`list[list[Row]]`):
@@ -219,58 +190,87 @@ class PackedRows:
             Rows of the batch; those of a prompt side by side.
         device (`torch.device`):
             Where the tokens are.
+        at_once (`bool`, *optional*, defaults to `False`):
+            Whether attention takes the whole sequence in one call, and no blocks.
 
     Attributes:
         source (`torch.Tensor` of shape `(T,)`): Index of each token in the flattened batch.
         position_ids (`torch.Tensor` of shape `(1, T)`): Position of each token in its row.
         predicts (`torch.Tensor` of shape `(M,)`): Token of the sequence that predicts each completion token of the
             batch, row after row.
-        blocks (`list[Block]`): What attends together.
-        cost (`float`): What their attention costs, in the unit of [`~scoring.attention_costs.AttentionCosts`].
+        runs ([`~scoring.packed_flex.Runs`]): What each token sees.
         calls (`list[AttentionCall]`): Calls of attention so far, one a layer.
+        proof (`Callable`, *optional*): Whether both ways to attend agree, asked before each call of attention.
     """
 
-    def __init__(self, rows: list[Row], device: torch.device):
-        groups: list[list[Row]] = []
-        first_of: dict[tuple[str, Row], int] = {}  # where a prompt or a tail begins in the sequence
+    def __init__(self, rows: list[Row], device: torch.device, at_once: bool = False):
+        self.at_once, self._device = at_once, device
+        self._groups: list[list[Row]] = []
+        self._first_of: dict[tuple[str, Row], int] = {}  # where a prompt or a tail begins in the sequence
         size = 0
-        source, positions, predicts = [], [], [torch.arange(0)]
+        source, positions, predicts, runs = [], [], [torch.arange(0)], []
         for row in rows:
             if not row.same_prompt:
-                groups.append([])
-                first_of["prompt", row] = size
+                self._groups.append([])
+                self._first_of["prompt", row] = first_of_prompt = size
                 source.append(torch.arange(row.start, row.start + row.prompt_length))
                 positions.append(torch.arange(row.prompt_length))
+                runs.append((row.prompt_length, size, size, size))
                 size += row.prompt_length
-                last_of_prompt = size - 1
-            groups[-1].append(row)
-            first_of["tail", row] = size
+                end_of_prompt = size
+            self._groups[-1].append(row)
+            self._first_of["tail", row] = size
             tail = torch.arange(row.prompt_length, row.prompt_length + row.tail_length)
             source.append(row.start + tail)
             positions.append(tail)
+            runs.append((row.tail_length, first_of_prompt, end_of_prompt, size))
             if row.num_predicted > 0:
-                predicts += [torch.tensor([last_of_prompt]), torch.arange(size, size + row.tail_length)]
+                predicts += [torch.tensor([end_of_prompt - 1]), torch.arange(size, size + row.tail_length)]
             size += row.tail_length
         self.source = torch.cat(source).to(device)
         self.position_ids = torch.cat(positions).unsqueeze(0).to(device)
         self.predicts = torch.cat(predicts).to(device)
-        self.blocks = _in_blocks(groups, device)
-        self.cost = sum(block.cost for block in self.blocks)
+        self.runs = Runs(runs, device)
         self.calls: list[AttentionCall] = []
+        self.proof: Callable[..., bool] | None = None
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """
+        What attends together, where attention does not take the sequence at once.
+
+        Returns:
+            `list[Block]`: The blocks.
+        """
+        return _in_blocks(self._groups, self._device)
+
+    @property
+    def cost(self) -> float:
+        """What attention costs, in the unit of [`~scoring.attention_costs.AttentionCosts`]."""
+        costs = attention_costs(self._device)
+        if self.at_once and costs.at_once is not None:
+            return costs.at_once * self.runs.num_pairs + costs.call
+        return sum(block.cost for block in self.blocks)
+
+    @cached_property
+    def _reorder(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Index in the sequence of each token of the blocks, the other way round, and which tokens are padding."""
 
         def padded(first: int, length: int, to: int) -> torch.Tensor:
             return torch.cat([torch.arange(first, first + length), torch.full((to - length,), -1)])
 
-        indices = []  # of the blocks' tokens in the sequence, -1 for padding
+        parts = []  # of the blocks' tokens in the sequence, -1 for padding
         for block in self.blocks:
             of_prompt, of_tail = block.prompt_shape[1], block.tail_shape[1]
-            indices += [padded(first_of["prompt", g[0]], g[0].prompt_length, of_prompt) for g in block.groups]
-            indices += [padded(first_of["tail", row], row.tail_length, of_tail) for g in block.groups for row in g]
-        indices = torch.cat(indices)
+            for group in block.groups:
+                parts.append(padded(self._first_of["prompt", group[0]], group[0].prompt_length, of_prompt))
+            for row in (row for group in block.groups for row in group):
+                parts.append(padded(self._first_of["tail", row], row.tail_length, of_tail))
+        indices = torch.cat(parts)
         taken = (indices >= 0).nonzero().squeeze(-1)
-        self._to_blocks = indices.clamp(min=0).to(device)
-        self._to_sequence = torch.empty(size, dtype=torch.long).index_copy_(0, indices[taken], taken).to(device)
-        self._padding = (indices < 0).nonzero().squeeze(-1).to(device)
+        to_sequence = torch.empty_like(taken).index_copy_(0, indices[taken], taken)
+        padding = (indices < 0).nonzero().squeeze(-1)
+        return indices.clamp(min=0).to(self._device), to_sequence.to(self._device), padding.to(self._device)
 
     def split(self, states: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """
@@ -283,7 +283,8 @@ class PackedRows:
         Returns:
             `list[tuple[torch.Tensor, torch.Tensor]]`: `(P, S, H, D)` and `(R, C, H, D)` of each block.
         """
-        states = _Reorder.apply(states, self._to_blocks, self._to_sequence, None)
+        to_blocks, to_sequence, _ = self._reorder
+        states = _Reorder.apply(states, to_blocks, to_sequence, None)
         shapes = [shape for block in self.blocks for shape in (block.prompt_shape, block.tail_shape)]
         parts = states.split([num * length for num, length in shapes])
         parts = [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -301,7 +302,8 @@ class PackedRows:
             `torch.Tensor` of shape `(T, H, D)`: The sequence.
         """
         states = torch.cat([part.flatten(0, 1) for pair in parts for part in pair])
-        return _Reorder.apply(states, self._to_sequence, self._to_blocks, self._padding)
+        to_blocks, to_sequence, padding = self._reorder
+        return _Reorder.apply(states, to_sequence, to_blocks, padding)
 
 
 class _Reorder(torch.autograd.Function):

@@ -2,7 +2,8 @@
 
 The model sees one sequence and one forward, so what wraps it (DDP, DeepSpeed, FSDP, LoRA, gradient checkpointing) needs
 no care. Attention alone must know who sees whom: through the attention interface of transformers it is handed the
-layout, and calls the model's own attention function on the prompts, and on the tails with the keys of their prompt.
+layout, and calls the model's own attention function on the prompts, and on the tails with the keys of their prompt, or
+FlexAttention on all of them at once, see `packed_flex`.
 
 What a model's code and configuration say against it is read here; that the numbers are those of plain rows is proved in
 `packed_check`.
@@ -16,8 +17,9 @@ import torch
 from peft import PeftModel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from .attention_costs import attention_costs
-from .packed_rows import AttentionCall, PackedRows, query_slices
+from .attention_costs import attention_costs, query_slices
+from .packed_flex import attend_at_once
+from .packed_rows import AttentionCall, PackedRows
 from .tiles import core_model, takes, unwrap
 
 
@@ -35,6 +37,25 @@ def _own_attention(module: torch.nn.Module, implementation: str) -> Callable:
 
 @torch.compiler.disable  # every batch has another layout, and would be compiled anew
 def _packed_attention(own, implementation, module, query, key, value, mask, packed_rows: PackedRows, **kwargs):
+    device_type = query.device.type  # autocast leaves queries in float32 where positions are
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else query.dtype
+    window = kwargs.get("sliding_window")
+    packed_rows.calls.append(AttentionCall(window, 1 if mask is None else mask.numel(), dtype))
+
+    def at_once(query, key, value, packed_rows):
+        return attend_at_once(query, key, value, packed_rows.runs, dtype=dtype, **kwargs)
+
+    def in_blocks(query, key, value, packed_rows):
+        return _attend_in_blocks(own, implementation, module, query, key, value, packed_rows, **kwargs)
+
+    if packed_rows.proof is not None:
+        packed_rows.at_once &= packed_rows.proof(at_once, in_blocks, query, key, value)
+    # FlexAttention has no dropout.
+    attend = at_once if packed_rows.at_once and not kwargs.get("dropout") else in_blocks
+    return attend(query, key, value, packed_rows), None
+
+
+def _attend_in_blocks(own, implementation, module, query, key, value, packed_rows: PackedRows, **kwargs):
     def attend(query, key, value, mask):
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         if mask is None:
@@ -50,9 +71,6 @@ def _packed_attention(own, implementation, module, query, key, value, mask, pack
         return torch.cat(outputs, dim=1)
 
     window = kwargs.get("sliding_window")
-    device_type = query.device.type  # autocast leaves queries in float32 where positions are
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else query.dtype
-    packed_rows.calls.append(AttentionCall(window, 1 if mask is None else mask.numel(), dtype))
     split = (packed_rows.split(states.squeeze(0).transpose(0, 1)) for states in (query, key, value))
     outputs = []
     for block, queries, keys, values in zip(packed_rows.blocks, *split, strict=True):
@@ -65,7 +83,7 @@ def _packed_attention(own, implementation, module, query, key, value, mask, pack
             keys, values = (torch.cat([block.to_rows(pair[0]), pair[1]], dim=1) for pair in (keys, values))
             of_tails = attend(of_tails, keys, values, tail_mask)
         outputs.append((of_prompts, of_tails))
-    return packed_rows.join(outputs).unsqueeze(0), None
+    return packed_rows.join(outputs).unsqueeze(0)
 
 
 def _attention_of(implementation: str) -> Callable:

@@ -1,0 +1,338 @@
+"""Attention that takes packed rows in one call, by FlexAttention, on a CPU: PyTorch's own reference of it, unfused."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import architectures
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peft import LoraConfig, get_peft_model
+from runs import end_process
+from test_prompt_sharing import MODELS, assert_same, make_batch, make_model, run, set_costs
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import flex_attention
+from torch.nn.parallel import DistributedDataParallel
+
+from grkd_trl.scoring import check_packed_rows_on_all_ranks, packed_check, packed_flex, score_completions
+from grkd_trl.scoring.attention_costs import AttentionCosts
+from grkd_trl.scoring.packed_check import attends_at_once
+from grkd_trl.scoring.packed_rows import PackedRows, Row
+
+
+CPU = torch.device("cpu")
+
+
+# Traces, differentiates and guards as for CUDA, and makes no kernel.
+COUNTER = CompileCounterWithBackend("aot_eager")
+COMPILED = torch.compile(flex_attention.flex_attention, dynamic=True, fullgraph=True, backend=COUNTER)
+
+
+def force(patch, compiled=COMPILED):
+    """Take one call on a CPU too."""
+    set_costs(patch, at_once=0.5)
+    patch.setattr(packed_flex, "_compiled", lambda: compiled)
+    patch.setattr(flex_attention, "_validate_device", lambda *_: None)  # "does not support backward on CPU"
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    force(monkeypatch)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Windows of the calls of FlexAttention."""
+    windows, original = [], packed_flex.Runs.block_mask
+    monkeypatch.setattr(
+        packed_flex.Runs, "block_mask", lambda runs, window: windows.append(window) or original(runs, window)
+    )
+    return windows
+
+
+def daily(names, *chosen):
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def layout(*groups):
+    """Of prompts and the lengths of their tails."""
+    rows, start = [], 0
+    for prompt, tails in groups:
+        for number, tail in enumerate(tails):
+            rows.append(Row(start, prompt, tail + 1, number > 0))
+            start += 10_000
+    return PackedRows(rows, CPU, at_once=True)
+
+
+class TestRuns:
+    GROUPS = (150, [200, 59]), (1, [0, 3]), (140, [29, 100])
+
+    @pytest.mark.parametrize("window", [None, 1, 4, 130, 300])
+    def test_block_mask_is_that_of_the_definition(self, window):
+        packed = layout(*self.GROUPS)
+        row, group, prompt = [], [], []
+        for number, (length, tails) in enumerate(self.GROUPS):
+            parts = [(True, length), *((False, tail) for tail in tails)]
+            for index, (is_prompt, size) in enumerate(parts):
+                row += [(number, index)] * size
+                group += [number] * size
+                prompt += [is_prompt] * size
+        position, num_tokens = packed.position_ids[0].tolist(), len(row)
+        expected = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+        for query in range(num_tokens):
+            for key in range(query + 1):
+                near = window is None or position[query] - position[key] < window
+                same = row[query] == row[key] or (prompt[key] and group[query] == group[key])
+                expected[query, key] = near and same and position[key] <= position[query]
+        mask = packed.runs.block_mask(window)
+        length = mask.seq_lengths[0]
+        assert length == 768
+        dense = flex_attention.create_mask(mask.mask_mod, 1, 1, length, length, device="cpu")[0, 0]
+        assert torch.equal(dense[:num_tokens, :num_tokens], expected)
+        assert not dense[:num_tokens, num_tokens:].any() and dense.any(-1).all()  # no softmax of nothing
+        own = flex_attention.create_block_mask(mask.mask_mod, 1, 1, length, length, device="cpu")
+        for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+            assert torch.equal(getattr(mask, name), getattr(own, name)), name
+        assert torch.equal(mask.to_dense(), own.to_dense())
+        if window is None:
+            assert packed.runs.num_pairs == int(own.to_dense().sum()) * 128**2
+            assert own.full_kv_num_blocks.sum() > 0 and packed.runs.num_pairs < length**2
+
+    def test_the_comparison_has_blocks_of_every_kind(self):
+        packed = PackedRows(packed_check._LONG, CPU, at_once=True)
+        mask = packed.runs.block_mask(None)
+        whole, in_part = int(mask.full_kv_num_blocks.sum()), int(mask.kv_num_blocks.sum())
+        assert whole > 0 and in_part > 0 and whole + in_part < 6 * 7 / 2
+
+
+@pytest.mark.usefixtures("forced")
+class TestExactness:
+    @pytest.mark.parametrize("name", daily(MODELS, "llama", "gemma2", "gemma3"))
+    def test_equals_reading_every_row(self, name, calls):
+        model = make_model(name)
+        assert_same(model, make_batch())
+        assert attends_at_once(model)
+        windows = {window for window in calls if window}
+        assert bool(windows) == ("sliding_window" in MODELS[name])
+
+    @pytest.mark.parametrize("family", daily(["gpt_oss", "deepseek_v3", "mixtral", "gemma3_text"], "gpt_oss"))
+    def test_families(self, family):
+        """Attention sinks; keys and values of different sizes; experts; layers of two windows."""
+        model = architectures.build(family)
+        assert_same(model, make_batch(), atol=2e-5)
+        assert attends_at_once(model)
+
+    def test_equals_blocks_on_long_rows(self, monkeypatch):
+        model, batch = make_model("mistral", sliding_window=150), make_batch([(200, [150, 40, 1]), (129, [130])])
+        logps, _, gradients = run(model, batch, prompt_sharing="on")
+        assert attends_at_once(model)
+        set_costs(monkeypatch, at_once=None)
+        blocks = make_model("mistral", sliding_window=150)
+        expected, _, expected_gradients = run(blocks, batch, prompt_sharing="on")
+        assert not attends_at_once(blocks)
+        torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+        for name, gradient in expected_gradients.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+
+    @pytest.mark.parametrize("shapes", [[(1, [1, 1])], [(4, [3])], [(127, [1]), (1, [130, 2])]], ids=str)
+    def test_shapes(self, shapes):
+        assert_same(make_model(), make_batch(shapes))
+
+    def test_three_query_heads_to_a_key(self):
+        model = make_model(hidden_size=96, num_attention_heads=6, num_key_value_heads=2)
+        assert_same(model, make_batch())
+        assert attends_at_once(model)
+
+    def test_bf16_is_no_further_from_fp32_than_plain_bf16(self):
+        batch = make_batch([(20, [15, 9, 12, 3])] * 3)
+        model, exact = (make_model(dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+        exact.load_state_dict(model.state_dict())
+        logps = run(exact, batch, prompt_sharing="off")[0]
+        shared, plain = (run(model, batch, prompt_sharing=sharing)[0] for sharing in ("on", "off"))
+        assert attends_at_once(model)
+        assert 0 < (shared - logps).pow(2).mean() <= 1.5 * (plain - logps).pow(2).mean()
+
+    def test_autocast(self):
+        model, batch = make_model(), make_batch()
+        model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+        plain, shared = (run(model, batch, prompt_sharing=sharing)[0] for sharing in ("off", "on"))
+        assert attends_at_once(model)
+        torch.testing.assert_close(shared, plain, rtol=0.05, atol=0.2)
+
+
+@pytest.mark.usefixtures("forced")
+class TestAroundTheModel:
+    def test_one_compilation_serves_every_batch(self):
+        model, before = make_model("gemma3", head_dim=24), COUNTER.frame_count
+        shapes = [[(5, [6])], [(90, [120, 100])], [(300, [7] * 3), (20, [150])], [(2, [3, 4])] * 3]
+        run(model, make_batch(shapes[0]), prompt_sharing="on")
+        first = COUNTER.frame_count
+        for shape in shapes[1:]:
+            run(model, make_batch(shape), prompt_sharing="on")
+        assert COUNTER.frame_count == first <= before + 2  # with gradients, and without for the check
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_gradient_checkpointing(self, reentrant):
+        model, batch = make_model("mistral"), make_batch()
+        _, _, gradients = run(model, batch, prompt_sharing="off")
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        _, _, again = run(model, batch, prompt_sharing="on")
+        assert attends_at_once(model)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+
+    def test_lora(self):
+        torch.manual_seed(3)
+        config = LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(make_model(), config).train()
+        assert_same(model, make_batch())
+        assert attends_at_once(model)
+
+    @pytest.mark.slow
+    def test_compiled_layers(self):
+        """The check lets nothing compile but FlexAttention, which would else make a matrix of all pairs."""
+        model, graphs, before = make_model(head_dim=40), [], COUNTER.frame_count
+        for layer in model.model.layers:
+            layer.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward, dynamic=True)
+        assert check_packed_rows_on_all_ranks(model, CPU) is None
+        assert attends_at_once(model) and COUNTER.frame_count > before and not graphs
+        plain, shared = (score_completions(model, make_batch(), prompt_sharing=sharing) for sharing in ("off", "on"))
+        torch.testing.assert_close(shared.per_token_logps, plain.per_token_logps, rtol=0, atol=1e-5)
+
+    @pytest.mark.slow
+    def test_ddp(self, tmp_path):
+        mp.spawn(_ddp_process, args=(f"file://{tmp_path}/store", tmp_path), nprocs=2)
+        parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+        model = make_model()
+        expected = [run(model, make_batch(seed=rank), prompt_sharing="off")[2] for rank in range(2)]
+        for name, gradient in expected[0].items():
+            mean = (gradient + expected[1][name]) / 2
+            for part in parts:
+                torch.testing.assert_close(part[name], mean, rtol=1e-4, atol=1e-5 * mean.abs().max().item())
+
+
+def _ddp_process(rank, store, folder):
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch)
+        model = DistributedDataParallel(make_model())
+        _, _, gradients = run(model, make_batch(seed=rank), prompt_sharing="on")
+        assert attends_at_once(model)
+    torch.save({name.removeprefix("module."): gradient for name, gradient in gradients.items()}, folder / f"{rank}.pt")
+    end_process()
+
+
+@pytest.mark.usefixtures("forced")
+class TestFallBack:
+    def why_in_blocks(self, model, caplog):
+        packed_check.logger.warning_once.cache_clear()
+        with caplog.at_level("WARNING"):
+            assert check_packed_rows_on_all_ranks(model, CPU) is None
+        assert not attends_at_once(model)
+        assert_same(model, make_batch())
+        (message,) = (record.message for record in caplog.records if "in blocks, and not at once" in record.message)
+        return message
+
+    def test_a_backward_that_does_not_compile(self, caplog, monkeypatch):
+        def attend(query, *args, **kwargs):
+            if query.requires_grad:
+                raise RuntimeError("No valid triton configs")
+            return original(query, *args, **kwargs)
+
+        original = packed_flex._compiled()
+        monkeypatch.setattr(packed_flex, "_compiled", lambda: attend)
+        assert "FlexAttention fails (RuntimeError: No valid triton configs)" in self.why_in_blocks(
+            make_model(), caplog
+        )
+
+    def test_a_wrong_gradient(self, caplog, monkeypatch):
+        def attend(query, key, value, **kwargs):
+            return original(query, key, value.detach() + (value - value.detach()) * 1.001, **kwargs)
+
+        original = packed_flex._compiled()
+        monkeypatch.setattr(packed_flex, "_compiled", lambda: attend)
+        assert "gradients of FlexAttention differ by 0.1%" in self.why_in_blocks(make_model(), caplog)
+
+    @pytest.mark.slow
+    def test_a_block_that_is_left_out(self, caplog, monkeypatch):
+        def without(runs, window):
+            mask = original(runs, window)
+            seen = mask.mask_mod
+            mask.mask_mod = lambda batch, head, query, key: (
+                seen(batch, head, query, key) & ((query < 256) | (key >= 128))
+            )
+            return mask
+
+        original = packed_flex.Runs.block_mask
+        monkeypatch.setattr(packed_flex.Runs, "block_mask", without)
+        for dtype in (torch.float32, torch.bfloat16):
+            model = make_model(dtype=dtype)
+            check_packed_rows_on_all_ranks(model, CPU)
+            assert not attends_at_once(model)
+
+    def test_what_attention_is_told_beside(self):
+        runs, states = layout((5, [3])).runs, torch.randn(1, 2, 8, 16)
+        with pytest.raises(NotImplementedError, match="FlexAttention is not told of position_bias"):
+            packed_flex.attend_at_once(
+                states, states, states, runs, dtype=states.dtype, position_bias=torch.zeros(1, 2, 8, 8)
+            )
+
+    def test_dropout(self, calls):
+        model = make_model(attention_dropout=0.5)
+        with torch.no_grad():
+            expected = score_completions(model.eval(), make_batch(), prompt_sharing="on").per_token_logps
+        assert attends_at_once(model) and calls
+        calls.clear()
+        drawn = score_completions(model.train(), make_batch(), prompt_sharing="on").per_token_logps
+        assert not calls and not torch.allclose(drawn, expected)
+
+    def test_other_devices_and_a_compiler_that_is_off(self, monkeypatch):
+        assert packed_check.can_attend_at_once(CPU)
+        assert packed_check.can_attend_at_once(torch.device("cuda"))
+        assert not packed_check.can_attend_at_once(torch.device("mps"))
+        with torch._dynamo.config.patch(disable=True):
+            assert not packed_check.can_attend_at_once(torch.device("cuda"))
+        monkeypatch.undo()
+        assert not packed_check.can_attend_at_once(CPU)
+
+    def test_costs_decide(self, monkeypatch, calls):
+        batch = make_batch([(60, [20] * 3)])
+        model = make_model(hidden_size=32, num_hidden_layers=1)
+        score_completions(model, batch)
+        assert attends_at_once(model) and calls
+        calls.clear()
+        set_costs(monkeypatch, at_once=1e3)
+        score_completions(model, batch)
+        assert not calls
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forced")
+def test_calibration_measures_it(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", "--hidden_size", "64", "--length", "256", "--rounds", "1"])
+    calibrate = Path(__file__).resolve().parents[1] / "examples/benchmarks/calibrate.py"
+    runpy.run_path(str(calibrate), run_name="__main__")
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    ((_, costs),) = eval("{" + line + "}", {"AttentionCosts": AttentionCosts}).items()
+    assert costs.at_once > 0 and 0 < costs.worthwhile <= 1
+
+
+@pytest.mark.slow
+def test_the_kernel_that_the_compiler_makes(monkeypatch):
+    """
+    Of C++, which trains nothing, nor compiles for every length: it reads the blocks that are seen, where the reference
+    reads a mask of all pairs.
+    """
+    monkeypatch.setattr(packed_check._Proof, "__call__", lambda *_: True)  # has gradients
+    force(monkeypatch, torch.compile(flex_attention.flex_attention, dynamic=False, fullgraph=True))
+    model = make_model("gemma2").eval()
+    for shapes in ([(9, [7, 1, 4])], [(200, [150, 40, 1]), (129, [130])]):
+        with torch.no_grad():
+            plain, shared = (
+                score_completions(model, make_batch(shapes), prompt_sharing=sharing) for sharing in ("off", "on")
+            )
+        torch.testing.assert_close(shared.per_token_logps, plain.per_token_logps, rtol=0, atol=1e-5)
+    assert attends_at_once(model)
