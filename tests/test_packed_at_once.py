@@ -297,6 +297,10 @@ class TestFallBack:
             assert not packed_check.can_attend_at_once(torch.device("cuda"))
         monkeypatch.undo()
         assert not packed_check.can_attend_at_once(CPU)
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # which is in no configuration
+        packed_flex._compiled.cache_clear()
+        assert not packed_check.can_attend_at_once(torch.device("cuda"))
+        packed_flex._compiled.cache_clear()
 
     def test_costs_decide(self, monkeypatch, calls):
         batch = make_batch([(60, [20] * 3)])

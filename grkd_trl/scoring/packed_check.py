@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .attention_costs import attention_costs
 from .forward import eval_mode, run_packed, run_plain
 from .images import is_sharded
-from .packed_flex import IS_AVAILABLE
+from .packed_flex import is_available
 from .packed_rows import PackedRows, Row, read_rows
 from .shared_prompts import implementation_of, unwrap_attention, why_lost, why_not_shared, wrap_attention
 from .tiles import core_model, unwrap
@@ -92,7 +92,7 @@ def check_packed_rows_on_all_ranks(model: torch.nn.Module, device: torch.device)
 
 def can_attend_at_once(device: torch.device) -> bool:
     """
-    Whether FlexAttention trains on a device, compiled: uncompiled it makes a matrix of all pairs.
+    Whether FlexAttention trains on a device.
 
     Args:
         device (`torch.device`):
@@ -101,7 +101,7 @@ def can_attend_at_once(device: torch.device) -> bool:
     Returns:
         `bool`: `True` if it does.
     """
-    return IS_AVAILABLE and attention_costs(device).at_once is not None and not torch._dynamo.config.disable
+    return attention_costs(device).at_once is not None and is_available()
 
 
 def attends_at_once(model: torch.nn.Module) -> bool:

@@ -18,8 +18,6 @@ _BLOCK = 128  # queries, and keys, of a block of FlexAttention
 # The sequence is padded to whole blocks, and to two at least: below 128 queries another kernel is taken, which is for
 # decoding, and a single block would be compiled for itself.
 _MIN_LENGTH = 2 * _BLOCK
-# `AuxRequest` gives what attention sinks need, from torch 2.9 on.
-IS_AVAILABLE = hasattr(flex_attention, "AuxRequest")
 
 
 class Runs:
@@ -106,6 +104,17 @@ class Runs:
 def _compiled() -> Callable[..., Any]:
     # Without `fullgraph`, a call past the limit of recompilations would make a matrix of all pairs, in silence.
     return torch.compile(flex_attention.flex_attention, dynamic=True, fullgraph=True)
+
+
+def is_available() -> bool:
+    """
+    Whether FlexAttention can be compiled. Uncompiled it makes a matrix of all pairs.
+
+    Returns:
+        `bool`: `False` where the compiler is switched off, or below torch 2.9, which gives no sums for attention sinks.
+    """
+    is_on = not torch._dynamo.config.disable and _compiled() is not flex_attention.flex_attention
+    return is_on and hasattr(flex_attention, "AuxRequest")
 
 
 def _capped(bound: float) -> Callable[..., torch.Tensor]:
