@@ -51,7 +51,10 @@ class LocalTeacher:
             Tokens in a batch that is scored, a prompt counted once where the model can share it, else every row and its
             padding. A larger group is a batch of its own.
         prompts_per_batch (`int`, *optional*, defaults to `64`):
-            Prompts in a batch that is written.
+            Most prompts in a batch that is written.
+        written_tokens_per_batch (`int`, *optional*):
+            Most tokens in a batch that is written, see [`~teacher.generate_completions`]. With a high `prompts_per_batch`,
+            short prompts share larger batches than long ones.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show progress bars.
         prompt_sharing (`str`, *optional*, defaults to `"auto"`):
@@ -67,6 +70,7 @@ class LocalTeacher:
         score: str = "mean",
         tokens_per_batch: int = 16384,
         prompts_per_batch: int = 64,
+        written_tokens_per_batch: int | None = None,
         progress: bool = False,
         prompt_sharing: str = "auto",
     ):
@@ -77,6 +81,7 @@ class LocalTeacher:
         self.model, self.processing_class, self.score_type = model, processing_class, score
         self.prompt_sharing = prompt_sharing
         self.tokens_per_batch, self.prompts_per_batch, self.progress = tokens_per_batch, prompts_per_batch, progress
+        self.written_tokens_per_batch = written_tokens_per_batch
         self.context_length = context_length_of(model)
 
     def describe(self) -> dict[str, Any]:
@@ -152,6 +157,7 @@ class LocalTeacher:
             temperature=temperature,
             top_p=top_p,
             batch_size=self.prompts_per_batch,
+            tokens_per_batch=self.written_tokens_per_batch,
             seeds=[seeds[row] for row in rows],
             images=[images[row] for row in rows],
             progress=self.progress,

@@ -20,7 +20,7 @@ from transformers import (
 from .._trl import forget_image_positions, pad
 from ..data import decode_completion, encode_prompt, tokenizer_hash
 from ..scoring import eval_mode, without_router_loss
-from ..scoring.images import TOKEN_TYPES, image_kwargs, image_token_ids
+from ..scoring.images import TOKEN_TYPES, image_kwargs, image_token_ids, is_sharded
 from .draws import DrawByRow, ManyEnded, RefuseNaN, row_numbers
 from .prompt_cache import prompt_cache
 from .protocol import Completions
@@ -111,6 +111,7 @@ def generate_completions(
     top_p: float = 1.0,
     num_beams: int = 1,
     batch_size: int = 64,
+    tokens_per_batch: int | None = None,
     progress: bool = True,
 ) -> tuple[list[list[str]], list[list[bool]]]:
     """
@@ -135,7 +136,10 @@ def generate_completions(
         num_beams (`int`, *optional*, defaults to `1`):
             Beams to search with, for which `temperature` is 0.
         batch_size (`int`, *optional*, defaults to `64`):
-            Prompts in a batch.
+            Most prompts in a batch.
+        tokens_per_batch (`int`, *optional*):
+            Most tokens in a batch: all completions with their prompts, each as long as the longest of them can become.
+            What does not fit is a batch of its own. The draws are the same.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -152,6 +156,7 @@ def generate_completions(
         temperature=temperature,
         top_p=top_p,
         batch_size=batch_size,
+        tokens_per_batch=tokens_per_batch,
         num_beams=num_beams,
         progress=progress,
     )
@@ -169,6 +174,7 @@ def write_completions(
     temperature: float,
     top_p: float,
     batch_size: int,
+    tokens_per_batch: int | None = None,
     num_beams: int = 1,
     seeds: list[int] | None = None,
     images: list[dict[str, torch.Tensor]] | None = None,
@@ -178,7 +184,8 @@ def write_completions(
     Like [`generate_completions`], for prompts that are tokenized.
 
     Args:
-        model, processing_class, num_completions, max_new_tokens, temperature, top_p, batch_size, num_beams, progress:
+        model, processing_class, num_completions, max_new_tokens, temperature, top_p, batch_size, tokens_per_batch, num_beams,
+        progress:
             As there.
         prompt_ids (`list[list[int]]`):
             Ids of P prompts.
@@ -191,9 +198,18 @@ def write_completions(
         [`Completions`]: With the ids that were written.
 
     Raises:
-        `ValueError`: If the model's logits are not finite, the tokenizer has no token to pad with, or there are images
-            or a temperature, and beams.
+        `ValueError`: If the model's logits are not finite, the tokenizer has no token to pad with, there are images
+            or a temperature, and beams, a batch has no room for a prompt, or a sharded model is given `tokens_per_batch`.
     """
+    if batch_size < 1 or (tokens_per_batch is not None and tokens_per_batch < 1):
+        raise ValueError(
+            f"A batch needs room for a prompt: got `batch_size={batch_size}` and `tokens_per_batch={tokens_per_batch}`."
+        )
+    if tokens_per_batch is not None and is_sharded(model):
+        raise ValueError(
+            "A sharded model writes as many batches on every process, and `tokens_per_batch` would make them differ. Set "
+            "the number of prompts in a batch instead."
+        )
     images = images or [{}] * len(prompt_ids)
     if any(images) and num_beams > 1:
         raise ValueError(
@@ -285,7 +301,13 @@ def write_completions(
             clipped[row].append(cut)
             texts[row].append(decode_completion(processing_class, ids, clipped=cut))
 
+    batches = []
+    while order:
+        longest = (len(prompt_ids[order[0]]) + max_new_tokens) * max(num_completions, num_beams)
+        size = batch_size if tokens_per_batch is None else max(min(batch_size, tokens_per_batch // longest), 1)
+        batches.append(order[:size])
+        order = order[size:]
     with eval_mode(model):
-        for start in tqdm(range(0, len(order), batch_size), desc="Writing completions", disable=not progress):
-            write_batch(order[start : start + batch_size])
+        for rows in tqdm(batches, desc="Writing completions", disable=not progress):
+            write_batch(rows)
     return Completions(texts, clipped, completion_ids, prompt_ids, tokenizer_hash(processing_class))
