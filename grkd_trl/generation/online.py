@@ -14,18 +14,15 @@ from transformers.utils.import_utils import is_rich_available
 
 from .. import _trl
 from .._trl import unwrap_model_for_generation
-from ..data import DataCollatorForGroups, encode_teacher_prompt, first_groups, tokenize_completions, tokenizer_hash
-from ..data.images import put_images
-from ..data.rows import WRITTEN
+from ..data import DataCollatorForGroups, first_groups, tokenizer_hash
 from ..data.sampler import RepeatedPrompts, indices_of_process
 from ..teacher import Completions, LocalTeacher, Scorer, TeacherEnsemble, TopKTeacher
-from ..teacher.alignment import align_group
-from ..teacher.retokenize import image_columns
 from ..teacher.topk import require_same_tokenizer
 from .ahead import LabelsAhead
 from .checks import as_scorer
 from .core import add_scores, as_groups, columns_of, content_seed, write_groups
 from .table import log_completions
+from .tokens import tokenize_group
 from .vllm import VLLMWriter
 
 
@@ -237,7 +234,7 @@ class OnlineGroups:
         for part in scored:
             if self.scorer is not None or not args.needs_teacher_logits:
                 means.add("time/scoring", torch.tensor(time.perf_counter() - start))
-            tokenized = [self._tokenize(group, index) for index, group in enumerate(part, start=index)]
+            tokenized = [tokenize_group(trainer, group, index) for index, group in enumerate(part, start=index)]
             every, step = args.log_completions, trainer.state.global_step
             if split == "train" and every and step % every < num_steps and trainer.accelerator.is_main_process:
                 log_completions(trainer, part)
@@ -255,30 +252,6 @@ class OnlineGroups:
                 for first in range(0, len(groups), size):
                     scored += add_scores(groups[first : first + size], teacher)
             yield scored
-
-    def _tokenize(self, group: dict[str, Any], index: int) -> dict[str, Any]:
-        processing_class = self.trainer.processing_class
-        if not group["completions"]:
-            raise ValueError(f"No completion of the prompt {group['prompt']!r} was scored: drop the prompt.")
-        given = {name: group.get(name) for name in ("clipped", "tools", "chat_template_kwargs", *WRITTEN)}
-        images = {name: [value] for name, value in group.items()}
-        images = image_columns(processing_class, group["prompt"], images, 0)
-        prompt = put_images(processing_class, group["prompt"], images.get("images", []), index)
-        prompt_ids, completion_ids = tokenize_completions(processing_class, prompt, group["completions"], **given)
-        tokens = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, **images}
-        if self.trainer.teacher_tokenizer is not None:
-            both = {"student": processing_class, "teacher": self.trainer.teacher_tokenizer}
-            tokens |= align_group(group | tokens, index, context_length=self.trainer.teacher_context, **both)
-        elif "teacher_prompt" in group and self.trainer.teacher_context is not None:
-            own_ids = encode_teacher_prompt(processing_class, group, prompt_ids, index)
-            tokens["teacher_prompt_ids"] = own_ids
-        if group.get("teacher_token_ids", completion_ids) != completion_ids:
-            raise ValueError(
-                f"The teacher reads the completions of {group['prompt']!r} as other tokens than the student, so it has no "
-                'soft labels for them. Set `soft_label="group"` or `"none"`.'
-            )
-        read = ("clipped", "teacher_scores", "teacher_top_ids", "teacher_top_logps", "teacher_agreement")
-        return tokens | {name: group[name] for name in read if name in group}
 
     def _write(self, rows: list[dict[str, Any]], index: int, offsets: list[int]) -> list[dict[str, Any]]:
         args = self.trainer.args
