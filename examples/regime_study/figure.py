@@ -8,6 +8,8 @@ import numpy as np
 from grkd_trl.evaluation.statistics import bootstrap_estimate
 from grkd_trl.examples.regime_study.verdicts import Runs, by_samples, mean, measures_of
 
+BEFORE = ("student before", "teacher")  # models that no method trained
+
 
 def draw(methods: Runs, task: str, path: Path) -> Path:
     """
@@ -24,8 +26,8 @@ def draw(methods: Runs, task: str, path: Path) -> Path:
     Returns:
         `Path`: The same path.
     """
-    before, measures = ("student before", "teacher"), measures_of(methods)
-    order = [name for name in reversed(by_samples(methods)) if name not in before]
+    measures = measures_of(methods)
+    order = [name for name in reversed(by_samples(methods)) if name not in BEFORE]
     columns = 4
     shape = (-(-len(measures) // columns), columns)
     figure, axes = plt.subplots(*shape, figsize=(12, 0.5 + shape[0] * (0.8 + 0.26 * len(order))), sharey=True)
@@ -35,7 +37,7 @@ def draw(methods: Runs, task: str, path: Path) -> Path:
         means = np.array([estimate.mean for estimate in found])
         errors = np.abs([[estimate.low, estimate.high] for estimate in found] - means[:, None]).T
         axis.errorbar(means, range(len(order)), xerr=errors, fmt="o", color="tab:blue", markersize=4)
-        for name, style in zip(before, (":", "--"), strict=True):
+        for name, style in zip(BEFORE, (":", "--"), strict=True):
             if name in methods:
                 axis.axvline(mean(methods[name], measure), color="gray", linestyle=style, linewidth=1)
         axis.set_yticks(range(len(order)), order)

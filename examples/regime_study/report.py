@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from grkd_trl.evaluation.results import read_results
-from grkd_trl.examples.regime_study.figure import draw
+from grkd_trl.examples.regime_study.figure import BEFORE, draw
 from grkd_trl.examples.regime_study.run import measured_path
 from grkd_trl.examples.regime_study.verdicts import Values, by_samples, mean, measures_of, verdicts
 
@@ -52,7 +52,8 @@ def write(output_dir: Path, report: Path) -> Values:
     (report / "verdicts.md").write_text(verdicts(found), encoding="utf-8")
     (report / "tables.md").write_text(_tables(found, done), encoding="utf-8")
     for task, methods in found.items():
-        draw(methods, task, report / f"{task.replace(', ', '_').replace(' ', '_')}.png")
+        if methods.keys() - set(BEFORE):
+            draw(methods, task, report / f"{task.replace(', ', '_').replace(' ', '_')}.png")
     return found
 
 
