@@ -8,6 +8,7 @@ import numpy as np
 from grkd_trl.evaluation.statistics import bootstrap_estimate
 from grkd_trl.examples.regime_study.verdicts import Runs, by_samples, mean, measures_of
 
+
 BEFORE = ("student before", "teacher")  # models that no method trained
 
 
