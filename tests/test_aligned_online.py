@@ -37,13 +37,13 @@ def made(monkeypatch):
         return groups[-1]
 
     def recorded_make(self, *args):
-        tokenized = make(self, *args)
+        parts = list(make(self, *args))
         groups[-1] = [
             {name: group[name] for name in ("prompt", "teacher_prompt", "completions", "clipped") if name in group}
             | {"completion_ids": own["completion_ids"]}
-            for group, own in zip(groups[-1], tokenized, strict=True)
+            for group, own in zip(groups[-1], sum(parts, []), strict=True)
         ]
-        return tokenized
+        return iter(parts)
 
     monkeypatch.setattr(OnlineGroups, "_write", recorded_write)
     monkeypatch.setattr(OnlineGroups, "_make", recorded_make)

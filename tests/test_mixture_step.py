@@ -213,7 +213,7 @@ class TestRefusals:
         [
             ({}, {"route_column": "teacher"}, "the column `teacher` routes rows"),
             ({}, {"min_agreement": 0.5}, "drops no group, and `min_agreement` is 0.5"),
-            ({"score": "sum"}, {}, 'with `score="sum"`, and the teacher \'a\' has `score="mean"`'),
+            ({"score": "sum"}, {}, "The teacher 'a' scores a completion by the mean"),
             ({"soft_label": "group"}, {}, "`soft_label_top_k=None` is for token soft labels of several"),
             ({"soft_label": "aligned"}, {}, "`soft_label_top_k=None` is for token soft labels of several"),
             ({"teacher_chat_template": "{{ messages }}"}, {}, "`teacher_chat_template`"),

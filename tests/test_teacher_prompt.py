@@ -293,7 +293,7 @@ class TestOnline:
         seen = {}
         for name, dataset in {"shown": rows, "plain": rows.remove_columns("teacher_prompt")}.items():
             trainer = make_trainer(tmp_path, train_dataset=dataset, **fields)
-            seen[name] = trainer.online._make(list(trainer.train_dataset), 0, [0, 1, 2, 3], "train")
+            (seen[name],) = trainer.online._make(list(trainer.train_dataset), 0, [0, 1, 2, 3], "train")
         for shown, plain in zip(seen["shown"], seen["plain"], strict=True):
             assert shown["completion_ids"] == plain["completion_ids"] and shown["prompt_ids"] == plain["prompt_ids"]
             assert "teacher_prompt_ids" in shown and "teacher_prompt_ids" not in plain

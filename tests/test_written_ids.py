@@ -357,7 +357,7 @@ class TestRealWriters:
             processing_class=tokenizer,
         )
         rows = [{"prompt": prompt} for prompt in prompts]
-        groups = trainer.online._make(rows, 4, [0, 1, 2], "train")
+        (groups,) = trainer.online._make(rows, 4, [0, 1, 2], "train")
         seeds = [draw_seed(args.seed, 4, "student") + offset for offset in range(3)]
         written = LocalTeacher(trainer.model, tokenizer).generate(
             prompts, 3, seed=seeds, max_new_tokens=7, temperature=args.temperature, top_p=args.top_p
