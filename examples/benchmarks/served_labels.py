@@ -99,9 +99,9 @@ def measure(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latency", type=float, default=0.5, help="seconds that the server takes for an answer")
-    parser.add_argument("--generate_every", type=int, default=8, help="steps of a round")
-    parser.add_argument("--steps", type=int, default=8, help="of a run")
+    parser.add_argument("--latency", type=float, default=0.1, help="seconds that the server takes for an answer")
+    parser.add_argument("--generate_every", type=int, default=16, help="steps of a round")
+    parser.add_argument("--steps", type=int, default=16, help="of a run")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--output_dir", help="where served_labels.json is written")
     args = parser.parse_args()
