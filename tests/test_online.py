@@ -13,7 +13,7 @@ from tiny import tiny_tokenizer
 
 from grkd_trl.data.sampler import RepeatedPrompts, indices_of_process
 from grkd_trl.generation import GroupsConfig, generate_groups
-from grkd_trl.teacher import Completions, LocalTeacher
+from grkd_trl.teacher import Completions, LocalTeacher, TeacherEnsemble
 
 
 class TestTraining:
@@ -256,6 +256,19 @@ class TestFunctions:
         seen = record_groups(trainer)
         trainer.train()
         assert seen[0][0]["group_mask"] == [[True, True]] * 4
+
+    def test_one_labels_what_several_score(self, tmp_path):
+        """Those that score may drop groups (`min_agreement`), and label in nobody's place."""
+
+        def run(least):
+            scorers = [LocalTeacher(make_model(2), tiny_tokenizer()) for _ in range(2)]
+            score_fn = TeacherEnsemble(scorers, min_agreement=least)
+            labeller = LocalTeacher(make_model(1), tiny_tokenizer())
+            trainer = make_trainer(tmp_path, teacher=labeller, score_fn=score_fn, soft_label="token", max_steps=1)
+            trainer.train()
+            return logged(trainer, "loss/soft")
+
+        assert run(0.5) == run(0.0)
 
     @pytest.mark.parametrize(
         "kwargs, error",

@@ -68,7 +68,7 @@ class OnlineGroups:
             self._min_agreement = self.scorer.min_agreement
             self.scorer = copy.copy(self.scorer)
             self.scorer.min_agreement = 0.0  # groups are dropped from the batch, which must have a row
-            self._labels |= {"teacher": self.scorer} if labeller is not None else {}
+            self._labels |= {"teacher": self.scorer} if labeller is not None and labeller is score_fn else {}
         self._buffer: list[dict[str, Any]] = []
         self._rest: Iterator[list[dict[str, Any]]] = iter(())  # of the round, labelled while training goes on
         self._ahead: LabelsAhead | None = None
