@@ -71,6 +71,21 @@ class TestResume:
         for name in ("loss", "grad_norm", "epoch"):
             assert logged(resumed, name) == logged(whole, name), name
 
+    def test_a_run_over_a_stream_goes_on_with_more_steps(self, tmp_path):
+        """In its first pass, where it ended."""
+
+        def run(folder, max_steps, checkpoint=None):
+            given = {"max_steps": max_steps, "save_steps": 1, "save_strategy": "steps", "alpha_schedule": "constant"}
+            given |= {"per_device_train_batch_size": 2, "lr_scheduler_type": "constant"}
+            trainer = make_trainer(
+                folder, train_dataset=Dataset.from_list(make_rows(8)).to_iterable_dataset(), **given
+            )
+            trainer.train(resume_from_checkpoint=checkpoint)
+            return logged(trainer, "loss")
+
+        run(tmp_path, 2)
+        assert run(tmp_path, 4, str(tmp_path / "checkpoint-2")) == run(tmp_path / "whole", 4)
+
 
 class TestCutOff:
     """A checkpoint whose writing was cut off; killed for real in tests/test_dying.py."""

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,8 +181,9 @@ class ResumesStreams:
         if not resume_from_checkpoint or not isinstance(self.train_dataset, IterableDataset):  # type: ignore[attr-defined]
             return passes, batches
         state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-        passes, accumulated = int(state["epoch"]), self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
-        # `Trainer` counts each pass as a share of all the run's batches.
+        # `Trainer` counts each pass as a share of all the run's batches. A first pass that has them all stands at 1.
+        passes = max(math.ceil(state["epoch"]) - 1, 0)
+        accumulated = self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
         share = round((state["epoch"] - passes) * state["max_steps"] * accumulated)
         return passes, 0 if self.args.ignore_data_skip else share  # type: ignore[attr-defined]
 
