@@ -9,7 +9,7 @@ from runs import TOKENIZER, VOCAB, make_rows, make_student, make_teacher, train
 from test_several_teachers import make_ensemble, make_lazy
 
 from grkd_trl.generation import GroupsConfig, generate_groups
-from grkd_trl.teacher import CallableScorer, LazyTeacher, LocalTeacher, TeacherEnsemble
+from grkd_trl.teacher import CallableScorer, LazyTeacher, LocalTeacher, TeacherEnsemble, cache_soft_labels
 
 
 class TestRefusals:
@@ -137,6 +137,9 @@ class TestRefusals:
         train(tmp_path, rows, max_length=64, **fields)
         with pytest.raises(ValueError, match='train groups has .* tokens, and `truncation_mode="keep_end"` cuts'):
             train(tmp_path, rows, max_length=6, **fields)
+        cached = cache_soft_labels(make_teacher(), TOKENIZER, Dataset.from_list(rows), k=4)
+        stream = {"train_dataset": cached.to_iterable_dataset(), "max_steps": 1}
+        train(tmp_path, max_length=6, **stream, **fields)  # it was not asked
 
     def test_another_score(self, tmp_path):
         """Of a path in an ensemble of the user's own, or of a teacher; in a list or mapping a path follows `score`."""

@@ -257,9 +257,11 @@ class TestAskedTeachers:
         assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0][0] == found[0][1]
 
     @pytest.mark.parametrize("method, missing", [("GRKD", "soft labels"), ("GRKD", "scores"), ("KD", "soft labels")])
-    def test_nobody_to_ask(self, tmp_path, method, missing):
+    @pytest.mark.parametrize("k", [4, None])
+    def test_nobody_to_ask(self, tmp_path, method, missing, k):
         cached = cache_soft_labels(make_teacher(), TOKENIZER, Dataset.from_list(make_rows(4, scores=False)), k=4)
-        trainer = make_trainer(tmp_path, method=method, train_dataset=cached, teacher_model=None)
+        fields = {"method": method, "teacher_model": None, "soft_label_top_k": k}
+        trainer = make_trainer(tmp_path, train_dataset=cached, **fields)
         removed = ["teacher_top_ids", "teacher_top_logps"] if missing == "soft labels" else ["teacher_scores"]
         for act in (trainer.evaluate, trainer.predict):
             with pytest.raises(ValueError, match=f"groups have no .*{missing}.* made without a teacher"):

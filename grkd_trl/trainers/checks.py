@@ -180,7 +180,7 @@ def complete_labels(
     dataset: Any,
     name: str,
     *,
-    soft_labels: int | None,
+    labelled: bool,
     scored: bool = True,
     min_completions: int = 2,
 ) -> Any:
@@ -199,8 +199,8 @@ def complete_labels(
             Groups.
         name (`str`):
             Name for messages.
-        soft_labels (`int`, *optional*):
-            Most likely tokens at each position, where the loss reads them.
+        labelled (`bool`):
+            Whether the loss reads soft labels.
         scored (`bool`, *optional*, defaults to `True`):
             Whether the loss reads scores.
         min_completions (`int`, *optional*, defaults to `2`):
@@ -213,12 +213,13 @@ def complete_labels(
         `ValueError`: If they lack one and there is no such teacher.
     """
     if teacher is not None:
+        soft_labels = args.soft_label_top_k if labelled else None
         given: dict[str, Any] = {"soft_labels": soft_labels, "min_completions": min_completions}
         (dataset,) = ask_datasets(args, None, teacher, processing_class, dataset, **given)
     if not any({"completions", "chosen", "completion_ids"}.intersection(row) for row in first_rows(dataset)):
         return dataset  # no groups, which is said where they are read
     lacking = {
-        "soft labels (`teacher_top_ids`)": soft_labels is not None and not bring_soft_labels(dataset),
+        "soft labels (`teacher_top_ids`)": labelled and not bring_soft_labels(dataset),
         "`teacher_scores`": scored and not bring_scores(dataset),
     }
     for what, lacks in lacking.items():
@@ -236,8 +237,8 @@ def refuse_cut_prompts(dataset: Any, args: Any, name: str) -> None:
     student does.
 
     Args:
-        dataset ([`~datasets.Dataset`]):
-            Tokenized groups, with their `length`.
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Tokenized groups, with their `length`. A stream brings what it has, and no teacher was asked about it.
         args ([`~trainers.GroupConfig`]):
             Configuration.
         name (`str`):
@@ -246,7 +247,9 @@ def refuse_cut_prompts(dataset: Any, args: Any, name: str) -> None:
     Raises:
         `ValueError`: If `truncation_mode` is `"keep_end"` and a row exceeds `max_length`.
     """
-    if args.truncation_mode != "keep_end" or args.max_length is None or "length" not in dataset.column_names:
+    if args.truncation_mode != "keep_end" or args.max_length is None:
+        return
+    if not isinstance(dataset, Dataset) or "length" not in dataset.column_names:
         return
     for index, length in enumerate(dataset["length"]):
         if length > args.max_length:

@@ -168,10 +168,8 @@ class GRKDTrainer(GroupTrainer):
                 check_aligned_prompts(self, prompts, args)
             return prompts
         if self.teacher_context is None:  # no teacher in the step
-            soft_labels = args.soft_label_top_k if args.needs_teacher_logits else None
-            dataset = complete_labels(
-                args, self.asked_teacher, processing_class, dataset, name, soft_labels=soft_labels
-            )
+            labelled = args.needs_teacher_logits
+            dataset = complete_labels(args, self.asked_teacher, processing_class, dataset, name, labelled=labelled)
         dataset = super().read(dataset, processing_class, args, name)
         if self.asked_teacher is not None:
             refuse_cut_prompts(dataset, args, name)

@@ -98,8 +98,8 @@ class KDTrainer(GroupTrainer):
 
     def read(self, dataset, processing_class, args, name):
         if self.teacher_context is None:  # no teacher in the step
-            asked: dict[str, Any] = {"soft_labels": args.soft_label_top_k, "min_completions": self.min_completions}
-            dataset = complete_labels(args, self.asked_teacher, processing_class, dataset, name, scored=False, **asked)
+            read: dict[str, Any] = {"labelled": True, "scored": False, "min_completions": self.min_completions}
+            dataset = complete_labels(args, self.asked_teacher, processing_class, dataset, name, **read)
         dataset = super().read(dataset, processing_class, args, name)
         if self.asked_teacher is not None:
             refuse_cut_prompts(dataset, args, name)
