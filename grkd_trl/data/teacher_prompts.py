@@ -107,10 +107,11 @@ def check_made_with(row: dict[str, Any], index: int) -> None:
         unknown = name == "teacher_prompt" and recorded is None and labelled and row[name] is not None
         if unknown or recorded not in (None, prompt_hash(row[name])):
             made = "do not say that they were made with its" if unknown else "were made with another"
+            yours = "" if unknown else f" If they are your own, of the row as it is, remove the column `{name}_hash`."
             raise ValueError(
                 f"The {'soft labels' if labelled else 'scores'} of row {index} {made} `{name}`. Make them again "
                 f"(`grkd_trl.teacher.{'cache_soft_labels' if labelled else 'score_groups'}`), or give the row the "
-                f"`{name}` that they were made with."
+                f"`{name}` that they were made with.{yours}"
             )
 
 
