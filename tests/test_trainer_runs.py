@@ -71,6 +71,17 @@ class TestResume:
         for name in ("loss", "grad_norm", "epoch"):
             assert logged(resumed, name) == logged(whole, name), name
 
+    @pytest.mark.parametrize("method", ["GRKD", "KD", pytest.param("DPO", marks=pytest.mark.slow)])
+    def test_a_stream_has_the_steps_of_a_dataset(self, tmp_path, method):
+        """The last step of a pass has fewer micro-batches, and leaves nothing to the next pass."""
+        rows, found = Dataset.from_list(make_rows(10)), []
+        for dataset in (rows, rows.to_iterable_dataset()):
+            given = {"method": method, "max_steps": 7, "per_device_train_batch_size": 2}
+            trainer = make_trainer(tmp_path, train_dataset=dataset, gradient_accumulation_steps=2, **given)
+            trainer.train()
+            found.append([logged(trainer, name) for name in ("loss", "grad_norm", "completions/mean_length")])
+        assert found[0] == found[1]
+
     def test_a_run_over_a_stream_goes_on_with_more_steps(self, tmp_path):
         """In its first pass, where it ended."""
 

@@ -42,6 +42,23 @@ def without_repeats(accelerator: Accelerator, batch: dict[str, torch.Tensor]) ->
     return batch if num_groups == len(batch["group_mask"]) else first_groups(batch, num_groups)
 
 
+def complete_step(batches: list[dict[str, torch.Tensor]], num_batches: int) -> list[dict[str, torch.Tensor]]:
+    """
+    Fill up an optimizer step with micro-batches that have no group. `Trainer` of transformers 5.23 counts micro-batches and does
+    not know where a stream ends: it would add the gradient of the last ones of a pass to the first step of the next.
+
+    Args:
+        batches (`list[dict[str, torch.Tensor]]`):
+            Micro-batches of the step.
+        num_batches (`int`):
+            Micro-batches that the step should have.
+
+    Returns:
+        `list[dict[str, torch.Tensor]]`: As many, or none where there are none.
+    """
+    return batches + [first_groups(batches[-1], 0) for _ in range(num_batches - len(batches)) if batches]
+
+
 def num_without_repeats(accelerator: Accelerator, size: int, rows: torch.Tensor | None = None) -> int:
     """
     Number of rows of a batch that are not repeats; these come first.

@@ -22,7 +22,7 @@ from trl import SFTTrainer
 from .._trl import LengthGroupedSampler, accept_adapters_on_head
 from ..data import DataCollatorForGroups, count_items, prepare_groups, require_rows
 from ..data.images import IMAGE_COLUMNS, rename_images
-from ..data.repeats import number_rows, reduce_remainder, without_repeats
+from ..data.repeats import complete_step, number_rows, reduce_remainder, without_repeats
 from ..data.sampler import GroupedByLength, balance
 from ..generation.labels import as_teacher
 from ..scoring import eval_mode
@@ -239,6 +239,7 @@ class GroupTrainer(ResumesStreams, SFTTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             batches[-1] = without_repeats(self.accelerator, batches[-1])
+        batches = complete_step(batches, num_batches)
         require_aligned_step(self, batches)
         return batches, self.accelerator.reduce(self.count_items(batches).to(device), reduction="sum")
 
