@@ -51,6 +51,17 @@ from grkd_trl.losses import (
 
 
 class TestStep:
+    def test_a_stream_has_the_steps_of_a_dataset(self, tmp_path):
+        """The last step of a pass has fewer micro-batches, and leaves nothing to the next pass."""
+        found = []
+        for rows in (make_rows(10), make_rows(10).to_iterable_dataset()):
+            given = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 7}
+            trainer = make_trainer(tmp_path, rows, train_sampling_strategy="sequential", **given)
+            trainer.train()
+            logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+            found.append([(entry["loss"], entry["grad_norm"]) for entry in logs])
+        assert found[0] == found[1] and len(found[0]) == 7
+
     @pytest.mark.parametrize(
         "fields",
         [

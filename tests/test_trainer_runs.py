@@ -71,7 +71,7 @@ class TestResume:
         for name in ("loss", "grad_norm", "epoch"):
             assert logged(resumed, name) == logged(whole, name), name
 
-    @pytest.mark.parametrize("method", ["GRKD", "KD", pytest.param("DPO", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("method", ["GRKD", "SimPO", "MiniLLM"])
     def test_a_stream_has_the_steps_of_a_dataset(self, tmp_path, method):
         """The last step of a pass has fewer micro-batches, and leaves nothing to the next pass."""
         rows, found = Dataset.from_list(make_rows(10)), []

@@ -184,14 +184,14 @@ class ClassifierTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             batches[-1] = self._without_repeats(batches[-1])
+            # Those that a stream lacks at its end, without which `Trainer` adds these gradients to the next pass's first step
+            batches += [_first_rows(batches[-1], 0)] * (num_batches - len(batches))
         count = sum(batch["num_rows"] if "num_rows" in batch else num_examples(batch) for batch in batches)
         return batches, self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum")
 
     def _without_repeats(self, batch):
-        # The models read the repeats all the same; the loss is of the first `num_rows`.
         num_rows = num_without_repeats(self.accelerator, num_examples(batch), batch.get("row"))
-        labels = {"labels": batch["labels"][:num_rows]} if "labels" in batch else {}
-        return dict(batch) | labels | {"num_rows": num_rows}
+        return _first_rows(batch, num_rows)
 
     def count_rows(self, logits: torch.Tensor, num_items_in_batch: torch.Tensor | None) -> torch.Tensor | float:
         """
@@ -269,6 +269,12 @@ def _load_student(
             '`problem_type`, or with "single_label_classification".'
         )
     return model if peft_config is None else get_peft_model(model, peft_config)
+
+
+def _first_rows(batch: Any, num_rows: int) -> dict[str, Any]:
+    # The models read the others all the same; the loss is of the first `num_rows`.
+    labels = {"labels": batch["labels"][:num_rows]} if "labels" in batch else {}
+    return dict(batch) | labels | {"num_rows": num_rows}
 
 
 def _columns(dataset) -> list[str]:

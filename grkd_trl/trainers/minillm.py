@@ -20,6 +20,7 @@ from trl import SFTTrainer
 
 from ..data import plain_rows, prepare_prompts
 from ..data.images import has_image_columns
+from ..data.repeats import complete_step
 from ..generation.rollouts import MixtureRollouts
 from ..losses import clipped_policy_loss, minillm_returns, mixture_logps, reverse_kl
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
@@ -147,6 +148,7 @@ class MiniLLMTrainer(GroupTrainer):
         # Not those of `GroupTrainer`, which counts completions that are still to be sampled
         prompts, _ = SFTTrainer.get_batch_samples(self, epoch_iterator, num_batches, device)
         batches, counts = self.rollouts.batches(prompts)
+        batches = complete_step(batches, num_batches)
         return batches, self.accelerator.reduce(counts.to(device), reduction="sum")
 
     def _prepare_inputs(self, inputs):
