@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from runs import FIELDS, METHODS, RANKED, make_rows, make_student, make_teacher, make_trainer
+from runs import FIELDS, METHODS, RANKED, TOKENIZER, make_rows, make_student, make_teacher, make_trainer
 from transformers.utils import is_torch_bf16_gpu_available
 
 from grkd_trl import DPOConfig, GRKDConfig, SimPOConfig
+from grkd_trl.teacher import LocalTeacher
 from grkd_trl.trainers import checks
 
 
@@ -181,6 +182,11 @@ class TestWarnings:
         warnings.clear()
         make_trainer(tmp_path, make_rows(4))
         assert not warnings
+        online = {"completion_source": "student", "num_completions": 3, "max_completion_length": 4}
+        rows = [{"prompt": row["prompt"]} for row in make_rows(4)]
+        asked = {"teacher_model": LocalTeacher(make_student(), TOKENIZER), "score_fn": len, "soft_label": "none"}
+        make_trainer(tmp_path, rows, **asked, **online)
+        assert [said for said in warnings if said.startswith("`teacher_model` is used for no group")]
 
 
 class TestSampling:

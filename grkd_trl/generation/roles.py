@@ -111,6 +111,8 @@ def assign_roles(
             '`teacher_model` scores and labels. Set `completion_source="student"`, pass `completion_fn`, or pass a model or its '
             "path."
         )
+    if args.online and asked is not None and asked is not scorer and asked is not labeller:
+        logger.warning("`teacher_model` is used for no group that is written in training: `score_fn` scores them.")
     if teacher_model is not None and asked is None:
         say = logger.info if used_for else logger.warning  # a teacher that is named is expected to do something
         say(f"`teacher_model` is used for {' and '.join(used_for) or 'nothing: the data has all it gives'}.")
