@@ -51,7 +51,7 @@ def make_teachers():
         "`CallableScorer`, a function or a scorer of yours": [CallableScorer(score)],
         "several, of which one gives scores alone": [TeacherEnsemble([local, CallableScorer(score)])],
         "several that give most likely tokens": [TeacherEnsemble([local, served["vllm"]])],
-        "several models, with `soft_label_top_k=None`": [as_mixture(TeacherEnsemble([local, local]), TOKENIZER, score="mean")],
+        "several models, with `soft_label_top_k=None`": [as_mixture(TeacherEnsemble([local, local]), TOKENIZER)],
     }  # fmt: skip
 
 

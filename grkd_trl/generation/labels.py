@@ -174,7 +174,7 @@ def as_teacher(teacher: Any, args: Any, model: Any, processing_class: Any, *data
             "likely tokens. Give their number, or pass a model or its path."
         )
     student = processing_class or tokenizer_of(model, None, with_remote_code(args.model_init_kwargs, args))
-    return as_mixture(teacher, student, score=getattr(args, "score", "mean"))
+    return as_mixture(teacher, student)
 
 
 def _check_score(teacher: Any, name: str, args: Any) -> None:

@@ -34,7 +34,7 @@ class TeacherMixture:
 
 
 def as_mixture(
-    ensemble: TeacherEnsemble, processing_class: PreTrainedTokenizerBase | ProcessorMixin, *, score: str
+    ensemble: TeacherEnsemble, processing_class: PreTrainedTokenizerBase | ProcessorMixin
 ) -> TeacherMixture:
     """
     Several teachers as models of the training step.
@@ -44,14 +44,12 @@ def as_mixture(
             Teachers.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
             Student's tokenizer, whose tokens all of them read.
-        score (`str`):
-            Score of a completion in the training step.
 
     Returns:
         [`TeacherMixture`]: The teachers.
 
     Raises:
-        `ValueError`: If one is no model, has another tokenizer or scores otherwise, or groups are routed or dropped.
+        `ValueError`: If one is no model or has another tokenizer, or groups are routed or dropped.
     """
     need = "`soft_label_top_k=None` has all teachers in the training step"
     if ensemble.route_column is not None:
@@ -70,11 +68,6 @@ def as_mixture(
             raise ValueError(
                 f"{need}, and the teacher {name!r} is a `{type(teacher).__name__}`. Pass a model or its path, or give a number of "
                 "tokens."
-            )
-        own = teacher.kwargs.get("score", "mean") if isinstance(teacher, LazyTeacher) else teacher.score_type
-        if own != score:
-            raise ValueError(
-                f'{need}, with `score="{score}"`, and the teacher {name!r} has `score="{own}"`. Give both the same.'
             )
         models[name] = teacher.model
         init_kwargs[name] = dict(getattr(teacher, "init_kwargs", None) or {})
