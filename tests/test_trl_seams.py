@@ -231,6 +231,10 @@ class TestTrainer:
             ("prediction_step", "self model inputs prediction_loss_only ignore_keys"),
             ("log", "self logs start_time"),
             ("train", "self resume_from_checkpoint trial ignore_keys_for_eval"),
+            (
+                "_init_training_state",
+                "self max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
+            ),
         ],
     )
     def test_methods_we_override(self, function, taken):

@@ -23,7 +23,7 @@ from transformers import (
 from .._trl import create_model_from_path
 from ..data.repeats import num_without_repeats, number_rows, reduce_remainder
 from ..teacher import load_teacher, prepare_teacher
-from ..trainers.checkpoints import OrderOfEpoch, prepare_resume, saving_explained
+from ..trainers.checkpoints import OrderOfEpoch, place_in_stream, prepare_resume, saving_explained
 from ..trainers.config import resolve_args
 from ..trainers.metrics import RunningMeans
 from .checks import check_rows, check_same_classes
@@ -250,6 +250,12 @@ class ClassifierTrainer(Trainer):
         if self.model.training:
             logs.update(self.running_means["train"].read(self.accelerator))
         super().log(logs, start_time)
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        given = (max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
+        return place_in_stream(self, resume_from_checkpoint, super()._init_training_state(*given))
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         resume_from_checkpoint = prepare_resume(self, resume_from_checkpoint)

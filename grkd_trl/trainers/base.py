@@ -30,7 +30,7 @@ from ..teacher import AnyTeacher, disable_dropout
 from ..teacher.loading import check_student, load_adapted_student
 from .aligned import require_aligned, require_aligned_step
 from .card import complete_card, origins
-from .checkpoints import OrderOfEpoch, ResumesStreams, prepare_resume, saving_explained
+from .checkpoints import OrderOfEpoch, place_in_stream, prepare_resume, saving_explained
 from .checks import GroupWarnings, check_sampling
 from .compile import compile_layers, take_over_compilation
 from .config import GroupConfig, resolve_args
@@ -38,7 +38,7 @@ from .metrics import RunningMeans, add_group_metrics, as_predictions, is_logged,
 from .teachers import align, check_teacher, context_of, other_tokenizer, place_teacher
 
 
-class GroupTrainer(ResumesStreams, SFTTrainer):
+class GroupTrainer(SFTTrainer):
     r"""
     Base class of the methods that train on groups. A method defines `config_class`, `equation`, `mean_loss` and
     `compute_loss`, and where it needs them [`~GroupTrainer.bring_teacher`] and [`~GroupTrainer.arrange`].
@@ -212,12 +212,8 @@ class GroupTrainer(ResumesStreams, SFTTrainer):
         # The columns of a tokenized group are what the collator sees.
         read = ["prompt_ids", "completion_ids", "teacher_prompt_ids", "teacher_scores", "clipped", "row"]
         self._signature_columns = [*read, "teacher_top_ids", "teacher_top_logps", "teacher_agreement", *IMAGE_COLUMNS]
-        self._signature_columns += [
-            "aligned_prompt_ids",
-            "aligned_completion_ids",
-            "aligned_student",
-            "aligned_teacher",
-        ]
+        aligned = ("prompt_ids", "completion_ids", "student", "teacher")
+        self._signature_columns += [f"aligned_{name}" for name in aligned]
         if self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             self._signature_columns.append(self.args.length_column_name)  # the sampler reads it after the others go
 
@@ -332,6 +328,12 @@ class GroupTrainer(ResumesStreams, SFTTrainer):
         super().log(logs, start_time)
 
     # The run
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        given = (max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
+        return place_in_stream(self, resume_from_checkpoint, super()._init_training_state(*given))
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         resume_from_checkpoint = prepare_resume(self, resume_from_checkpoint)

@@ -167,25 +167,29 @@ def _prepare_deepspeed(trainer: Trainer, checkpoint: Path) -> None:
         config.setdefault("checkpoint", {})["load_universal"] = True
 
 
-class ResumesStreams:
+def place_in_stream(trainer: Trainer, checkpoint: str | None, place: tuple[int, int]) -> tuple[int, int]:
     """
-    Resumes a run over a stream in the pass that it was in. `Trainer` of transformers 5.23 takes all its steps for one pass, since
-    a stream has no length, so it looks for the batches to skip past the stream's end and goes on from its beginning.
-    """
+    Where a run over a stream goes on. `Trainer` of transformers 5.23 takes all its steps for one pass, since a stream has no length,
+    so it would look for the batches to skip past the stream's end and go on from its beginning.
 
-    def _init_training_state(
-        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-    ) -> tuple[int, int]:
-        given = (max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
-        passes, batches = super()._init_training_state(*given)  # type: ignore[misc]  # of `Trainer`
-        if not resume_from_checkpoint or not isinstance(self.train_dataset, IterableDataset):  # type: ignore[attr-defined]
-            return passes, batches
-        state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-        # `Trainer` counts each pass as a share of all the run's batches. A first pass that has them all stands at 1.
-        passes = max(math.ceil(state["epoch"]) - 1, 0)
-        accumulated = self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
-        share = round((state["epoch"] - passes) * state["max_steps"] * accumulated)
-        return passes, 0 if self.args.ignore_data_skip else share  # type: ignore[attr-defined]
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Trainer.
+        checkpoint (`str`, *optional*):
+            Checkpoint that it resumes from.
+        place (`tuple[int, int]`):
+            Passes that are done, and micro-batches of the present one, as `Trainer` has them.
+
+    Returns:
+        `tuple[int, int]`: The same for a dataset with a length or without a checkpoint; else those of the checkpoint.
+    """
+    if not checkpoint or not isinstance(trainer.train_dataset, IterableDataset):
+        return place
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    # `Trainer` counts each pass as a share of all the run's batches. A first pass that has them all stands at 1.
+    passes = max(math.ceil(state["epoch"]) - 1, 0)
+    batches = round((state["epoch"] - passes) * state["max_steps"] * trainer.args.gradient_accumulation_steps)
+    return passes, 0 if trainer.args.ignore_data_skip else batches
 
 
 class OrderOfEpoch(TrainerCallback):

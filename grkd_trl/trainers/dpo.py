@@ -26,7 +26,7 @@ from ..generation.labels import as_teacher
 from ..teacher import AnyTeacher
 from ..teacher.loading import check_student, load_adapted_student
 from .card import complete_card, origins
-from .checkpoints import OrderOfEpoch, prepare_resume, saving_explained
+from .checkpoints import OrderOfEpoch, place_in_stream, prepare_resume, saving_explained
 from .checks import check_sampling, resolve_bf16, settle_inherited_fields
 from .config import check_chat_template, check_choices, option, resolve_args
 
@@ -167,6 +167,12 @@ class DPOTrainer(TRLTrainer):
             peft_config=peft_config,
         )
         self.add_callback(OrderOfEpoch())
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        given = (max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
+        return place_in_stream(self, resume_from_checkpoint, super()._init_training_state(*given))
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         resume_from_checkpoint = prepare_resume(self, resume_from_checkpoint)
