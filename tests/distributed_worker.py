@@ -26,7 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import grkd_trl
 from grkd_trl.evaluation import classification_metrics
 from grkd_trl.losses import pld_loss
-from grkd_trl.teacher import ServerTeacher
+from grkd_trl.teacher import ServerTeacher, loading_whole
 
 
 GLOBAL_BATCH = 4
@@ -125,8 +125,6 @@ def make_trainer(name, models, folder, max_steps, *callbacks, **fields):
         student, teacher = "student_adapter", "teacher_adapter"
     teacher = "other" if "aligned" in flags else teacher  # with another tokenizer
     teacher = str(models / (student if "base" in flags else teacher))
-    if "served" in flags:
-        teacher = serve_teacher(teacher)
     fields = {key: value for flag in flags for key, value in FIELDS.get(flag, {}).items()} | fields
     args = getattr(grkd_trl, f"{method}Config")(
         str(folder),
@@ -144,6 +142,9 @@ def make_trainer(name, models, folder, max_steps, *callbacks, **fields):
     if args.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # accelerate 1.15 runs DDP, in silence, where the processes are on CPU; this makes it do what it does on GPUs.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if "served" in flags:
+        with loading_whole(args):  # as a server has its model
+            teacher = serve_teacher(teacher)
     return getattr(grkd_trl, f"{method}Trainer")(
         model=str(models / student),
         teacher_model={"a": teacher, "b": str(models / student)} if "several" in flags else teacher,
