@@ -18,11 +18,9 @@ Stop the command when you like and start it again: runs that are done are not re
 import argparse
 from pathlib import Path
 
-from grkd_trl.evaluation import compare
 from grkd_trl.examples.regime_study.grid import PAIR_METHODS, PAIR_RATES, PAIR_SEEDS, PAIR_TUNING_SEED
 from grkd_trl.examples.regime_study.real_pair import make_start, run
-from grkd_trl.examples.regime_study.report import write
-from grkd_trl.examples.regime_study.verdicts import at_baseline_rate
+from grkd_trl.examples.regime_study.study import study
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,16 +47,9 @@ def main(argv: list[str] | None = None) -> None:
         make_start(given, seed)  # once, before the runs that share it
     common = {"task": "real pair, ultrafeedback", "budget": {"max_steps": args.max_steps}}
     common |= {"shared": given, "num_workers": args.num_workers}
-    compare(run, args.output_dir, methods=["student before", "teacher"], seeds=[0], **common)
     methods = {name: PAIR_METHODS[name] for name in args.methods}
-    space = {name: [own | {"learning_rate": rate} for rate in PAIR_RATES] for name, own in methods.items()}
-    tuned = {"search_space": space, "tune": args.tune, "tuning_seed": PAIR_TUNING_SEED}
-    results = compare(run, args.output_dir, methods=list(methods), seeds=args.seeds, **tuned, **common)
-    again = at_baseline_rate(results, common["task"], methods)
-    if again:
-        compare(run, args.output_dir, methods=list(again), seeds=args.seeds, settings=again, **common)
-    write(args.output_dir, args.output_dir / "report")
-    print(args.output_dir / "report" / "verdicts.md")
+    trials = {"rates": PAIR_RATES, "tune": args.tune, "tuning_seeds": [PAIR_TUNING_SEED]}
+    study(run, args.output_dir, methods, seeds=args.seeds, **trials, **common)
 
 
 if __name__ == "__main__":

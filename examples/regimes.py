@@ -27,12 +27,10 @@ Stop the command when you like and start it again: runs that are done are not re
 import argparse
 from pathlib import Path
 
-from grkd_trl.evaluation import compare
 from grkd_trl.examples.regime_study.grid import MAX_NEW_TOKENS, RATES, REGIMES, SEEDS, TASKS, TUNING_SEEDS
-from grkd_trl.examples.regime_study.report import write
 from grkd_trl.examples.regime_study.run import run
+from grkd_trl.examples.regime_study.study import study
 from grkd_trl.examples.regime_study.tasks import make_start
-from grkd_trl.examples.regime_study.verdicts import at_baseline_rate
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,15 +61,8 @@ def main(argv: list[str] | None = None) -> None:
                 make_start(given, seed)  # once, before the runs that share it
             common = {"task": f"{regime}, {task}", "budget": {"max_steps": args.max_steps}}
             common |= {"shared": given, "num_workers": args.num_workers}
-            compare(run, args.output_dir, methods=["student before", "teacher"], seeds=[0], **common)
-            space = {name: [own | {"learning_rate": rate} for rate in RATES] for name, own in methods.items()}
-            tuned = {"search_space": space, "tune": args.tune, "tuning_seed": TUNING_SEEDS}
-            results = compare(run, args.output_dir, methods=list(methods), seeds=args.seeds, **tuned, **common)
-            again = at_baseline_rate(results, common["task"], methods)
-            if again:
-                compare(run, args.output_dir, methods=list(again), seeds=args.seeds, settings=again, **common)
-            write(args.output_dir, args.output_dir / "report")
-            print(args.output_dir / "report" / "verdicts.md")
+            trials = {"rates": RATES, "tune": args.tune, "tuning_seeds": TUNING_SEEDS}
+            study(run, args.output_dir, methods, seeds=args.seeds, **trials, **common)
 
 
 if __name__ == "__main__":

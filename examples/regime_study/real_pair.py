@@ -1,24 +1,19 @@
-"""One run of `real_pair.py`: a pretrained model without some of its layers, trained to follow the whole one, and measured."""
+"""What runs of `real_pair.py` start from and how they are measured: a pretrained model without some of its layers, trained to follow the whole one."""
 
-import json
 import math
-import resource
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from grkd_trl.data import encode_prompt
-from grkd_trl.examples.comparison.run import Budget, versions
 from grkd_trl.examples.comparison.tasks import pair_agreement
 from grkd_trl.examples.pruning.layers import claim_folder, drop_layers
 from grkd_trl.examples.regime_study.measures import written_columns
-from grkd_trl.examples.regime_study.run import make_trainer, measured_path
+from grkd_trl.examples.regime_study.run import carry_out
 from grkd_trl.examples.regime_study.tasks import Start
 from grkd_trl.generation import GroupsConfig, generate_groups
 from grkd_trl.teacher import LocalTeacher
@@ -65,9 +60,9 @@ def make_start(settings: dict[str, Any], seed: int) -> Start:
         for name, made in (("teacher", model), ("student", drop_layers(model, settings["drop"]))):
             made.save_pretrained(paths[name])
             tokenizer.save_pretrained(paths[name])
-    (prompts, _), parts = (read_rows(path, tokenizer) for path in settings["data"])
+    (prompts, preferred), parts = (read_rows(path, tokenizer) for path in settings["data"])
     held_out = concatenate_datasets(list(parts))
-    tested = [row["prompt"] for row in held_out]
+    tested = [*held_out["prompt"], *preferred["prompt"]]
     prompts = prompts.filter(lambda row: row["prompt"] not in tested)
     drawn = prompts.select_columns("prompt").shuffle(seed=seed).select(range(settings["num_prompts"]))
     places = iter(range(len(held_out)))
@@ -158,44 +153,16 @@ def measure(
 
 
 def run(request_path: str, result_path: str) -> None:
-    """One run, from a request of `grkd_trl.evaluation.compare`. The first word of its method names the trainer."""
-    request = json.loads(Path(request_path).read_text())
-    settings, seed, method = request["settings"], request["seed"], request["method"].split()[0]
-    logging.set_verbosity_error()
-    disable_progress_bars()
-    start = make_start(settings, seed)
-    tokenizer = AutoTokenizer.from_pretrained(start.student)
-    budget = Budget(settings, 0, None)
-    with tempfile.TemporaryDirectory() as folder:
-        set_seed(seed)
-        if method in ("student", "teacher"):  # before training
-            model = AutoModelForCausalLM.from_pretrained(getattr(start, method))
-        else:
-            own = {name: value for name, value in settings.items() if name not in ("model", "drop")}
-            trainer = make_trainer(method, start, tokenizer, own, seed, folder)
-            trainer.add_callback(budget)
-            trainer.train()
-            model = trainer.model
-    is_test = request["split"] == "test"
+    """One run, see [`carry_out`]."""
+    carry_out(request_path, result_path, make_start=make_start, measure=_measure, decides="score of samples")
+
+
+def _measure(model: PreTrainedModel, tokenizer: Any, start: Start, split: str, settings: dict[str, Any]) -> dict:
     preferences = None  # about prompts that are not trained on
-    if is_test:
+    if split == "test":
         _, preferences = read_rows(settings["data"][0], tokenizer)
         preferences = preferences.select(range(min(len(preferences), MAX_PREFERENCES)))
-    found = measure(model.eval(), start, request["split"], preferences)
-    result = {
-        "metrics": {name: _mean(values) for name, values in found.items()} | {"cpu_seconds": budget.cpu_seconds},
-        "metric": "score of samples",
-        "per_item": found["score of samples"],
-        "seconds": round(budget.seconds, 3),
-        "tokens": budget.tokens,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "versions": versions(),
-    }
-    if is_test:
-        path = measured_path(settings["work_dir"], request["task"], request["method"], seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found))
-    Path(result_path).write_text(json.dumps(result))
+    return measure(model, start, split, preferences)
 
 
 def _rouge(rouge: RougeScorer, text: str, reference: str) -> float:

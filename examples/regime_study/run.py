@@ -4,6 +4,7 @@ import json
 import re
 import resource
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from grkd_trl.teacher import LocalTeacher
 TRAINERS = METHODS | {"grpo": (GRPOTrainer, GRPOConfig)}  # TRL's
 # Settings of the study; all others are the method's own.
 SHARED = ("task", "teacher", "scores", "data", "work_dir", "num_prompts", "pretraining", "max_new_tokens")
-SHARED += ("batch_size", "max_steps", "learning_rate", "learns_from")
+SHARED += ("batch_size", "max_steps", "learning_rate", "learns_from", "model", "drop")
 GROUP = 4
 PROMPT_COLUMNS = ("prompt", "teacher_prompt", "numbers", "answer")
 
@@ -110,47 +111,74 @@ def make_trainer(method: str, start: Start, tokenizer, settings: dict[str, Any],
     )
 
 
-def run(request_path: str, result_path: str) -> None:
+def carry_out(
+    request_path: str,
+    result_path: str,
+    *,
+    make_start: Callable[[dict[str, Any], int], Start],
+    measure: Callable[..., dict[str, list[float]]],
+    decides: str,
+) -> None:
     """
     One run, from a request of `grkd_trl.evaluation.compare`. The first word of its method names the trainer; what follows
-    tells runs of the same trainer apart.
+    tells runs of the same trainer apart. On the test split every measure is left by item, at [`measured_path`].
+
+    Args:
+        request_path, result_path (`str`):
+            Files of the request and of the result.
+        make_start (`Callable`):
+            From settings and a seed to what the run starts from.
+        measure (`Callable`):
+            From a model, its tokenizer, the start, the split and the settings to a value for each item, by measure.
+        decides (`str`):
+            The measure that decides.
     """
     request = json.loads(Path(request_path).read_text())
     settings, seed, method = request["settings"], request["seed"], request["method"].split()[0]
     logging.set_verbosity_error()
     disable_progress_bars()
     start = make_start(settings, seed)
-    tokenizer = AutoTokenizer.from_pretrained(start.student)
     budget = Budget(settings, 0, None)
+    path = start.teacher if method == "teacher" else start.student
+    tokenizer = AutoTokenizer.from_pretrained(path)
     with tempfile.TemporaryDirectory() as folder:
         set_seed(seed)
         if method in ("student", "teacher"):  # before training
-            model = AutoModelForCausalLM.from_pretrained(getattr(start, method))
-            tokenizer = AutoTokenizer.from_pretrained(getattr(start, method))
+            model = AutoModelForCausalLM.from_pretrained(path)
         else:
             trainer = make_trainer(method, start, tokenizer, settings, seed, folder)
             trainer.add_callback(budget)
             trainer.train()
             model = trainer.model
-    judged: dict[str, Any] = {}
-    if request["split"] == "test":
-        judge = AutoModelForCausalLM.from_pretrained(start.teacher)
-        judged["teacher"] = LocalTeacher(judge, AutoTokenizer.from_pretrained(start.teacher))
-        judged["held_out"] = start.held_out
-    items = start.items[request["split"]]
-    found = measure(model, tokenizer, items, max_new_tokens=settings["max_new_tokens"], **judged)
+    found = measure(model, tokenizer, start, request["split"], settings)
     metrics = {name: sum(values) / len(values) for name, values in found.items()}
     result = {
         "metrics": metrics | {"cpu_seconds": round(budget.cpu_seconds, 3)},
-        "metric": "right",
-        "per_item": found["right"],
+        "metric": decides,
+        "per_item": found[decides],
         "seconds": round(budget.seconds, 3),
         "tokens": budget.tokens,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "versions": versions(),
     }
-    if request["split"] == "test":  # every measure by item, beside the one that decides
-        path = measured_path(settings["work_dir"], request["task"], request["method"], seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({name: [round(value, 4) for value in values] for name, values in found.items()}))
+    if request["split"] == "test":
+        measured = measured_path(settings["work_dir"], request["task"], request["method"], seed)
+        measured.parent.mkdir(parents=True, exist_ok=True)
+        measured.write_text(
+            json.dumps({name: [round(value, 4) for value in values] for name, values in found.items()})
+        )
     Path(result_path).write_text(json.dumps(result))
+
+
+def run(request_path: str, result_path: str) -> None:
+    """One run of `regimes.py`, see [`carry_out`]."""
+    carry_out(request_path, result_path, make_start=make_start, measure=_measure, decides="right")
+
+
+def _measure(model: Any, tokenizer: Any, start: Start, split: str, settings: dict[str, Any]) -> dict[str, list[float]]:
+    judged: dict[str, Any] = {}
+    if split == "test":
+        judge = AutoModelForCausalLM.from_pretrained(start.teacher)
+        judged["teacher"] = LocalTeacher(judge, AutoTokenizer.from_pretrained(start.teacher))
+        judged["held_out"] = start.held_out
+    return measure(model, tokenizer, start.items[split], max_new_tokens=settings["max_new_tokens"], **judged)

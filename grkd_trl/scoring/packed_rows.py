@@ -81,7 +81,8 @@ def read_rows(
 
 class Block:
     """
-    Groups that attend together, where attention takes one call for each of them: P prompts padded to length S, and R tails padded to length C.
+    Groups that attend together, where attention takes one call for each of them: P prompts padded to length S, and R tails
+    padded to length C.
 
     Args:
         groups (`list[list[Row]]`):

@@ -1,0 +1,53 @@
+"""The course of a study, the same in `regimes.py` and `real_pair.py`: trials, the test, and its report."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from grkd_trl.evaluation import compare
+from grkd_trl.examples.regime_study.report import write
+from grkd_trl.examples.regime_study.verdicts import at_baseline_rate
+
+
+def study(
+    run: Callable[[str, str], None],
+    output_dir: Path,
+    methods: dict[str, dict[str, Any]],
+    *,
+    seeds: list[int],
+    rates: Sequence[float],
+    tune: int,
+    tuning_seeds: list[int],
+    **common: Any,
+) -> None:
+    """
+    Tune the methods of a task, test them, test ranking again where it ended at another rate than the same losses without it, and
+    write the report of all tasks that are done.
+
+    Args:
+        run (`Callable`):
+            One run, as [`~grkd_trl.evaluation.compare`] starts it.
+        output_dir (`Path`):
+            Folder of the study.
+        methods (`dict[str, dict]`):
+            Settings of each method.
+        seeds (`list[int]`):
+            Seeds of the test.
+        rates (`Sequence[float]`):
+            Learning rates, a trial each.
+        tune (`int`):
+            Trials of each method.
+        tuning_seeds (`list[int]`):
+            Seeds of each trial.
+        **common:
+            `task`, `budget`, `shared` and `num_workers`, as for [`~grkd_trl.evaluation.compare`].
+    """
+    compare(run, output_dir, methods=["student before", "teacher"], seeds=[0], **common)
+    space = {name: [own | {"learning_rate": rate} for rate in rates] for name, own in methods.items()}
+    tuned: dict[str, Any] = {"search_space": space, "tune": tune, "tuning_seed": tuning_seeds}
+    results = compare(run, output_dir, methods=list(methods), seeds=seeds, **tuned, **common)
+    again = at_baseline_rate(results, common["task"], methods)
+    if again:
+        compare(run, output_dir, methods=list(again), seeds=seeds, settings=again, **common)
+    write(output_dir, output_dir / "report")
+    print(output_dir / "report" / "verdicts.md")
