@@ -7,14 +7,20 @@ from pathlib import Path
 import architectures
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from runs import end_process
-from test_prompt_sharing import MODELS, assert_same, make_batch, make_model, run, set_costs
+from test_prompt_sharing import (
+    MODELS,
+    assert_gradients_are_averaged,
+    assert_same,
+    make_batch,
+    make_model,
+    run,
+    run_under_ddp,
+    set_costs,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention
-from torch.nn.parallel import DistributedDataParallel
 
 from grkd_trl.scoring import check_packed_rows_on_all_ranks, packed_check, packed_flex, score_completions
 from grkd_trl.scoring.attention_costs import AttentionCosts
@@ -204,24 +210,13 @@ class TestAroundTheModel:
 
     @pytest.mark.slow
     def test_ddp(self, tmp_path):
-        mp.spawn(_ddp_process, args=(f"file://{tmp_path}/store", tmp_path), nprocs=2)
-        parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-        model = make_model()
-        expected = [run(model, make_batch(seed=rank), prompt_sharing="off")[2] for rank in range(2)]
-        for name, gradient in expected[0].items():
-            mean = (gradient + expected[1][name]) / 2
-            for part in parts:
-                torch.testing.assert_close(part[name], mean, rtol=1e-4, atol=1e-5 * mean.abs().max().item())
+        assert_gradients_are_averaged(_ddp_process, tmp_path)
 
 
 def _ddp_process(rank, store, folder):
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     with pytest.MonkeyPatch.context() as patch:
         force(patch)
-        model = DistributedDataParallel(make_model())
-        _, _, gradients = run(model, make_batch(seed=rank), prompt_sharing="on")
-        assert attends_at_once(model)
-    torch.save({name.removeprefix("module."): gradient for name, gradient in gradients.items()}, folder / f"{rank}.pt")
+        assert attends_at_once(run_under_ddp(rank, store, folder, prompt_sharing="on"))
     end_process()
 
 

@@ -197,21 +197,31 @@ class TestAroundTheModel:
 
     def test_ddp(self, tmp_path):
         """One forward of the wrapped model, so its gradients are averaged as ever."""
-        mp.spawn(_ddp_process, args=(f"file://{tmp_path}/store", tmp_path), nprocs=2)
-        parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-        model = make_model()
-        expected = [run(model, make_batch(seed=rank), prompt_sharing="off")[2] for rank in range(2)]
-        for name, gradient in expected[0].items():
-            mean = (gradient + expected[1][name]) / 2
-            for part in parts:
-                torch.testing.assert_close(part[name], mean, rtol=1e-4, atol=1e-5 * mean.abs().max().item())
+        assert_gradients_are_averaged(_ddp_process, tmp_path)
+
+
+def assert_gradients_are_averaged(process, folder):
+    """Two processes, which leave their gradients by [`run_under_ddp`], have the mean of those of two models alone."""
+    mp.spawn(process, args=(f"file://{folder}/store", folder), nprocs=2)
+    parts = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    model = make_model()
+    expected = [run(model, make_batch(seed=rank), prompt_sharing="off")[2] for rank in range(2)]
+    for name, gradient in expected[0].items():
+        mean = (gradient + expected[1][name]) / 2
+        for part in parts:
+            torch.testing.assert_close(part[name], mean, rtol=1e-4, atol=1e-5 * mean.abs().max().item())
+
+
+def run_under_ddp(rank, store, folder, *, prompt_sharing):
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    model = DistributedDataParallel(make_model())
+    _, _, gradients = run(model, make_batch(seed=rank), prompt_sharing=prompt_sharing)
+    torch.save({name.removeprefix("module."): gradient for name, gradient in gradients.items()}, folder / f"{rank}.pt")
+    return model
 
 
 def _ddp_process(rank, store, folder):
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    model = DistributedDataParallel(make_model())
-    _, _, gradients = run(model, make_batch(seed=rank), prompt_sharing="on" if rank else "auto")
-    torch.save({name.removeprefix("module."): gradient for name, gradient in gradients.items()}, folder / f"{rank}.pt")
+    run_under_ddp(rank, store, folder, prompt_sharing="on" if rank else "auto")
     end_process()
 
 
