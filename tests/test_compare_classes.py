@@ -137,12 +137,12 @@ def test_what_the_command_refuses(tmp_path, monkeypatch, capsys, command, messag
 
 def test_the_published_runs_are_those_of_the_best_trials():
     published, space = EXAMPLES / "results/classification", classes.search_space()
-    tuning = read_results(published / "tuning.jsonl")
+    tuning = read_results(published / "tuning.jsonl.gz")
     for row in tuning:
         method, number = row["method"].split(" trial ")
         assert space[method][int(number)].items() <= row["settings"].items()
     tried = {(row["task"], row["method"].split(" trial ")[0]) for row in tuning}
-    runs = read_results(published / "results.jsonl")
+    runs = read_results(published / "results.jsonl.gz")
     assert tried == {(row["task"], row["method"]) for row in runs if row["method"] != "teacher"}
     for task, method in tried:
         trials = [row for row in tuning if (row["task"], row["method"].split(" trial ")[0]) == (task, method)]

@@ -36,7 +36,7 @@ def test_the_command(tmp_path, monkeypatch):
 
 def test_the_published_runs_are_those_of_the_best_trials():
     published = EXAMPLES / "results/comparison/methods"
-    trials, runs = read_results(published / "tuning.jsonl"), read_results(published / "results.jsonl")
+    trials, runs = read_results(published / "tuning.jsonl"), read_results(published / "results.jsonl.gz")
     runs = [row for row in runs if "role" not in row]
     assert len(runs) == 2 * 5 * len(study.search_space())
     for task in ("scan", "math_word"):

@@ -1,5 +1,6 @@
 """Finished runs as lines of a `results.jsonl`: what a comparison writes and the report reads."""
 
+import gzip
 import json
 import math
 import warnings
@@ -90,7 +91,7 @@ def iterate_results(path: str | Path) -> Iterator[dict[str, Any]]:
 
     Args:
         path (`str` or `Path`):
-            The file that [`append_result`] wrote.
+            The file that [`append_result`] wrote, or that compressed by gzip (`.gz`).
 
     Yields:
         `dict[str, Any]`: A row, with the values of `per_item` in place of a path.
@@ -100,7 +101,8 @@ def iterate_results(path: str | Path) -> Iterator[dict[str, Any]]:
         `ValueError`: If a row is not as [`append_result`] describes it. The message has the number of its line.
     """
     path = Path(path).expanduser()
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8", errors="replace", newline="\n") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
