@@ -82,6 +82,20 @@ class TestResume:
             found.append([logged(trainer, name) for name in ("loss", "grad_norm", "completions/mean_length")])
         assert found[0] == found[1]
 
+    def test_dpo_leaves_an_incomplete_step_of_a_stream_out(self, tmp_path, caplog):
+        """TRL's loss takes no micro-batch without pairs. The first step of the next pass is its own."""
+        rows, found = make_rows(10), []
+        for dataset in (
+            Dataset.from_list(rows).to_iterable_dataset(),
+            Dataset.from_list(rows[:9]),
+        ):  # of eight pairs, since one group is tied
+            given = {"method": "DPO", "max_steps": 4, "per_device_train_batch_size": 2}
+            trainer = make_trainer(tmp_path, train_dataset=dataset, gradient_accumulation_steps=2, **given)
+            trainer.train()
+            found.append([logged(trainer, name) for name in ("loss", "grad_norm")])
+        assert found[0] == found[1] and len(found[0][0]) == 4
+        assert "The stream ends after 1 of the 2 micro-batches" in caplog.text
+
     def test_a_run_over_a_stream_goes_on_with_more_steps(self, tmp_path):
         """In its first pass, where it ended."""
 

@@ -16,6 +16,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_utils import EvalPrediction
+from transformers.utils import logging
 from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer as TRLTrainer
 
@@ -29,6 +30,9 @@ from .card import complete_card, origins
 from .checkpoints import OrderOfEpoch, place_in_stream, prepare_resume, saving_explained
 from .checks import check_sampling, resolve_bf16, settle_inherited_fields
 from .config import check_chat_template, check_choices, option, resolve_args
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -167,6 +171,18 @@ class DPOTrainer(TRLTrainer):
             peft_config=peft_config,
         )
         self.add_callback(OrderOfEpoch())
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of an optimizer step; none where a stream ends within it, since TRL's loss takes no empty ones."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if 0 < len(batches) < num_batches:
+            logger.warning_once(
+                f"The stream ends after {len(batches)} of the {num_batches} micro-batches of a step, which are left out in each pass: "
+                "`Trainer` would add their gradient to the first step of the next. For a step of their own load the data without "
+                "`streaming`."
+            )
+            return [], count
+        return batches, count
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
