@@ -3,12 +3,17 @@
 import json
 
 import pytest
+from datasets import load_from_disk
 from tiny import byte_tokenizer, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from grkd_trl.data import encode_prompt
 from grkd_trl.evaluation.results import read_results
 from grkd_trl.examples import real_pair
 from grkd_trl.examples.regime_study import real_pair as study
+from grkd_trl.examples.regime_study.grid import PAIR_RATES
+from grkd_trl.examples.regime_study.run import training_data
+from grkd_trl.teacher import LocalTeacher
 
 
 pytestmark = pytest.mark.slow
@@ -56,9 +61,36 @@ def test_the_command_goes_on_and_reports(given, tmp_path):
     assert (report / "real_pair_ultrafeedback.png").exists()
 
 
+def test_a_teacher_that_is_shown_how_the_answer_begins(given, tmp_path):
+    real_pair.main(command(given, tmp_path, "--shown", "reference", "--methods", "kd", "sft"))
+    rows = {row["method"]: row for row in read_results(tmp_path / "results.jsonl")}
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(
+        ["student before", "teacher", "kd", "sft"], "done"
+    )
+    assert all(set(row["metrics"]) == MEASURES | {"reference", "cpu_seconds"} for row in rows.values())
+    assert rows["teacher"]["metrics"]["rank accuracy"] == 1.0, "the teacher reads its groups as it scored them"
+    groups = load_from_disk(tmp_path / "models/shown-groups-0/done")
+    tokenizer = AutoTokenizer.from_pretrained(given / "teacher")
+    teacher = LocalTeacher(AutoModelForCausalLM.from_pretrained(given / "teacher"), tokenizer)
+    columns = {name: list(groups[name]) for name in ("clipped", "completion_ids", "tokenizer_hash")}
+    columns |= {"prompt_ids": [encode_prompt(tokenizer, prompt) for prompt in groups["teacher_prompt"]]}
+    again = teacher.score(list(groups["teacher_prompt"]), list(groups["completions"]), columns=columns).scores
+    assert again == [pytest.approx(known, abs=1e-5) for known in groups["teacher_scores"]]
+    assert all("so it is" in prompt[0]["content"] for prompt in groups["teacher_prompt"])
+    learned = training_data(study.make_start(rows["sft"]["settings"], 0), "reference")
+    assert learned["completion"][0] == [{"role": "assistant", "content": "so it "}]
+
+
+def test_lora_trains_at_its_own_rates(given, tmp_path):
+    real_pair.main(command(given, tmp_path, "--methods", "grkd lora"))
+    (row,) = [row for row in read_results(tmp_path / "results.jsonl") if row["method"] == "grkd lora"]
+    assert row["status"] == "done" and row["settings"]["learning_rate"] in [10 * rate for rate in PAIR_RATES]
+
+
 def test_what_is_tested_is_not_trained_on(given, tmp_path):
     settings = {"model": str(given / "teacher"), "drop": "middle:2", "work_dir": str(tmp_path), "num_prompts": 8}
     settings |= {"data": [str(given / f"{name}.jsonl") for name in ("train", "eval")], "max_new_tokens": 4}
+    settings["teacher"] = "same_tokenizer"
     start = study.make_start(settings, 0)
     prompts = {prompt[0]["content"] for prompt in start.groups["prompt"]}
     held_out = {row["prompt"][0]["content"] for split in start.items.values() for row in split}

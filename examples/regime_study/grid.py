@@ -81,19 +81,34 @@ COMPARISONS = {
     "scores": {"ranking": [("grkd +sft", "sft"), ("grkd group +sft", "sft"), ("pro", "sft")]},
     "privileged": {"ranking": [("grkd", "kd"), ("grkd online", "grkd no ranking online")]},
 }
-COMPARISONS["real pair"] = {"ranking": [("grkd", "kd")], "soft labels": [("kd", "sft"), ("grkd", "sft")]}
+COMPARISONS["real pair"] = {
+    "ranking": [("grkd", "kd"), ("grkd lora", "kd lora")],
+    "soft labels": [("kd", "sft"), ("grkd", "sft")],
+}
+COMPARISONS["privileged pair"] = {"ranking": [("grkd", "kd")], "the teacher's view": [("kd", "sft"), ("grkd", "sft")]}
 TASKS = {"logits": ("math_word", "scan"), "verifier": ("math_word",), "scores": ("math_word", "scan")}
 TASKS |= {"privileged": ("math_word",)}
-# Of the real pair
-PAIR_METHODS: dict[str, dict[str, Any]] = {
-    "grkd": {},
-    "kd": {},
-    "sft": BEST,
-    "seqkd": {"learns_from": "prompts"},
-    "dpo": {},
-    "simpo": {},
-    "pro": {},
+# Of the real pair, by what the teacher is shown
+PAIR_METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "prompt": {
+        "grkd": {},
+        "kd": {},
+        "sft": BEST,
+        "seqkd": {"learns_from": "prompts"},
+        "dpo": {},
+        "simpo": {},
+        "pro": {},
+        "gkd": {"learns_from": "prompts"},
+        "grkd lora": {"lora_rank": 16},
+        "kd lora": {"lora_rank": 16},
+    },
+    "reference": {
+        "grkd": {},
+        "kd": {},
+        "sft": {"learns_from": "reference"},
+        "seqkd": {"learns_from": "prompts"},
+    },
 }
-PAIR_RATES = (3e-5, 1e-4, 3e-4)
+PAIR_RATES, LORA_TIMES = (1e-5, 3e-5, 1e-4, 3e-4), 10  # LoRA's rates are so many times as high
 PAIR_SEEDS, PAIR_TUNING_SEED = [0, 1, 2], 1000
 MAX_NEW_TOKENS = {"math_word": 16, "scan": 49}

@@ -22,6 +22,9 @@ from grkd_trl.teacher import LocalTeacher
 NUM_SAMPLES = 2
 MAX_PROMPT, MAX_ANSWER, MAX_PREFERENCES = 80, 128, 64  # tokens of a prompt, of an answer in a preference; rows
 NUM_HELD_OUT = {"validation": 24, "test": 48}
+SHOWN = 64  # tokens of the reference answer that a teacher is shown
+ASKED = ("prompt", "teacher_prompt", "reference")
+HINT = "{prompt}\n\nA good answer begins like this:\n\n{reference}"
 
 
 def read_rows(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
@@ -43,8 +46,9 @@ def make_start(settings: dict[str, Any], seed: int) -> Start:
 
     Args:
         settings (`dict[str, Any]`):
-            `model`, `drop` (layers to leave out, see [`~examples.pruning.layers.layers_to_drop`]), `data` (two files of rows of
-            `prompt`, `chosen` and `rejected`, whose prompts are trained on and tested on), `work_dir`, `num_prompts`, `max_new_tokens`.
+            `teacher` (`"same_tokenizer"`, or `"sees_reference"`, which is shown how the reference answer begins), `model`, `drop`
+            (layers to leave out, see [`~examples.pruning.layers.layers_to_drop`]), `data` (two files of rows of `prompt`,
+            `chosen` and `rejected`, whose prompts are trained on and tested on), `work_dir`, `num_prompts`, `max_new_tokens`.
         seed (`int`):
             Decides the prompts, and what is written for them.
 
@@ -64,17 +68,33 @@ def make_start(settings: dict[str, Any], seed: int) -> Start:
     held_out = concatenate_datasets(list(parts))
     tested = [*held_out["prompt"], *preferred["prompt"]]
     prompts = prompts.filter(lambda row: row["prompt"] not in tested)
-    drawn = prompts.select_columns("prompt").shuffle(seed=seed).select(range(settings["num_prompts"]))
+    drawn = prompts.shuffle(seed=seed).select(range(settings["num_prompts"]))
     places = iter(range(len(held_out)))
     items = {
         name: held_out.select([next(places) for _ in range(min(count, len(held_out) // 2))])
         for name, count in NUM_HELD_OUT.items()
     }
-    groups = _groups(f"groups-{seed}", paths, drawn, settings, seed)
-    watched = {
-        name: _groups(name, paths, rows.select_columns("prompt"), settings, 10**6) for name, rows in items.items()
-    }
+    if settings["teacher"] == "sees_reference":
+        drawn, *shown = (
+            _with_reference(rows, tokenizer, settings["max_new_tokens"]) for rows in (drawn, *items.values())
+        )
+        items = dict(zip(items, shown, strict=True))
+    kind = "" if settings["teacher"] == "same_tokenizer" else "shown-"
+    groups = _groups(f"{kind}groups-{seed}", paths, drawn, settings, seed)
+    watched = {name: _groups(kind + name, paths, rows, settings, 10**6) for name, rows in items.items()}
     return Start(paths["student"], paths["teacher"], groups, watched, items, settings["max_new_tokens"])
+
+
+def _with_reference(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Dataset:
+    """Rows with what a teacher is shown, and as `reference` as much of the chosen answer as a completion may have."""
+
+    def show(row: dict[str, Any]) -> dict[str, Any]:
+        ids = tokenizer(row["chosen"]).input_ids
+        texts = {"prompt": row["prompt"][-1]["content"], "reference": tokenizer.decode(ids[:SHOWN])}
+        shown = [*row["prompt"][:-1], {"role": "user", "content": HINT.format(**texts)}]
+        return {"teacher_prompt": shown, "reference": tokenizer.decode(ids[:max_new_tokens])}
+
+    return rows.map(show)
 
 
 def _groups(name: str, paths: dict[str, str], rows: Dataset, settings: dict[str, Any], seed: int) -> Dataset:
@@ -90,7 +110,8 @@ def _groups(name: str, paths: dict[str, str], rows: Dataset, settings: dict[str,
             max_completion_length=settings["max_new_tokens"],
             seed=seed,
         )
-        generate_groups(rows, config, **writers).save_to_disk(folder / "part")
+        asked = rows.select_columns([name for name in ASKED if name in rows.column_names])
+        generate_groups(asked, config, **writers).save_to_disk(folder / "part")
         (folder / "part").rename(folder / "done")  # complete or not at all
     return load_from_disk(folder / "done")
 
@@ -100,7 +121,7 @@ def _teacher(path: str) -> LocalTeacher:
 
 
 def measure(
-    model: PreTrainedModel, start: Start, split: str, preferences: Dataset | None = None
+    model: PreTrainedModel, start: Start, split: str, preferences: Dataset | None = None, *, is_teacher: bool = False
 ) -> dict[str, list[float]]:
     """
     Measure a model on held-out prompts. All models draw their samples by the same random numbers.
@@ -114,19 +135,24 @@ def measure(
             `"validation"` or `"test"`.
         preferences ([`~datasets.Dataset`], *optional*):
             Rows of `prompt`, `chosen` and `rejected`.
+        is_teacher (`bool`, *optional*, defaults to `False`):
+            Whether the model sees what only the teacher is shown.
 
     Returns:
         `dict[str, list[float]]`: For each prompt `"score of samples"` (the teacher's, in nats a token), `"ROUGE-L"` of the samples
         to as many words of the reference, `"new trigrams"` (share of a sample's trigrams of words that it has not had before),
         `"length"` in tokens; for each held-out group `"teacher's text"` (the model's score of it, in nats a token) and `"rank
-        accuracy"`; and with `preferences` `"preferences"`, whether the chosen answer has the higher score.
+        accuracy"`; with `preferences` `"preferences"`, whether the chosen answer has the higher score; and where the teacher is
+        shown the reference answer `"reference"`, the model's score of its beginning.
     """
     teacher = _teacher(start.teacher)
     writer = LocalTeacher(model, teacher.processing_class)
     rows, groups = start.items[split], start.held_out[split]
-    asked = list(rows["prompt"])
+    shown = {"teacher_prompt": list(rows["teacher_prompt"])} if "teacher_prompt" in rows.column_names else {}
+    own_prompt = "teacher_prompt" if shown and is_teacher else "prompt"
+    asked = list(rows[own_prompt])
     written = writer.generate(asked, NUM_SAMPLES, seed=0, max_new_tokens=start.max_new_tokens)
-    scores = teacher.score(asked, written.texts, columns=written_columns(written)).scores
+    scores = teacher.score(asked, written.texts, columns=written_columns(written) | shown).scores
     found = {
         "score of samples": [_mean([score for score in own if math.isfinite(score)] or [-20.0]) for own in scores]
     }
@@ -136,6 +162,7 @@ def measure(
     found["new trigrams"] = [_mean(list(map(_new_trigrams, texts))) for texts in written.texts]
     found["length"] = [_mean([float(len(ids)) for ids in group]) for group in written.completion_ids or []]
     columns = {name: list(groups[name]) for name in ("clipped", "prompt_ids", "completion_ids", "tokenizer_hash")}
+    columns |= {"teacher_prompt": list(groups["teacher_prompt"])} if own_prompt == "teacher_prompt" else {}
     ours = writer.score(list(groups["prompt"]), list(groups["completions"]), columns=columns).scores
     authors = groups["written_by"]
     found["teacher's text"] = [
@@ -145,6 +172,10 @@ def measure(
     ]
     theirs = list(groups["teacher_scores"])
     found["rank accuracy"] = [pair_agreement(*scores, without=0.5) for scores in zip(ours, theirs, strict=True)]
+    if shown:
+        texts = [[text] for text in rows["reference"]]
+        known = writer.score(asked, texts, columns={"clipped": [[True]] * len(texts)}).scores  # which goes on
+        found["reference"] = [score for (score,) in known]
     if preferences is not None:
         answers = [[row["chosen"], row["rejected"]] for row in preferences]
         judged = writer.score(list(preferences["prompt"]), answers).scores
@@ -157,12 +188,14 @@ def run(request_path: str, result_path: str) -> None:
     carry_out(request_path, result_path, make_start=make_start, measure=_measure, decides="score of samples")
 
 
-def _measure(model: PreTrainedModel, tokenizer: Any, start: Start, split: str, settings: dict[str, Any]) -> dict:
+def _measure(
+    model: PreTrainedModel, tokenizer: Any, start: Start, split: str, settings: dict[str, Any], is_teacher: bool
+) -> dict:
     preferences = None  # about prompts that are not trained on
     if split == "test":
         _, preferences = read_rows(settings["data"][0], tokenizer)
         preferences = preferences.select(range(min(len(preferences), MAX_PREFERENCES)))
-    return measure(model, start, split, preferences)
+    return measure(model, start, split, preferences, is_teacher=is_teacher)
 
 
 def _rouge(rouge: RougeScorer, text: str, reference: str) -> float:

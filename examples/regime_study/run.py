@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
@@ -16,14 +17,14 @@ from trl import GRPOConfig, GRPOTrainer
 from grkd_trl.examples.comparison.run import METHODS, Budget, versions
 from grkd_trl.examples.demonstration.models import training
 from grkd_trl.examples.regime_study.measures import measure
-from grkd_trl.examples.regime_study.tasks import Start, make_start, verdicts
+from grkd_trl.examples.regime_study.tasks import Item, Start, make_start, verdicts
 from grkd_trl.teacher import LocalTeacher
 
 
 TRAINERS = METHODS | {"grpo": (GRPOTrainer, GRPOConfig)}  # TRL's
 # Settings of the study; all others are the method's own.
 SHARED = ("task", "teacher", "scores", "data", "work_dir", "num_prompts", "pretraining", "max_new_tokens")
-SHARED += ("batch_size", "max_steps", "learning_rate", "learns_from", "model", "drop")
+SHARED += ("batch_size", "max_steps", "learning_rate", "learns_from", "model", "drop", "lora_rank")
 GROUP = 4
 PROMPT_COLUMNS = ("prompt", "teacher_prompt", "numbers", "answer")
 
@@ -64,14 +65,13 @@ def training_data(start: Start, learns_from: str) -> Dataset:
         groups = groups.filter(lambda row: row["teacher_scores"][row["written_by"].index("teacher")] > 0)
 
     def one(row: dict[str, Any]) -> dict[str, Any]:
+        scores = row["teacher_scores"]
         if learns_from == "reference":
-            return {"completion": row["reference"]}
-        scores, place = row["teacher_scores"], 0
-        if learns_from == "teacher's right":
-            place = row["written_by"].index("teacher")
+            text = row["reference"]
+        elif learns_from == "teacher's right":
+            text = row["completions"][row["written_by"].index("teacher")]
         else:
-            place = max(range(len(scores)), key=scores.__getitem__)
-        text = row["completions"][place]
+            text = row["completions"][max(range(len(scores)), key=scores.__getitem__)]
         return {"completion": text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]}
 
     return groups.map(one).select_columns(["prompt", "completion"])
@@ -102,6 +102,10 @@ def make_trainer(method: str, start: Start, tokenizer, settings: dict[str, Any],
         further["teacher_model"] = AutoModelForCausalLM.from_pretrained(start.teacher)
     if online and settings["scores"] == "verifier":
         further["score_fn"] = verdicts
+    if "lora_rank" in settings:
+        further["peft_config"] = LoraConfig(
+            r=settings["lora_rank"], target_modules="all-linear", task_type="CAUSAL_LM"
+        )
     return trainer_class(
         model=AutoModelForCausalLM.from_pretrained(start.student),
         args=config_class(**given | own),
@@ -129,7 +133,8 @@ def carry_out(
         make_start (`Callable`):
             From settings and a seed to what the run starts from.
         measure (`Callable`):
-            From a model, its tokenizer, the start, the split and the settings to a value for each item, by measure.
+            From a model, its tokenizer, the start, the split, the settings, and whether it is the teacher, which sees what only
+            the teacher is shown, to a value for each item, by measure.
         decides (`str`):
             The measure that decides.
     """
@@ -150,7 +155,7 @@ def carry_out(
             trainer.add_callback(budget)
             trainer.train()
             model = trainer.model
-    found = measure(model, tokenizer, start, request["split"], settings)
+    found = measure(model, tokenizer, start, request["split"], settings, method == "teacher")
     metrics = {name: sum(values) / len(values) for name, values in found.items()}
     result = {
         "metrics": metrics | {"cpu_seconds": round(budget.cpu_seconds, 3)},
@@ -175,10 +180,15 @@ def run(request_path: str, result_path: str) -> None:
     carry_out(request_path, result_path, make_start=make_start, measure=_measure, decides="right")
 
 
-def _measure(model: Any, tokenizer: Any, start: Start, split: str, settings: dict[str, Any]) -> dict[str, list[float]]:
-    judged: dict[str, Any] = {}
+def _measure(model: Any, tokenizer: Any, start: Start, split: str, settings: dict[str, Any], is_teacher: bool) -> dict:
+    items, judged = start.items[split], {}
+    if is_teacher:
+        items = [
+            Item(item.row | {"prompt": item.row.get("teacher_prompt", item.row["prompt"])}, item.is_right)
+            for item in items
+        ]
     if split == "test":
         judge = AutoModelForCausalLM.from_pretrained(start.teacher)
         judged["teacher"] = LocalTeacher(judge, AutoTokenizer.from_pretrained(start.teacher))
         judged["held_out"] = start.held_out
-    return measure(model, tokenizer, start.items[split], max_new_tokens=settings["max_new_tokens"], **judged)
+    return measure(model, tokenizer, items, max_new_tokens=settings["max_new_tokens"], **judged)

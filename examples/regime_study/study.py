@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from grkd_trl.evaluation import compare
+from grkd_trl.evaluation.results import read_results
+from grkd_trl.examples.regime_study.grid import LORA_TIMES
 from grkd_trl.examples.regime_study.report import write
 from grkd_trl.examples.regime_study.verdicts import at_baseline_rate
 
@@ -34,7 +36,7 @@ def study(
         seeds (`list[int]`):
             Seeds of the test.
         rates (`Sequence[float]`):
-            Learning rates, a trial each.
+            Learning rates, a trial each. LoRA's are `LORA_TIMES` as high.
         tune (`int`):
             Trials of each method.
         tuning_seeds (`list[int]`):
@@ -42,8 +44,14 @@ def study(
         **common:
             `task`, `budget`, `shared` and `num_workers`, as for [`~grkd_trl.evaluation.compare`].
     """
-    compare(run, output_dir, methods=["student before", "teacher"], seeds=[0], **common)
-    space = {name: [own | {"learning_rate": rate} for rate in rates] for name, own in methods.items()}
+    known = compare(run, output_dir, methods=["student before", "teacher"], seeds=[0], **common)
+    student, teacher = (_result(known, common["task"], who) for who in ("student before", "teacher"))
+    if teacher <= student:
+        print(
+            f"The teacher is no better than the student ({teacher:.3f}, {student:.3f}): these runs cannot compare methods."
+        )
+    times = {name: LORA_TIMES if "lora_rank" in own else 1 for name, own in methods.items()}
+    space = {name: [own | {"learning_rate": rate * times[name]} for rate in rates] for name, own in methods.items()}
     tuned: dict[str, Any] = {"search_space": space, "tune": tune, "tuning_seed": tuning_seeds}
     results = compare(run, output_dir, methods=list(methods), seeds=seeds, **tuned, **common)
     again = at_baseline_rate(results, common["task"], methods)
@@ -51,3 +59,9 @@ def study(
         compare(run, output_dir, methods=list(again), seeds=seeds, settings=again, **common)
     write(output_dir, output_dir / "report")
     print(output_dir / "report" / "verdicts.md")
+
+
+def _result(path: Path, task: str, method: str) -> float:
+    """What decides, of a model before training."""
+    rows = [row for row in read_results(path) if (row["task"], row["method"]) == (task, method)]
+    return float(rows[-1]["metrics"][rows[-1]["metric"]])

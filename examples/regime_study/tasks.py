@@ -1,5 +1,6 @@
 """What a regime starts from: models trained from scratch, groups of prompts that neither has seen, and items to test on."""
 
+import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -76,13 +77,13 @@ def verdicts(prompts: list[str], completions: list[list[str]], numbers: list, an
 
 
 def subword_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 1000 tokens, which cuts words into parts. No token crosses from a prompt into a completion."""
+    """A byte-level BPE of 3000 tokens, which cuts rare words into parts. No token crosses from a prompt into a completion."""
     core = Tokenizer(models.BPE())
     alone = pre_tokenizers.Split(" ", "isolated")
     core.pre_tokenizer = pre_tokenizers.Sequence([alone, pre_tokenizers.ByteLevel(False, use_regex=False)])
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=3000, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet)
     core.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
 
@@ -145,8 +146,10 @@ def make_start(settings: dict[str, Any], seed: int) -> Start:
         return trained(folder / name, tokenizer, rows, max_steps=steps, **sizes)
 
     if settings["teacher"] == "sees_solution":
-        hinted = [(row["teacher_prompt"], text) for row, text in map(_with_hint(ask), known)]
-        student = teacher = make("sees_solution", "student", words, plain + hinted, times=2)
+        any_text = random.Random(0).choices([text for _, text in known], k=3 * len(known))  # to learn to copy it
+        others = zip([row for row, _ in known] * 3, any_text, strict=True)
+        hinted = [(row["teacher_prompt"], text) for row, text in map(_with_hint(ask), [*known, *others])]
+        student = teacher = make("sees_solution", "student", words, plain + hinted, times=3)
     else:
         student = make("student", "student", words, plain)
         own = subword_tokenizer(texts) if settings["teacher"] == "other_tokenizer" else words
