@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grkd_trl.evaluation.results import check_result
 from grkd_trl.examples import regimes
 from grkd_trl.examples.benchmarks import privileged_ranks
 from grkd_trl.examples.regime_study import run, tasks
 from grkd_trl.examples.regime_study.report import read_values, write
+from grkd_trl.examples.regime_study.study import poor_teacher
 from grkd_trl.examples.regime_study.verdicts import at_baseline_rate, verdicts
+from grkd_trl.teacher import LocalTeacher
 
 
 MEASURES = (
@@ -205,6 +207,34 @@ def test_ranking_is_tested_at_the_rate_of_the_same_losses_without_it(tmp_path):
     again = at_baseline_rate(tmp_path / "results.jsonl", "privileged, math_word", given)
     assert again == {"grkd at the rate of kd": {"alpha_start": 0.1, "learning_rate": 1e-3}}
     assert at_baseline_rate(tmp_path / "results.jsonl", "privileged, math_word", {"kd": {}}) == {}
+
+
+@pytest.mark.parametrize(("teacher", "said"), [(0.3, None), (0.2, "no better than the student (0.200, 0.200)")])
+def test_a_teacher_that_has_nothing_to_teach_is_named(tmp_path, teacher, said):
+    shared = {"task": "logits, scan", "seed": 0, "settings": {}, "status": "done", "metric": "right", "per_item": None}
+    shared |= {"seconds": 1.0, "tokens": 2, "peak_memory_bytes": 3, "versions": {}}
+    rows = [
+        shared | {"method": who, "metrics": {"right": value}}
+        for who, value in (("student before", 0.2), ("teacher", teacher))
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = poor_teacher(tmp_path / "results.jsonl", "logits, scan")
+    assert found is None if said is None else said in found
+
+
+@pytest.mark.slow
+def test_a_teacher_that_sees_the_solution_is_measured_with_it(settings, tmp_path):
+    row = ask(settings, "privileged", "teacher", "test", tmp_path)
+    shared = settings | {"task": "math_word"} | regimes.REGIMES["privileged"][0]
+    start = tasks.make_start(shared, 0)
+    tokenizer = AutoTokenizer.from_pretrained(start.teacher)
+    teacher = LocalTeacher(AutoModelForCausalLM.from_pretrained(start.teacher), tokenizer)
+    items = start.items["test"]
+    prompts = [item.row["teacher_prompt"] for item in items]
+    texts = teacher.generate(prompts, 1, seed=0, max_new_tokens=8, temperature=0.0).texts
+    assert row["per_item"] is not None and row["metrics"]["greedy"] == pytest.approx(
+        sum(item.is_right(text) for item, (text,) in zip(items, texts, strict=True)) / len(items)
+    )
 
 
 def test_the_published_verdicts_are_those_of_the_published_values():

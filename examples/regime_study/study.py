@@ -45,11 +45,8 @@ def study(
             `task`, `budget`, `shared` and `num_workers`, as for [`~grkd_trl.evaluation.compare`].
     """
     known = compare(run, output_dir, methods=["student before", "teacher"], seeds=[0], **common)
-    student, teacher = (_result(known, common["task"], who) for who in ("student before", "teacher"))
-    if teacher <= student:
-        print(
-            f"The teacher is no better than the student ({teacher:.3f}, {student:.3f}): these runs cannot compare methods."
-        )
+    if warning := poor_teacher(known, common["task"]):
+        print(warning)
     times = {name: LORA_TIMES if "lora_rank" in own else 1 for name, own in methods.items()}
     space = {name: [own | {"learning_rate": rate * times[name]} for rate in rates] for name, own in methods.items()}
     tuned: dict[str, Any] = {"search_space": space, "tune": tune, "tuning_seed": tuning_seeds}
@@ -61,7 +58,21 @@ def study(
     print(output_dir / "report" / "verdicts.md")
 
 
-def _result(path: Path, task: str, method: str) -> float:
-    """What decides, of a model before training."""
-    rows = [row for row in read_results(path) if (row["task"], row["method"]) == (task, method)]
-    return float(rows[-1]["metrics"][rows[-1]["metric"]])
+def poor_teacher(results: Path, task: str) -> str | None:
+    """
+    What to say where a teacher is no better than its student, from which no method can learn.
+
+    Args:
+        results (`Path`):
+            Runs, with the student and the teacher before training.
+        task (`str`):
+            Task.
+
+    Returns:
+        `str`, *optional*: A warning.
+    """
+    done = {row["method"]: row for row in read_results(results) if row["task"] == task and row["status"] == "done"}
+    student, teacher = (done[who]["metrics"][done[who]["metric"]] for who in ("student before", "teacher"))
+    if teacher > student:
+        return None
+    return f"{task}: the teacher is no better than the student ({teacher:.3f}, {student:.3f}), so no method can be judged by it."
