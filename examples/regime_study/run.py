@@ -181,14 +181,12 @@ def run(request_path: str, result_path: str) -> None:
 
 
 def _measure(model: Any, tokenizer: Any, start: Start, split: str, settings: dict[str, Any], is_teacher: bool) -> dict:
-    items, judged = start.items[split], {}
-    if is_teacher:
-        items = [
-            Item(item.row | {"prompt": item.row.get("teacher_prompt", item.row["prompt"])}, item.is_right)
-            for item in items
-        ]
+    def asked(row: dict[str, Any]) -> dict[str, Any]:
+        return row | ({"prompt": row["teacher_prompt"]} if is_teacher and "teacher_prompt" in row else {})
+
+    items, judged = [Item(asked(item.row), item.is_right) for item in start.items[split]], {}
     if split == "test":
         judge = AutoModelForCausalLM.from_pretrained(start.teacher)
         judged["teacher"] = LocalTeacher(judge, AutoTokenizer.from_pretrained(start.teacher))
-        judged["held_out"] = start.held_out
+        judged["held_out"] = start.held_out.map(asked)
     return measure(model, tokenizer, items, max_new_tokens=settings["max_new_tokens"], **judged)
