@@ -79,7 +79,11 @@ COMPARISONS = {
         "online groups": [("grkd online", "grkd")],
     },
     "scores": {"ranking": [("grkd +sft", "sft"), ("grkd group +sft", "sft"), ("pro", "sft")]},
-    "privileged": {"ranking": [("grkd", "kd"), ("grkd online", "grkd no ranking online")]},
+    "privileged": {
+        "ranking": [("grkd", "kd"), ("grkd online", "grkd no ranking online")],
+        "online groups": [("grkd online", "grkd")],
+        "the teacher's view": [("kd", "sft"), ("grkd", "sft")],
+    },
 }
 COMPARISONS["real pair"] = {
     "ranking": [("grkd", "kd"), ("grkd lora", "kd lora")],
