@@ -22,9 +22,14 @@ from test_prompt_sharing import (
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention
 
-from grkd_trl.scoring import check_packed_rows_on_all_ranks, packed_check, packed_flex, score_completions
+from grkd_trl.scoring import (
+    check_packed_rows_on_all_ranks,
+    packed_check,
+    packed_flex,
+    score_completions,
+)
 from grkd_trl.scoring.attention_costs import AttentionCosts
-from grkd_trl.scoring.packed_check import attends_at_once
+from grkd_trl.scoring.packed_check import precisions_at_once
 from grkd_trl.scoring.packed_rows import PackedRows, Row
 
 
@@ -48,14 +53,18 @@ def forced(monkeypatch):
     force(monkeypatch)
 
 
-@pytest.fixture
-def calls(monkeypatch):
+def record_calls(patch):
     """Windows of the calls of FlexAttention."""
     windows, original = [], packed_flex.Runs.block_mask
-    monkeypatch.setattr(
+    patch.setattr(
         packed_flex.Runs, "block_mask", lambda runs, window: windows.append(window) or original(runs, window)
     )
     return windows
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    return record_calls(monkeypatch)
 
 
 def daily(names, *chosen):
@@ -69,7 +78,7 @@ def layout(*groups):
         for number, tail in enumerate(tails):
             rows.append(Row(start, prompt, tail + 1, number > 0))
             start += 10_000
-    return PackedRows(rows, CPU, at_once=True)
+    return PackedRows(rows, CPU, at_once={torch.float32})
 
 
 class TestRuns:
@@ -107,7 +116,7 @@ class TestRuns:
             assert own.full_kv_num_blocks.sum() > 0 and packed.runs.num_pairs < length**2
 
     def test_the_comparison_has_blocks_of_every_kind(self):
-        packed = PackedRows(packed_check._LONG, CPU, at_once=True)
+        packed = PackedRows(packed_check._LONG, CPU, at_once={torch.float32})
         mask = packed.runs.block_mask(None)
         whole, in_part = int(mask.full_kv_num_blocks.sum()), int(mask.kv_num_blocks.sum())
         assert whole > 0 and in_part > 0 and whole + in_part < 6 * 7 / 2
@@ -119,7 +128,7 @@ class TestExactness:
     def test_equals_reading_every_row(self, name, calls):
         model = make_model(name)
         assert_same(model, make_batch())
-        assert attends_at_once(model)
+        assert precisions_at_once(model)
         windows = {window for window in calls if window}
         assert bool(windows) == ("sliding_window" in MODELS[name])
 
@@ -128,16 +137,16 @@ class TestExactness:
         """Attention sinks; keys and values of different sizes; experts; layers of two windows."""
         model = architectures.build(family)
         assert_same(model, make_batch(), atol=2e-5)
-        assert attends_at_once(model)
+        assert precisions_at_once(model)
 
     def test_equals_blocks_on_long_rows(self, monkeypatch):
         model, batch = make_model("mistral", sliding_window=150), make_batch([(200, [150, 40, 1]), (129, [130])])
         logps, _, gradients = run(model, batch, prompt_sharing="on")
-        assert attends_at_once(model)
+        assert precisions_at_once(model)
         set_costs(monkeypatch, at_once=None)
         blocks = make_model("mistral", sliding_window=150)
         expected, _, expected_gradients = run(blocks, batch, prompt_sharing="on")
-        assert not attends_at_once(blocks)
+        assert not precisions_at_once(blocks)
         torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
         for name, gradient in expected_gradients.items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
@@ -149,7 +158,7 @@ class TestExactness:
     def test_three_query_heads_to_a_key(self):
         model = make_model(hidden_size=96, num_attention_heads=6, num_key_value_heads=2)
         assert_same(model, make_batch())
-        assert attends_at_once(model)
+        assert precisions_at_once(model)
 
     def test_bf16_is_no_further_from_fp32_than_plain_bf16(self):
         batch = make_batch([(20, [15, 9, 12, 3])] * 3)
@@ -157,14 +166,14 @@ class TestExactness:
         exact.load_state_dict(model.state_dict())
         logps = run(exact, batch, prompt_sharing="off")[0]
         shared, plain = (run(model, batch, prompt_sharing=sharing)[0] for sharing in ("on", "off"))
-        assert attends_at_once(model)
+        assert precisions_at_once(model)
         assert 0 < (shared - logps).pow(2).mean() <= 1.5 * (plain - logps).pow(2).mean()
 
     def test_autocast(self):
         model, batch = make_model(), make_batch()
         model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
         plain, shared = (run(model, batch, prompt_sharing=sharing)[0] for sharing in ("off", "on"))
-        assert attends_at_once(model)
+        assert precisions_at_once(model)
         torch.testing.assert_close(shared, plain, rtol=0.05, atol=0.2)
 
 
@@ -173,10 +182,14 @@ class TestAroundTheModel:
     def test_one_compilation_serves_every_batch(self):
         model, before = make_model("gemma3", head_dim=24), COUNTER.frame_count
         shapes = [[(5, [6])], [(90, [120, 100])], [(300, [7] * 3), (20, [150])], [(2, [3, 4])] * 3]
+        whole_blocks = [(56, [101, 101])]  # without padding
         run(model, make_batch(shapes[0]), prompt_sharing="on")
         first = COUNTER.frame_count
-        for shape in shapes[1:]:
+        for shape in (*shapes[1:], whole_blocks):
             run(model, make_batch(shape), prompt_sharing="on")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("q_proj" in name)  # as LoRA may have it
+        assert run(model, make_batch(shapes[1]), prompt_sharing="on")[2].keys()
         assert COUNTER.frame_count == first <= before + 2  # with gradients, and without for the check
 
     @pytest.mark.parametrize("reentrant", [False, True])
@@ -186,7 +199,7 @@ class TestAroundTheModel:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
         _, _, again = run(model, batch, prompt_sharing="on")
-        assert attends_at_once(model)
+        assert precisions_at_once(model)
         for name, gradient in gradients.items():
             torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
 
@@ -195,7 +208,7 @@ class TestAroundTheModel:
         config = LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(make_model(), config).train()
         assert_same(model, make_batch())
-        assert attends_at_once(model)
+        assert precisions_at_once(model)
 
     @pytest.mark.slow
     def test_compiled_layers(self):
@@ -204,7 +217,7 @@ class TestAroundTheModel:
         for layer in model.model.layers:
             layer.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward, dynamic=True)
         assert check_packed_rows_on_all_ranks(model, CPU) is None
-        assert attends_at_once(model) and COUNTER.frame_count > before and not graphs
+        assert precisions_at_once(model) and COUNTER.frame_count > before and not graphs
         plain, shared = (score_completions(model, make_batch(), prompt_sharing=sharing) for sharing in ("off", "on"))
         torch.testing.assert_close(shared.per_token_logps, plain.per_token_logps, rtol=0, atol=1e-5)
 
@@ -216,96 +229,8 @@ class TestAroundTheModel:
 def _ddp_process(rank, store, folder):
     with pytest.MonkeyPatch.context() as patch:
         force(patch)
-        assert attends_at_once(run_under_ddp(rank, store, folder, prompt_sharing="on"))
+        assert precisions_at_once(run_under_ddp(rank, store, folder, prompt_sharing="on"))
     end_process()
-
-
-@pytest.mark.usefixtures("forced")
-class TestFallBack:
-    def why_in_blocks(self, model, caplog):
-        packed_check.logger.warning_once.cache_clear()
-        with caplog.at_level("WARNING"):
-            assert check_packed_rows_on_all_ranks(model, CPU) is None
-        assert not attends_at_once(model)
-        assert_same(model, make_batch())
-        (message,) = (record.message for record in caplog.records if "in blocks, and not at once" in record.message)
-        return message
-
-    def test_a_backward_that_does_not_compile(self, caplog, monkeypatch):
-        def attend(query, *args, **kwargs):
-            if query.requires_grad:
-                raise RuntimeError("No valid triton configs")
-            return original(query, *args, **kwargs)
-
-        original = packed_flex._compiled()
-        monkeypatch.setattr(packed_flex, "_compiled", lambda: attend)
-        assert "FlexAttention fails (RuntimeError: No valid triton configs)" in self.why_in_blocks(
-            make_model(), caplog
-        )
-
-    def test_a_wrong_gradient(self, caplog, monkeypatch):
-        def attend(query, key, value, **kwargs):
-            return original(query, key, value.detach() + (value - value.detach()) * 1.001, **kwargs)
-
-        original = packed_flex._compiled()
-        monkeypatch.setattr(packed_flex, "_compiled", lambda: attend)
-        assert "gradients of FlexAttention differ by 0.1%" in self.why_in_blocks(make_model(), caplog)
-
-    @pytest.mark.slow
-    def test_a_block_that_is_left_out(self, caplog, monkeypatch):
-        def without(runs, window):
-            mask = original(runs, window)
-            seen = mask.mask_mod
-            mask.mask_mod = lambda batch, head, query, key: (
-                seen(batch, head, query, key) & ((query < 256) | (key >= 128))
-            )
-            return mask
-
-        original = packed_flex.Runs.block_mask
-        monkeypatch.setattr(packed_flex.Runs, "block_mask", without)
-        for dtype in (torch.float32, torch.bfloat16):
-            model = make_model(dtype=dtype)
-            check_packed_rows_on_all_ranks(model, CPU)
-            assert not attends_at_once(model)
-
-    def test_what_attention_is_told_beside(self):
-        runs, states = layout((5, [3])).runs, torch.randn(1, 2, 8, 16)
-        with pytest.raises(NotImplementedError, match="FlexAttention is not told of position_bias"):
-            packed_flex.attend_at_once(
-                states, states, states, runs, dtype=states.dtype, position_bias=torch.zeros(1, 2, 8, 8)
-            )
-
-    def test_dropout(self, calls):
-        model = make_model(attention_dropout=0.5)
-        with torch.no_grad():
-            expected = score_completions(model.eval(), make_batch(), prompt_sharing="on").per_token_logps
-        assert attends_at_once(model) and calls
-        calls.clear()
-        drawn = score_completions(model.train(), make_batch(), prompt_sharing="on").per_token_logps
-        assert not calls and not torch.allclose(drawn, expected)
-
-    def test_other_devices_and_a_compiler_that_is_off(self, monkeypatch):
-        assert packed_check.can_attend_at_once(CPU)
-        assert packed_check.can_attend_at_once(torch.device("cuda"))
-        assert not packed_check.can_attend_at_once(torch.device("mps"))
-        with torch._dynamo.config.patch(disable=True):
-            assert not packed_check.can_attend_at_once(torch.device("cuda"))
-        monkeypatch.undo()
-        assert not packed_check.can_attend_at_once(CPU)
-        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # which is in no configuration
-        packed_flex._compiled.cache_clear()
-        assert not packed_check.can_attend_at_once(torch.device("cuda"))
-        packed_flex._compiled.cache_clear()
-
-    def test_costs_decide(self, monkeypatch, calls):
-        batch = make_batch([(60, [20] * 3)])
-        model = make_model(hidden_size=32, num_hidden_layers=1)
-        score_completions(model, batch)
-        assert attends_at_once(model) and calls
-        calls.clear()
-        set_costs(monkeypatch, at_once=1e3)
-        score_completions(model, batch)
-        assert not calls
 
 
 @pytest.mark.slow
@@ -334,4 +259,4 @@ def test_the_kernel_that_the_compiler_makes(monkeypatch):
                 score_completions(model, make_batch(shapes), prompt_sharing=sharing) for sharing in ("off", "on")
             )
         torch.testing.assert_close(shared.per_token_logps, plain.per_token_logps, rtol=0, atol=1e-5)
-    assert attends_at_once(model)
+    assert precisions_at_once(model)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from grkd_trl.examples.benchmarks.common import DEVICE, DTYPE, batch_of, interleaved, machine, make_model
 from grkd_trl.scoring import score_completions
 from grkd_trl.scoring.attention_costs import AttentionCosts, attention_costs, causal_pairs, query_slices
-from grkd_trl.scoring.packed_check import attends_at_once, can_attend_at_once
+from grkd_trl.scoring.packed_check import can_attend_at_once, precisions_at_once
 from grkd_trl.scoring.packed_flex import Runs, attend_at_once
 from grkd_trl.scoring.packed_rows import PackedRows, read_rows
 
@@ -86,7 +86,7 @@ def overhead(costs, hidden_size, rounds):
         packed = PackedRows(
             read_rows(*(batch[name] for name in ("input_ids", "attention_mask", "completion_mask"))),
             batch["input_ids"].device,
-            attends_at_once(model),
+            precisions_at_once(model),
         )
         plain = num_rows * (length * token + costs.causal * causal_pairs(length, costs.queries))
         work = (packed.source.numel() * token + packed.cost) / plain

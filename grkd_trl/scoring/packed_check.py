@@ -4,10 +4,11 @@ Layer by layer: in bfloat16 the last layer of a deep model differs by a tenth an
 next, while the first differ by less than a hundredth, where a wrong mask or position shows in full.
 
 Here it is chosen, too, whether attention takes packed rows at once or in blocks: at once where FlexAttention trains on the
-device, and gives in every layer, with gradients, what the blocks give.
+device, gives in every layer, with gradients, what the blocks give, and leaves out nothing, as it does dropout.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import count
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -23,7 +25,7 @@ from .forward import eval_mode, run_packed, run_plain
 from .images import is_sharded
 from .packed_flex import is_available
 from .packed_rows import PackedRows, Row, read_rows
-from .shared_prompts import implementation_of, unwrap_attention, why_lost, why_not_shared, wrap_attention
+from .shared_prompts import implementation_of, in_words, unwrap_attention, why_lost, why_not_shared, wrap_attention
 from .tiles import core_model, unwrap
 
 
@@ -37,7 +39,9 @@ _ROUNDING, _COARSE_ROUNDING = 1e-4, 1 / 16
 # Below float32 rounding alone may route a token to another expert, so a quarter of the tokens may differ by more.
 _QUANTILE = 0.75
 
-# Rows of the comparison of both ways to attend: blocks of 128 queries and keys that are seen, in part, and not.
+# Rows of the comparison of both ways to attend, short ones, and others for which the same kernel has to do, with blocks of
+# 128 queries and keys that are seen, in part, and not.
+_SHORT = [Row(0, 9, 10, False), Row(40, 9, 5, True)]
 _LONG = [Row(0, 150, 201, False), Row(400, 150, 60, True), Row(800, 140, 30, False), Row(1200, 140, 101, True)]
 
 logger = logging.get_logger(__name__)
@@ -46,7 +50,8 @@ logger = logging.get_logger(__name__)
 class _Verdict(NamedTuple):
     attention: tuple[str, str]  # that the model had when it was checked, and the kind of device
     reason: str | None  # what speaks against packed rows
-    at_once: bool
+    at_once: set[torch.dtype]  # precisions in which FlexAttention was compared
+    drops_out: bool  # in training
 
 
 _verdicts: WeakKeyDictionary[torch.nn.Module, _Verdict] = WeakKeyDictionary()
@@ -78,15 +83,16 @@ def check_packed_rows_on_all_ranks(model: torch.nn.Module, device: torch.device)
     attention = implementation_of(model), device.type
     if core not in _verdicts or _verdicts[core].attention != attention:
         wrap_attention(model)
-        reason, at_once = _compare_on_all_ranks(model, device, at_once=False), False
+        proof = _Proof(device)
+        reason = _compare_on_all_ranks(model, device)
         if reason is not None:
             unwrap_attention(model)
         elif can_attend_at_once(device):
-            against = _compare_on_all_ranks(model, device, at_once=True)
-            at_once = against is None
-            if not at_once:
+            against = _compare_on_all_ranks(model, device, proof)
+            if against is not None:
+                proof.at_once.clear()
                 logger.warning_once(f"Attention takes packed rows in blocks, and not at once: {against}.")
-        _verdicts[core] = _Verdict(attention, reason, at_once)
+        _verdicts[core] = _Verdict(attention, reason, proof.at_once, proof.drops_out)
     return _verdicts[core].reason
 
 
@@ -104,23 +110,25 @@ def can_attend_at_once(device: torch.device) -> bool:
     return attention_costs(device).at_once is not None and is_available()
 
 
-def attends_at_once(model: torch.nn.Module) -> bool:
+def precisions_at_once(model: torch.nn.Module) -> set[torch.dtype]:
     """
-    Whether attention takes packed rows in one call.
+    Precisions in which attention takes packed rows in one call, in the mode that the model is in: where it has dropout in
+    training, it takes them in blocks there.
 
     Args:
         model (`torch.nn.Module`):
             Causal language model, as it is or wrapped, that [`check_packed_rows_on_all_ranks`] was called with.
 
     Returns:
-        `bool`: `False` if it takes them in blocks.
+        `set[torch.dtype]`: The precisions, none if it takes them in blocks. Emptied where FlexAttention fails later.
     """
-    verdict = _verdicts.get(core_model(model))
-    return verdict is not None and verdict.at_once
+    core = core_model(model)
+    verdict = _verdicts.get(core)
+    return set() if verdict is None or (verdict.drops_out and core.training) else verdict.at_once
 
 
-def _compare_on_all_ranks(model: torch.nn.Module, device: torch.device, at_once: bool) -> str | None:
-    reason = _compare(model, device, at_once)
+def _compare_on_all_ranks(model: torch.nn.Module, device: torch.device, *proof: "_Proof") -> str | None:
+    reason = _compare(model, device, *proof)
     sharded = is_sharded(model)
     if dist.is_initialized() and (sharded or unwrap(model) is not model):
         anywhere = torch.tensor(reason is not None, dtype=torch.int32, device=device)
@@ -130,13 +138,12 @@ def _compare_on_all_ranks(model: torch.nn.Module, device: torch.device, at_once:
     return reason
 
 
-def _compare(model: torch.nn.Module, device: torch.device, at_once: bool) -> str | None:
+def _compare(model: torch.nn.Module, device: torch.device, proof: "_Proof | None" = None) -> str | None:
     batch = _make_batch(core_model(model), device)
     rows = read_rows(**batch)
     assert rows is not None  # the batch has no gaps
-    packed_rows, proof = PackedRows(rows, device, at_once), _Proof(device)
-    if at_once:
-        packed_rows.proof = proof
+    packed_rows = PackedRows(rows, device, None if proof is None else proof.at_once)
+    packed_rows.proof = proof
     (num_rows, length), num_alone = batch["input_ids"].shape, _SHAPES[-1][0] + _SHAPES[-1][1][-1] - _CUT
     # The last row without its last tokens and its padding, which a causal model does not read
     alone = {name: tensor[-1:, :num_alone] for name, tensor in batch.items()}
@@ -150,20 +157,24 @@ def _compare(model: torch.nn.Module, device: torch.device, at_once: bool) -> str
             plain, plain_logits = _run(model, batch)
             own, own_logits = _run(model, alone)
             packed, packed_logits = _run(model, batch, packed_rows)
+            if proof is not None:
+                proof.drops_out = _drops_out(model, batch, PackedRows(rows, device), packed_rows)
         except Exception as error:  # of whatever kind a model's own code raises
             if is_sharded(model):  # its parameters are left gathered
                 raise ValueError(
                     "The model's forward failed while packed rows were compared with plain ones. Set `prompt_sharing` "
                     "to 'off'."
                 ) from error
-            return f"its forward fails on packed rows ({_in_words(error)})"
+            return f"its forward fails on packed rows ({in_words(error)})"
     reason = why_lost(model, packed_rows)
     if reason is not None:
         return reason
     coarse = _is_coarse(core_model(model), packed_rows.calls[0].dtype)
-    if proof.error is not None:
+    if proof is not None and proof.error is not None:
         return proof.error
-    if not proof.difference <= (_COARSE_ROUNDING if coarse else _ROUNDING):
+    if proof is not None and not all(packed_rows.ways.values()):
+        return "FlexAttention fails on a small batch"
+    if proof is not None and not proof.difference <= (_COARSE_ROUNDING if coarse else _ROUNDING):
         return f"outputs and gradients of FlexAttention differ by {proof.difference:.1%} from those of blocks"
     if len(packed) != len(plain):
         return "it attends another number of times when it is given packed rows"
@@ -188,43 +199,73 @@ def _compare(model: torch.nn.Module, device: torch.device, at_once: bool) -> str
 class _Proof:
     """
     Both ways to attend side by side, on random states of the model's own sizes, in every layer. With gradients: there are
-    devices on which FlexAttention compiles its forward alone (https://github.com/pytorch/pytorch/issues/198224).
+    devices on which FlexAttention compiles its forward alone (https://github.com/pytorch/pytorch/issues/198224). On two
+    lengths, since a kernel for all lengths was wrong on the second before (https://github.com/pytorch/pytorch/issues/146377).
+    And as gradient checkpointing calls it, which on a GPU runs it again in another thread.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
+        self.at_once = set[torch.dtype]()  # precisions of the layers
+        self.drops_out = False
         self.difference = 0.0  # of outputs or gradients, as a share of their norm
         self.error: str | None = None
 
-    def __call__(self, at_once, in_blocks, query, key, value) -> bool:
-        rows = PackedRows(_LONG, self._device)
+    def __call__(self, at_once: Callable, in_blocks: Callable, *states: torch.Tensor) -> bool:
+        try:
+            for rows in (_SHORT, _LONG):
+                self._attend(at_once, in_blocks, PackedRows(rows, self._device), *states)
+        except Exception as error:  # of a compiler, a driver or a kernel
+            self.error = f"FlexAttention fails ({in_words(error)})"
+            return False
+        return True
+
+    def _attend(self, at_once, in_blocks, rows, query, key, value):
         sizes = [(1, states.shape[1], rows.source.numel(), states.shape[3]) for states in (query, key, value)]
         states = [torch.randn(size, dtype=query.dtype, device=query.device) for size in sizes]
         slopes = None
         results = []
-        try:
-            for attend in (in_blocks, at_once):
-                leaves = [of.clone().requires_grad_() for of in states]
-                with torch.enable_grad():
-                    outputs = attend(*leaves, rows)
-                slopes = torch.randn_like(outputs) if slopes is None else slopes
-                results.append([outputs, *torch.autograd.grad(outputs, leaves, slopes)])
-        except Exception as error:  # of a compiler, a driver or a kernel
-            self.error = f"FlexAttention fails ({_in_words(error)})"
-            return False
+        for attend in (in_blocks, at_once):
+            leaves = [of.clone().requires_grad_() for of in states]
+            with torch.enable_grad():
+                outputs = checkpoint(attend, *leaves, rows, use_reentrant=False, preserve_rng_state=False)
+            slopes = torch.randn_like(outputs) if slopes is None else slopes
+            results.append([outputs, *torch.autograd.grad(outputs, leaves, slopes)])
         for expected, got in zip(*results, strict=True):
             share = (got.float() - expected.float()).norm() / expected.float().norm()
             self.difference = max(self.difference, share.item(), key=lambda share: (math.isnan(share), share))
-        return True
 
 
-def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def _drops_out(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], packed_rows: PackedRows, before: PackedRows
+) -> bool:
+    """Whether attention has dropout in training: a model tells it of none in evaluation mode."""
+    modules = [module for module, _ in before.ways]
+    try:
+        for module in modules:
+            module.training = True  # and no other, whose dropout or jitter is of no concern
+        _run(model, batch, packed_rows)
+    finally:
+        for module in modules:
+            module.training = False
+    return any(call.dropout for call in packed_rows.calls)
+
+
+def rounds_to_tensor_float() -> bool:
+    """
+    Whether matrix products in float32 may be rounded to TF32 on CUDA. The older of PyTorch's two interfaces raises an error
+    where the newer was used, as `tf32=True` and `torch_compile=True` of a trainer do.
+
+    Returns:
+        `bool`: `True` if they may.
+    """
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")  # from torch 2.9 on
+    return (torch.get_float32_matmul_precision() != "highest") if precision == "none" else precision != "ieee"
 
 
 def _is_coarse(core: PreTrainedModel, dtype: torch.dtype) -> bool:
     """Whether numbers are rounded to fewer bits than those of float32, somewhere."""
-    tensor_float = torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest"
+    tensor_float = torch.cuda.is_available() and rounds_to_tensor_float()
     narrow = min(torch.finfo(dtype).bits, torch.finfo(core.dtype).bits) < 32
     return narrow or hasattr(core.config, "quantization_config") or (dtype == torch.float32 and tensor_float)
 

@@ -20,6 +20,18 @@ _BLOCK = 128  # queries, and keys, of a block of FlexAttention
 _MIN_LENGTH = 2 * _BLOCK
 
 
+def _keys_before(bounds: torch.Tensor) -> torch.Tensor:
+    """
+    Of each block of keys, how many lie before the bounds of a block of queries, together: `(L / 128, L / 128)` for bounds
+    `(L,)`. It takes no `(L, L / 128)` numbers, of which a batch of 80 000 tokens has 50 million.
+    """
+    block, rest = (bounds // _BLOCK).long().view(-1, _BLOCK), (bounds % _BLOCK).long().view(-1, _BLOCK)
+    empty = block.new_zeros(len(block), len(block) + 1)
+    ends_there = empty.scatter_add(1, block, torch.ones_like(block))
+    ends_later = ends_there.flip(1).cumsum(1).flip(1)[:, 1:]
+    return _BLOCK * ends_later + empty.scatter_add(1, block, rest)[:, :-1]
+
+
 class Runs:
     """
     Which tokens of a packed sequence each of its T tokens sees.
@@ -52,14 +64,9 @@ class Runs:
             query = torch.arange(length, dtype=torch.int32)
             if window is not None:
                 position = query - own + end - prompt
-                prompt = torch.maximum(prompt, prompt + position - window + 1)
+                prompt = torch.minimum(torch.maximum(prompt, prompt + position - window + 1), end)
                 own = torch.maximum(own, query - window + 1)
-            blocks = query[::_BLOCK]
-            counts = torch.zeros(len(blocks), len(blocks), dtype=torch.int64)
-            for first, last in ((prompt, end), (own, query + 1)):
-                last_in_block = torch.minimum(last.unsqueeze(-1), blocks + _BLOCK)
-                seen = (last_in_block - torch.maximum(first.unsqueeze(-1), blocks)).clamp(min=0)
-                counts += seen.unflatten(0, (-1, _BLOCK)).sum(1)
+            counts = _keys_before(end) - _keys_before(prompt) + _keys_before(query + 1) - _keys_before(own)
             self._counts[window] = torch.stack([prompt, end, own]), counts
         return self._counts[window]
 
@@ -169,7 +176,15 @@ def attend_at_once(
         raise NotImplementedError(f"FlexAttention is not told of {' and '.join(sorted(unknown))}")
     mask, num_tokens = runs.block_mask(sliding_window), query.shape[2]
     padding = (0, 0, 0, mask.seq_lengths[0] - num_tokens)
-    query, key, value = (torch.nn.functional.pad(states.to(dtype), padding) for states in (query, key, value))
+    # Copies of one layout with gradients for all or none, so that no other kernel runs than the one that was compared: where
+    # there is nothing to pad they would keep their strides, and with LoRA some may need no gradient.
+    query, key, value = (
+        torch.nn.functional.pad(states.to(dtype), padding).contiguous() for states in (query, key, value)
+    )
+    if torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value)):
+        query, key, value = (
+            states if states.requires_grad else states.requires_grad_() for states in (query, key, value)
+        )
 
     # The optimizer of DDP splits graphs, which it cannot with FlexAttention in one. The limit of compilations is for all
     # models of a process: each takes some, for its sizes, with and without gradients, alone and under checkpoints.

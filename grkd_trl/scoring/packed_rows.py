@@ -175,11 +175,14 @@ class AttentionCall(NamedTuple):
             Elements of the mask that the model gave it.
         dtype (`torch.dtype`):
             Precision that it computes in.
+        dropout (`float`):
+            Probability of its dropout.
     """
 
     window: int | None
     mask_elements: int
     dtype: torch.dtype
+    dropout: float
 
 
 class PackedRows:
@@ -191,8 +194,9 @@ class PackedRows:
             Rows of the batch; those of a prompt side by side.
         device (`torch.device`):
             Where the tokens are.
-        at_once (`bool`, *optional*, defaults to `False`):
-            Whether attention takes the whole sequence in one call, and no blocks.
+        at_once (`set[torch.dtype]`, *optional*):
+            Precisions in which attention takes the whole sequence in one call, and no blocks; none by default. The set is
+            shared by the batches of a model, and emptied where such a call fails.
 
     Attributes:
         source (`torch.Tensor` of shape `(T,)`): Index of each token in the flattened batch.
@@ -201,11 +205,13 @@ class PackedRows:
             batch, row after row.
         runs ([`~scoring.packed_flex.Runs`]): What each token sees.
         calls (`list[AttentionCall]`): Calls of attention so far, one a layer.
+        ways (`dict[tuple[torch.nn.Module, bool], bool]`): Whether each layer attended at once, with gradients and without.
+            A layer that gradient checkpointing runs again does as it did.
         proof (`Callable`, *optional*): Whether both ways to attend agree, asked before each call of attention.
     """
 
-    def __init__(self, rows: list[Row], device: torch.device, at_once: bool = False):
-        self.at_once, self._device = at_once, device
+    def __init__(self, rows: list[Row], device: torch.device, at_once: set[torch.dtype] | None = None):
+        self.at_once, self._device = set[torch.dtype]() if at_once is None else at_once, device
         self._groups: list[list[Row]] = []
         self._first_of: dict[tuple[str, Row], int] = {}  # where a prompt or a tail begins in the sequence
         size = 0
@@ -233,6 +239,7 @@ class PackedRows:
         self.predicts = torch.cat(predicts).to(device)
         self.runs = Runs(runs, device)
         self.calls: list[AttentionCall] = []
+        self.ways: dict[tuple[torch.nn.Module, bool], bool] = {}
         self.proof: Callable[..., bool] | None = None
 
     @cached_property

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.utils import logging
 
 from .attention_costs import attention_costs, query_slices
 from .packed_flex import attend_at_once
@@ -25,6 +26,22 @@ from .tiles import core_model, takes, unwrap
 
 _IMPLEMENTATIONS = ("sdpa", "eager")  # those that take a mask for each row
 _SUFFIX = "_shared_prompts"
+
+logger = logging.get_logger(__name__)
+
+
+def in_words(error: Exception) -> str:
+    """
+    An error on one line.
+
+    Args:
+        error (`Exception`):
+            Error.
+
+    Returns:
+        `str`: Its kind and message.
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _own_attention(module: torch.nn.Module, implementation: str) -> Callable:
@@ -39,8 +56,8 @@ def _own_attention(module: torch.nn.Module, implementation: str) -> Callable:
 def _packed_attention(own, implementation, module, query, key, value, mask, packed_rows: PackedRows, **kwargs):
     device_type = query.device.type  # autocast leaves queries in float32 where positions are
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else query.dtype
-    window = kwargs.get("sliding_window")
-    packed_rows.calls.append(AttentionCall(window, 1 if mask is None else mask.numel(), dtype))
+    dropout, mask_elements = kwargs.get("dropout") or 0.0, 1 if mask is None else mask.numel()
+    packed_rows.calls.append(AttentionCall(kwargs.get("sliding_window"), mask_elements, dtype, dropout))
 
     def at_once(query, key, value, packed_rows):
         return attend_at_once(query, key, value, packed_rows.runs, dtype=dtype, **kwargs)
@@ -48,11 +65,26 @@ def _packed_attention(own, implementation, module, query, key, value, mask, pack
     def in_blocks(query, key, value, packed_rows):
         return _attend_in_blocks(own, implementation, module, query, key, value, packed_rows, **kwargs)
 
-    if packed_rows.proof is not None:
-        packed_rows.at_once &= packed_rows.proof(at_once, in_blocks, query, key, value)
+    if packed_rows.proof is not None and packed_rows.proof(at_once, in_blocks, query, key, value):
+        packed_rows.at_once.add(dtype)
+    way = module, torch.is_grad_enabled()
+    runs_again = way in packed_rows.ways
     # FlexAttention has no dropout.
-    attend = at_once if packed_rows.at_once and not kwargs.get("dropout") else in_blocks
-    return attend(query, key, value, packed_rows), None
+    takes_all = packed_rows.ways.setdefault(way, dtype in packed_rows.at_once and not dropout)
+    if takes_all:
+        try:
+            return at_once(query, key, value, packed_rows), None
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of a compiler, a driver or a kernel
+            if runs_again:  # checkpointing may end by an error of its own, and needs the same tensors as before
+                raise
+            packed_rows.ways[way] = False
+            packed_rows.at_once.clear()
+            logger.warning_once(
+                f"Attention takes packed rows in blocks from now on: FlexAttention fails ({in_words(error)})."
+            )
+    return in_blocks(query, key, value, packed_rows), None
 
 
 def _attend_in_blocks(own, implementation, module, query, key, value, packed_rows: PackedRows, **kwargs):
