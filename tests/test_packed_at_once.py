@@ -203,6 +203,17 @@ class TestAroundTheModel:
         for name, gradient in gradients.items():
             torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
 
+    def test_inference_mode(self):
+        """In which a model may be compared that is trained later."""
+        model, batch = make_model(), make_batch()
+        expected = run(model, batch, prompt_sharing="off")[0]
+        model = make_model()
+        with torch.inference_mode():
+            shared = score_completions(model, batch, prompt_sharing="on").per_token_logps
+        torch.testing.assert_close(shared.clone(), expected, rtol=0, atol=1e-5)
+        assert_same(model, batch)
+        assert precisions_at_once(model)
+
     def test_lora(self):
         torch.manual_seed(3)
         config = LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -213,8 +213,9 @@ class _Proof:
 
     def __call__(self, at_once: Callable, in_blocks: Callable, *states: torch.Tensor) -> bool:
         try:
-            for rows in (_SHORT, _LONG):
-                self._attend(at_once, in_blocks, PackedRows(rows, self._device), *states)
+            with torch.inference_mode(False):  # which has no gradients, and may be the caller's
+                for rows in (_SHORT, _LONG):
+                    self._attend(at_once, in_blocks, PackedRows(rows, self._device), *states)
         except Exception as error:  # of a compiler, a driver or a kernel
             self.error = f"FlexAttention fails ({in_words(error)})"
             return False
