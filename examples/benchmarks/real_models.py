@@ -6,7 +6,8 @@ A step with real models: GRKD against TRL's trainers on the same completions, an
 GRKD with scores, with token soft labels, and with LoRA, against TRL's `DPOTrainer` (reference precomputed and live), SimPO
 (`CPOTrainer`) and, with token soft labels, `DistillationTrainer` (forward KL). Whole optimizer steps are timed, on any device
 and in any dtype, in interleaved rounds: ratios of medians, with the quartiles of the ratios of single rounds. On one thread of
-a CPU (`OMP_NUM_THREADS=1`) the process's own seconds are counted, which other work on the machine does not lengthen.
+a CPU (`OMP_NUM_THREADS=1`) the process's own seconds are counted, which other work on the machine does not lengthen, and those
+of the clock beside them.
 
 `--data` is a JSON-lines file with `prompt`, `chosen` and `rejected`; prompts and completions are cut or repeated to the given
 lengths. Without it their words are drawn from the tokenizer's vocabulary.
@@ -16,6 +17,7 @@ import argparse
 import copy
 import json
 import random
+import statistics
 import tempfile
 
 import torch
@@ -186,16 +188,19 @@ def measure(args):
             for name in names
         }
         steps = {name: step_of(trainers[name], rows[name]) for name in names}
-        seconds = interleaved(steps, args.rounds)
+        of_clock = {}
+        seconds = interleaved(steps, args.rounds, of_clock)
         for name in names:
-            median = sorted(seconds[name])[args.rounds // 2]
             row = {
                 "trainer": name,
-                "seconds a step": round(median, 3),
+                "seconds a step": round(statistics.median(seconds[name]), 3),
+                "of the clock": round(statistics.median(of_clock[name]), 3),
                 "MiB a step": round(peak_of(steps[name]) / 2**20),
             }
-            for other in set(AGAINST.get(name, [])) & set(names):
-                row[f"times as fast as {other}"] = ratio(seconds, other, name)
+            for other in (other for other in AGAINST.get(name, []) if other in names):
+                row[f"times as fast as {other}"] = ratio(seconds, other, name) | {
+                    "of the clock": ratio(of_clock, other, name)["ratio"]
+                }
             yield row
         if "GRKD, soft labels" in names:
             yield {"profile": "GRKD, soft labels"} | profile(trainers["GRKD, soft labels"], args)
