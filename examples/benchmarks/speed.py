@@ -6,10 +6,10 @@ How fast GRKD's step is, and how much memory its loss takes, as ratios measured 
 `against_trl`: completions a second against TRL's `DPOTrainer` (reference precomputed) and SimPO (`CPOTrainer`), and of GRKD
 with a teacher and token soft labels against TRL's `DistillationTrainer` (forward KL), on the same completions: that
 trainer reads no completions of a dataset, so it is handed them where it would have sampled. `shapes`: the layout that
-`prompt_sharing="auto"` chooses against reading every row, forward and backward. `memory`: peak of the loss at
-vocabularies of 32k to 256k. `growth`: time a completion for larger groups, lengths and vocabularies. `limit`: a step of
-the trainer against a bare one on the same tokens, teacher scoring against a bare forward, and useful FLOPs against a
-loop of matmuls.
+`prompt_sharing="auto"` chooses against reading every row, forward and backward, and the share of tokens that it reads: where
+that is 1 both are the same. `memory`: peak of the loss at vocabularies of 32k to 256k. `growth`: time a completion for larger
+groups, lengths and vocabularies. `limit`: a step of the trainer against a bare one on the same tokens, teacher scoring against
+a bare forward, and useful FLOPs against a loop of matmuls.
 
 Seconds are those of the clock, or on one thread of a CPU (`OMP_NUM_THREADS=1`) the process's own, which other work on the
 machine does not lengthen.
@@ -117,6 +117,15 @@ def forward_backward(model, batch, **kwargs):
     model.zero_grad()
 
 
+def tokens_read(model, function):
+    """Tokens that the layers read in a call."""
+    lengths = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, args, __: lengths.append(args[0].numel()))
+    function()
+    handle.remove()
+    return sum(lengths)
+
+
 def shapes(args):
     model = make_model(args.vocab_size, args.hidden_size, args.num_layers)
     for kind in ("ultrafeedback", "512/64", "64/512", "128/256"):
@@ -128,7 +137,9 @@ def shapes(args):
             }
             seconds = interleaved(functions, args.rounds)
             padding = 1 - batch["attention_mask"].float().mean().item()
-            yield {"shape": kind, "G": group_size, "padding": round(padding, 3), "auto": ratio(seconds, "off", "auto")}
+            read = {name: tokens_read(model, function) for name, function in functions.items()}  # after the check
+            row = {"shape": kind, "G": group_size, "padding": round(padding, 3)}
+            yield row | {"tokens read": round(read["auto"] / read["off"], 3), "auto": ratio(seconds, "off", "auto")}
 
 
 def growth(args):
