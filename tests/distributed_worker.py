@@ -41,6 +41,8 @@ FIELDS = {
     "aligned": {"soft_label": "aligned"},
     "loose": {"min_aligned": 0.05},  # a student that is not trained writes special tokens, which are no text
     "whole": {"soft_label_top_k": None},  # distributions of several teachers, mixed in the step
+    "agreeing": {"min_pair_agreement": 0.75},  # pairs on which the teachers differ are left out
+    "weighed": {"pair_weights": "agreement"},  # or weigh less
     "short": {"max_completion_length": 6},
     # Adam makes steps of its rate of a gradient that is rounding alone, unless its epsilon is above that.
     "damped": {"adam_epsilon": 1e-5},

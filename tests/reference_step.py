@@ -23,6 +23,7 @@ class Options(NamedTuple):
     min_gap: float = 0.0
     target_temperature: float = 0.0
     pair_weights: str = "uniform"
+    min_pair_agreement: float = 0.0
     standardize: bool = False
     sft_weight: float = 0.0
     max_length: int | None = None
@@ -69,8 +70,20 @@ def read_as_teacher(model, group, completion_ids, options):
     return score, [all_logits[place - 1][: options.vocab_size] for place in places]
 
 
-def pairwise(student, teacher, probability, options):
+def share_alike(group, combined, i, j):
+    """Of the teachers that order a pair, the share by weight that orders it as their combined scores do."""
+    alike = ordering = 0.0
+    for name, scores in group["scores_of_each"].items():
+        if scores[i] != scores[j]:
+            ordering += group["weight_of_each"][name]
+            if combined[i] != combined[j] and (scores[i] > scores[j]) == (combined[i] > combined[j]):
+                alike += group["weight_of_each"][name]
+    return alike / ordering if ordering else 1.0
+
+
+def pairwise(student, teacher, probability, options, group=None):
     """Equations 1 and 2 over one list, and what the options add to them; `probability` holds the teacher's."""
+    raw = teacher
     weighs, temperature = options.pair_weights == "probability", options.target_temperature
     if options.standardize:
         student, teacher = standardize(student), standardize(teacher)
@@ -79,6 +92,10 @@ def pairwise(student, teacher, probability, options):
         for j in range(len(teacher)):
             gap, disagreement = teacher[i] - teacher[j], (student[j] - student[i]) / options.ranking_temperature
             weight = probability[i] + probability[j] if weighs else 1.0
+            if options.pair_weights == "agreement":
+                weight = share_alike(group, raw, i, j)
+            if options.min_pair_agreement > 0 and share_alike(group, raw, i, j) < options.min_pair_agreement:
+                continue
             if temperature == 0 and gap > options.min_gap:
                 total, share = total + weight * torch.log1p(torch.exp(disagreement)), share + weight
             elif temperature > 0 and i != j and abs(gap) >= options.min_gap:  # each order of a pair is half of it
@@ -143,7 +160,7 @@ def loss_of(student, teacher, groups, options):
                     soft.append(cross_entropy(student_row, teacher_row, options))
         teacher_scores = group.get("teacher_scores", teacher_scores)
         if options.relative_level == "completions":
-            relative.append(pairwise(student_scores, teacher_scores, softmax(teacher_scores), options))
+            relative.append(pairwise(student_scores, teacher_scores, softmax(teacher_scores), options, group))
         sft.append(-options.sft_weight * student_scores[teacher_scores.index(max(teacher_scores))])
         if options.soft_label == "group":
             soft.append(cross_entropy(student_scores, teacher_scores, options))

@@ -63,16 +63,16 @@ class Mixture:
         return SimpleNamespace(logits=torch.log(total))
 
 
-def slow_groups(rows, models, routes=None, combine="standardized"):
+def slow_groups(rows, models, routes=None, combine="standardized", weights=WEIGHTS):
     """Ids of the groups with their combined scores, and the weights of a row of ids."""
     groups, weights_of = [], {}
     for row, route in zip(rows, routes or [None] * len(rows), strict=True):
         names = [route] if isinstance(route, str) else route or list(models)
         scores = {name: slow_scores([row], models[name])[0] for name in names}
-        groups.append(to_ids(row) | {"teacher_scores": slow_combination(scores, WEIGHTS, combine)})
+        groups.append(to_ids(row) | {"teacher_scores": slow_combination(scores, weights, combine)})
         read = groups[-1].get("teacher_prompt_ids", groups[-1]["prompt_ids"])
         for ids in groups[-1]["completion_ids"]:
-            weights_of[*read, *ids] = {name: WEIGHTS[name] / sum(map(WEIGHTS.get, names)) for name in names}
+            weights_of[*read, *ids] = {name: weights[name] / sum(map(weights.get, names)) for name in names}
     return groups, lambda ids: weights_of[tuple(ids)]
 
 

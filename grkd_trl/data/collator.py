@@ -36,7 +36,8 @@ class DataCollatorForGroups(DataCollatorMixin):
     Returns a dictionary of P groups in N rows of length L: `group_mask` `(P, G)`, `True` where a group has a
     completion; `input_ids`, `attention_mask` and `completion_mask` `(N, L)`; `clipped` `(N,)`, `True` where the
     completion's end was cut, here or when it was written; and `teacher_scores` `(P, G)`, 0 where absent, if the groups
-    have any; `teacher_agreement` `(P,)`, NaN where one teacher scored a group alone, if several scored them; and
+    have any; `teacher_agreement` `(P,)`, NaN where one teacher scored a group alone, and `teacher_pair_agreement` `(P, G, G)`,
+    0 where absent, if several scored them; and
     `teacher_top_ids` and `teacher_top_logps` `(M, k)`, of the batch's M completion tokens that are predicted, row
     after row, if soft labels are cached with them; and `row` `(P,)`, the number of each group in its stream, if it
     comes from one. Where the teacher has prompts of its own also `teacher_input_ids`, `teacher_attention_mask` and
@@ -143,6 +144,9 @@ class DataCollatorForGroups(DataCollatorMixin):
         if "teacher_agreement" in examples[0] and "teacher_scores" in batch:
             known = (example["teacher_agreement"] for example in examples)
             batch["teacher_agreement"] = torch.tensor([math.nan if value is None else value for value in known])
+        shares = [example.get("teacher_pair_agreement") for example in examples]
+        if None not in shares and "teacher_scores" in batch:
+            batch["teacher_pair_agreement"] = pad([torch.tensor(of_group, dtype=torch.float32) for of_group in shares])
         batch |= {name: torch.cat(tops) for name, tops in soft_labels.items() if tops}
         if "row" in examples[0]:
             batch["row"] = torch.tensor([example["row"] for example in examples])
@@ -241,7 +245,7 @@ def first_groups(batch: dict[str, Any], num_groups: int) -> dict[str, Any]:
     cut = {name: tensor[: max(num_rows, 1)] for name, tensor in batch.items()}
     cut |= {
         name: batch[name][:num_groups]
-        for name in ("group_mask", "teacher_scores", "teacher_agreement")
+        for name in ("group_mask", "teacher_scores", "teacher_agreement", "teacher_pair_agreement")
         if name in batch
     }
     cut["clipped"] = batch["clipped"][:num_rows]

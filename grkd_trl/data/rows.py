@@ -222,6 +222,8 @@ def read_group(row: dict[str, Any], index: int, *, min_completions: int = 2) -> 
                 f"`{field}` of row {index} holds {value!r} for completion {position}: scores are numbers that are "
                 "finite in float32, higher is better. Drop the completion, or score it again."
             )
+    if "completions" in row and "teacher_scores" in group:
+        _check_pair_agreement(row.get("teacher_pair_agreement"), len(group["completions"]), index)
     for position, value in enumerate(group["clipped"]):
         if value not in (True, False):
             raise ValueError(
@@ -265,6 +267,25 @@ def check_completions(prompt: Any, completions: Any, index: int, *, min_completi
                 f"`prompt` of row {index} is text and completion {position}, in `completions`, is messages: give the "
                 "prompt as messages too."
             )
+
+
+def _check_pair_agreement(shares: Any, num_completions: int, index: int) -> None:
+    """Refuse agreement on pairs that is not one share for each pair, in either order."""
+    if shares is None:
+        return
+    sizes = [len(row) for row in shares]
+    if sizes != [num_completions] * num_completions:
+        raise ValueError(
+            f"`teacher_pair_agreement` of row {index} has rows of {sizes} shares for {num_completions} completions: give a share "
+            "for each pair of completions, or drop the column."
+        )
+    for i in range(num_completions):
+        for j in range(num_completions):
+            if not (is_score(shares[i][j]) and 0 <= shares[i][j] <= 1 and shares[i][j] == shares[j][i]):
+                raise ValueError(
+                    f"`teacher_pair_agreement` of row {index} holds {shares[i][j]!r} and {shares[j][i]!r} for the completions {i} "
+                    f"and {j}: give one share from 0 to 1 for both orders, or drop the column."
+                )
 
 
 def check_one_each(group: dict[str, Any], name: str, index: int) -> None:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..teacher import CallableScorer, Scorer, ServerTeacher, TeacherEnsemble, TopKTeacher
+from ..teacher.combination import AGREEMENT
 from .core import ask_teachers, keep
 
 
@@ -111,7 +112,5 @@ def _stop(teacher: Any) -> None:
 
 def _joined(scored, labelled) -> tuple[dict[str, Any], list[int]]:
     (columns, kept), (labels, labelled_ones) = scored, labelled
-    labels = {
-        name: values for name, values in labels.items() if name != "teacher_agreement"
-    }  # of scores that are not read
+    labels = {name: values for name, values in labels.items() if name not in AGREEMENT}  # of scores that are not read
     return labels | columns, [position for position in kept if position in labelled_ones]

@@ -25,6 +25,7 @@ from ..data.rows import check_teacher_prompt
 from ..data.teacher_prompts import record_prompts, require_room
 from ..teacher import load_teacher, loading_whole, score_groups
 from ..teacher.abilities import needs, require
+from ..teacher.combination import AGREEMENT
 from ..teacher.loading import with_remote_code
 from ..teacher.models import context_length_of
 from ..teacher.retokenize import read_prompts
@@ -118,7 +119,7 @@ def rank_datasets(
         dataset = as_read(dataset)
         with PartialState().split_between_processes(list(range(len(dataset)))) as rows:
             scored = score_groups(teacher, tokenizer, dataset.select(rows), progress=not args.disable_tqdm)
-        made = {"teacher_scores", "teacher_agreement"}.intersection(dataset.column_names)
+        made = {"teacher_scores", *AGREEMENT}.intersection(dataset.column_names)
         dataset = dataset.remove_columns(sorted(made))
         return record_prompts(dataset.add_column("teacher_scores", gather_object(list(scored["teacher_scores"]))))
 

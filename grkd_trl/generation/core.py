@@ -8,6 +8,7 @@ from typing import Any
 
 from ..data import is_score
 from ..teacher import Completions, Scorer, TeacherEnsemble, TopKTeacher, TopTokens
+from ..teacher.combination import AGREEMENT
 from ..teacher.topk import SOFT_LABELS
 
 
@@ -23,7 +24,7 @@ PER_COMPLETION = (
     *SOFT_LABELS,
 )
 _NOT_FOR_TEACHERS = {"prompt", "completions", "written_by", "teacher_scores", "num_tokens", "surprises", *SOFT_LABELS}
-_NOT_FOR_TEACHERS |= {"prompt_hash", "teacher_prompt_hash", "teacher_agreement"}
+_NOT_FOR_TEACHERS |= {"prompt_hash", "teacher_prompt_hash", *AGREEMENT}
 
 
 def draw_seed(seed: int, index: int, writer: str) -> int:
@@ -89,7 +90,11 @@ def keep(group: dict[str, Any], indices: Sequence[int]) -> dict[str, Any]:
         `dict[str, Any]`: The group with these completions alone.
     """
     lists = {name: group[name] for name in PER_COMPLETION if group.get(name) is not None}
-    return group | {name: [values[index] for index in indices] for name, values in lists.items()}
+    kept = group | {name: [values[index] for index in indices] for name, values in lists.items()}
+    if group.get("teacher_pair_agreement") is not None:
+        rows = group["teacher_pair_agreement"]
+        kept["teacher_pair_agreement"] = [[rows[index][other] for other in indices] for index in indices]
+    return kept
 
 
 def write_groups(
@@ -205,7 +210,7 @@ def ask_teachers(
     asked = [group["prompt"] for group in groups], [group["completions"] for group in groups]
     columns = columns_of(groups, without=_NOT_FOR_TEACHERS)
     added: dict[str, list[Any]] = {}
-    agreements = None
+    agreements: dict[str, list[Any]] = {}
     if teacher is not None and k is not None:
         given, agreements = _ask(teacher, asked, columns, k)
         added = dict(zip(SOFT_LABELS, (given.top_ids, given.top_logps, given.token_ids), strict=True))
@@ -214,7 +219,9 @@ def ask_teachers(
         if not added or teacher is not scorer:
             given, agreements = _ask(scorer, asked, columns)
         added |= dict(zip(("teacher_scores", "num_tokens", "surprises"), given.scored, strict=True))
-    added |= {} if agreements is None else {"teacher_agreement": agreements}
+    elif added:
+        agreements.pop("teacher_pair_agreement", None)  # on the order of scores that are not read
+    added |= agreements
     made = []
     for row, group in enumerate(groups):
         own = {name: values[row] for name, values in added.items()}
@@ -239,21 +246,21 @@ def add_scores(
 
     Returns:
         `list[dict]`: The groups, with `teacher_scores`, `num_tokens` and `surprises`, of several teachers with
-        `teacher_agreement`, with the columns of [`~teacher.cache_soft_labels`] where k is given, and perhaps fewer completions.
+        `teacher_agreement` and `teacher_pair_agreement`, with the columns of [`~teacher.cache_soft_labels`] where k is given, and perhaps fewer completions.
     """
     made = ask_teachers(groups, scorer, teacher=teacher, k=k)
     return [keep(group | own, kept) for group, (own, kept) in zip(groups, made, strict=True)]
 
 
-def _agreed(teacher: Any, agreements: list[float] | None, num_groups: int) -> list[bool]:
+def _agreed(teacher: Any, agreements: dict[str, list[Any]], num_groups: int) -> list[bool]:
     least = teacher.min_agreement if isinstance(teacher, TeacherEnsemble) else 0.0
-    return [True] * num_groups if agreements is None else [not value < least for value in agreements]
+    return [not value < least for value in agreements.get("teacher_agreement", [1.0] * num_groups)]
 
 
-def _ask(teacher: Any, asked, columns, k: int | None = None) -> tuple[TopTokens, list[float] | None]:
+def _ask(teacher: Any, asked, columns, k: int | None = None) -> tuple[TopTokens, dict[str, list[Any]]]:
     """What a teacher says, and of several how far they agree."""
     if isinstance(teacher, TeacherEnsemble):
         return teacher.ask(asked[0], asked[1], k, columns=columns)
     if k is not None:
-        return teacher.top_k(*asked, k, columns=columns), None
-    return TopTokens(teacher.score(*asked, columns=columns), [], [], []), None
+        return teacher.top_k(*asked, k, columns=columns), {}
+    return TopTokens(teacher.score(*asked, columns=columns), [], [], []), {}

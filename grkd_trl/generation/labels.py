@@ -26,16 +26,17 @@ from ..teacher import (
     loading_whole,
     tokenizer_of,
 )
+from ..teacher.combination import AGREEMENT
 from ..teacher.in_step import as_mixture
 from ..teacher.loading import load_processor, read_chat_template, with_remote_code
 from ..teacher.topk import SOFT_LABELS, put_column, require_same_tokenizer
 from .checks import check_chat_templates, reads_teacher_prompts
-from .core import PER_COMPLETION, ask_teachers
+from .core import PER_COMPLETION, ask_teachers, keep
 
 
 logger = logging.get_logger(__name__)
 
-_MADE = {"teacher_scores": ListOf(Value("float64")), "teacher_agreement": Value("float64"), **SOFT_LABELS}
+_MADE = {"teacher_scores": ListOf(Value("float64")), **AGREEMENT, **SOFT_LABELS}
 _PREFERENCE = {"chosen", "rejected", "score_chosen", "score_rejected"}
 
 
@@ -285,9 +286,7 @@ def ask_datasets(
 
 
 def _ask(dataset: Dataset, scorer: Any, labels: dict[str, Any], min_completions: int) -> Dataset:
-    removed = (["teacher_scores", "teacher_agreement"] if scorer is not None else []) + (
-        list(SOFT_LABELS) if labels else []
-    )
+    removed = (["teacher_scores", *AGREEMENT] if scorer is not None else []) + (list(SOFT_LABELS) if labels else [])
     dataset = dataset.remove_columns([name for name in removed if name in dataset.column_names])
     groups = []
     for index, row in enumerate(dataset):
@@ -312,16 +311,13 @@ def _ask(dataset: Dataset, scorer: Any, labels: dict[str, Any], min_completions:
             f"and with them {len(groups) - len(rows)} groups of which fewer than {least} are left."
         )
     dataset = dataset.select(rows)
-    for name in PER_COMPLETION:
+    for name in (*PER_COMPLETION, "teacher_pair_agreement"):
         if num_cut and name in dataset.column_names:
-            lists = zip(dataset[name], rows, strict=True)
-            cells = [values and [values[position] for position in made[row][1]] for values, row in lists]
+            cells = [keep({name: own}, made[row][1])[name] for own, row in zip(dataset[name], rows, strict=True)]
             dataset = put_column(dataset, name, cells, dataset.features[name])
     for name, feature in _MADE.items():
         if name in made[0][0]:
-            cells = [made[row][0][name] for row in rows]
-            if name in PER_COMPLETION:
-                cells = [[own[position] for position in made[row][1]] for own, row in zip(cells, rows, strict=True)]
+            cells = [keep({name: made[row][0][name]}, made[row][1])[name] for row in rows]
             dataset = put_column(dataset, name, cells, feature)
     teachers = (scorer, labels.get("teacher"))
     if any(map(reads_teacher_prompts, teachers)):

@@ -8,6 +8,7 @@ from datasets import Dataset, Features, Sequence, Value
 
 from ..data.rows import WRITTEN
 from ..teacher import Scorer, TeacherEnsemble
+from ..teacher.combination import AGREEMENT
 from ..teacher.topk import SOFT_LABELS
 from .checks import reads_teacher_prompts
 
@@ -23,7 +24,7 @@ _OWN_COLUMNS = {
     *SOFT_LABELS,
     "prompt_hash",
     "teacher_prompt_hash",
-    "teacher_agreement",
+    *AGREEMENT,
     "chosen",
     "rejected",
 }
@@ -82,7 +83,7 @@ def group_features(dataset: Dataset, config: Any, scorer: Scorer | None) -> Feat
     if scorer is not None:
         own |= {"teacher_scores": Sequence(Value("float64")), "num_tokens": Sequence(Value("int64"))}
     if isinstance(scorer, TeacherEnsemble):
-        own |= {"teacher_agreement": Value("float64")}
+        own |= AGREEMENT
     if config.soft_labels is not None:
         own |= SOFT_LABELS
     elif config.completion_source == "dataset":

@@ -8,6 +8,7 @@ from transformers.utils import logging
 from ..data import as_read, bring_scores, bring_soft_labels, first_rows, parts
 from ..teacher import Scorer, TeacherEnsemble, TopKTeacher
 from ..teacher.abilities import gives, needs, require
+from ..teacher.in_step import TeacherMixture
 from .labels import ask_datasets, is_asked
 
 
@@ -104,6 +105,12 @@ def assign_roles(
             'No `teacher_model` was given. It is needed for `soft_label="token"` and `relative_level="tokens"`, '
             "and to score groups without `teacher_scores`. Pass a teacher, or score the groups beforehand and set "
             '`soft_label="group"` or `"none"`, or cache the soft labels (`grkd_trl.teacher.cache_soft_labels`).'
+        )
+    by = scorer if args.online and scorer is not None else teacher_model if uses["scores"] else None
+    if args.reads_pair_agreement and by is not None and not isinstance(by, TeacherEnsemble | TeacherMixture):
+        raise ValueError(
+            f'`pair_weights="agreement"` and `min_pair_agreement` read how far several teachers agree, and a `{type(by).__name__}` '
+            "scores alone. Pass several teachers, or leave them at their defaults."
         )
     if uses["writing"] and (asked is not None or "text" not in gives(teacher_model)):
         raise ValueError(

@@ -6,6 +6,7 @@ from ..data import encode_teacher_prompt, tokenize_completions
 from ..data.images import put_images
 from ..data.rows import WRITTEN
 from ..teacher.alignment import align_group
+from ..teacher.combination import AGREEMENT
 from ..teacher.retokenize import image_columns
 
 
@@ -46,5 +47,5 @@ def tokenize_group(trainer: Any, group: dict[str, Any], index: int) -> dict[str,
             f"The teacher reads the completions of {group['prompt']!r} as other tokens than the student, so it has no "
             'soft labels for them. Set `soft_label="group"` or `"none"`.'
         )
-    read = ("clipped", "teacher_scores", "teacher_top_ids", "teacher_top_logps", "teacher_agreement")
+    read = ("clipped", "teacher_scores", "teacher_top_ids", "teacher_top_logps", *AGREEMENT)
     return tokens | {name: group[name] for name in read if name in group}

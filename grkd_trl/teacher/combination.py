@@ -4,6 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
+from datasets import Sequence as ListOf
+from datasets import Value
+
+
+# Columns of how far several teachers agree: on a group, and on each of its pairs `(G, G)`.
+AGREEMENT = {"teacher_agreement": Value("float64"), "teacher_pair_agreement": ListOf(ListOf(Value("float64")))}
+
 
 def _standardized(scores: Sequence[float]) -> list[float]:
     mean = sum(scores) / len(scores)
@@ -90,6 +97,50 @@ def agreement(scores: Mapping[str, Sequence[float]]) -> float:
         if ours != 0 and theirs != 0
     ]
     return sum(alike) / len(alike) if alike else 1.0
+
+
+def pair_agreement(
+    scores: Mapping[str, Sequence[float]], weights: Mapping[str, float], combined: Sequence[float]
+) -> list[list[float]]:
+    """
+    How far several teachers agree on each pair of a group: of those that order it, the share that orders it as the combined
+    scores do.
+
+    Args:
+        scores (`Mapping[str, Sequence[float]]`):
+            For each teacher its scores of the G completions.
+        weights (`Mapping[str, float]`):
+            Weight of each teacher in the share, above 0. Only their ratios matter.
+        combined (`Sequence[float]`):
+            Their G scores as one, see [`combine_scores`].
+
+    Returns:
+        `list[list[float]]`: G rows of G shares, 0 to 1, symmetric. 1 where no teacher orders the pair; 0 where the combined
+        scores tie it and a teacher does not; NaN beside a completion that has no combined score.
+
+    Example:
+
+    ```python
+    >>> from grkd_trl.teacher.combination import pair_agreement
+
+    >>> scores = {"a": [2.0, 1.0, 0.0], "b": [2.0, 0.0, 1.0]}
+    >>> pair_agreement(scores, {"a": 0.75, "b": 0.25}, [2.0, 0.75, 0.25])
+    [[1.0, 1.0, 1.0], [1.0, 1.0, 0.75], [1.0, 0.75, 1.0]]
+
+    ```
+    """
+    size = len(combined)
+    shares = [[1.0] * size for _ in range(size)]
+    for i, j in combinations(range(size), 2):
+        orders = {name: (own[i] > own[j]) - (own[i] < own[j]) for name, own in scores.items()}
+        order = (combined[i] > combined[j]) - (combined[i] < combined[j])
+        total = math.fsum(weights[name] for name in scores if orders[name] != 0)
+        if not (math.isfinite(combined[i]) and math.isfinite(combined[j])):
+            shares[i][j] = shares[j][i] = math.nan
+        elif total > 0:
+            alike = math.fsum(weights[name] for name in scores if orders[name] == order != 0)
+            shares[i][j] = shares[j][i] = alike / total
+    return shares
 
 
 def mix_top_tokens(

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .combination import SCALES, agreement, combine_scores, mix_top_tokens
+from .combination import SCALES, agreement, combine_scores, mix_top_tokens, pair_agreement
 from .lazy import LazyTeacher
 from .protocol import Scorer, TeacherScores, TopKTeacher, TopTokens
 
@@ -204,7 +204,7 @@ class TeacherEnsemble:
         k: int | None = None,
         *,
         columns: Mapping[str, Sequence[Any]] | None = None,
-    ) -> tuple[TopTokens, list[float]]:
+    ) -> tuple[TopTokens, dict[str, list[Any]]]:
         """
         All that the teachers say of P groups, and how far they agree.
 
@@ -215,8 +215,9 @@ class TeacherEnsemble:
                 Tokens at each position; without, none are asked for.
 
         Returns:
-            `tuple[TopTokens, list[float]]`: Scores and tokens, and the [`~teacher.combination.agreement`] of each group, NaN
-            where one teacher reads it alone.
+            `tuple[TopTokens, dict[str, list]]`: Scores and tokens, and two values a group: `teacher_agreement`, the
+            [`~teacher.combination.agreement`], NaN where one teacher reads it alone, and `teacher_pair_agreement`, see
+            [`~teacher.combination.pair_agreement`].
         """
         routes = [self._route(columns, row) for row in range(len(prompts))]
         given: list[dict[str, list[float]]] = [{} for _ in prompts]
@@ -249,8 +250,14 @@ class TeacherEnsemble:
                         )
                     token_ids[row] = labels.token_ids[place]
                     tops[row][name] = labels.top_ids[place], labels.top_logps[place]
-        agreements = [agreement(scores) if len(scores) > 1 else math.nan for scores in given]
-        scored = TeacherScores(self._combine(given, agreements, completions), num_tokens, surprises)
+        combined = [combine_scores(scores, self.weights, combine=self.combine) for scores in given]
+        agreements: dict[str, list[Any]] = {
+            "teacher_agreement": [agreement(scores) if len(scores) > 1 else math.nan for scores in given],
+            "teacher_pair_agreement": [
+                pair_agreement(scores, self.weights, own) for scores, own in zip(given, combined, strict=True)
+            ],
+        }
+        scored = TeacherScores(self._drop(combined, agreements["teacher_agreement"]), num_tokens, surprises)
         if k is None:
             return TopTokens(scored, [], [], []), agreements
         mixed = [
@@ -260,17 +267,18 @@ class TeacherEnsemble:
         top_ids, top_logps = ([[pair[part] for pair in group] for group in mixed] for part in range(2))
         return TopTokens(scored, token_ids, top_ids, top_logps), agreements
 
-    def _combine(self, given, agreements, completions) -> list[list[float]]:
+    def _drop(self, combined: list[list[float]], agreements: list[float]) -> list[list[float]]:
+        """The scores without those of groups below `min_agreement`."""
         known = [value for value in agreements if not math.isnan(value)]
         dropped = [value < self.min_agreement for value in agreements]
         if known:
             mean = sum(known) / len(known)
             logger.info(
-                f"The teachers order {mean:.1%} of the pairs alike; {sum(dropped)} of {len(given)} groups dropped."
+                f"The teachers order {mean:.1%} of the pairs alike; {sum(dropped)} of {len(combined)} groups dropped."
             )
         return [
-            [math.nan] * len(group) if is_dropped else combine_scores(scores, self.weights, combine=self.combine)
-            for scores, is_dropped, group in zip(given, dropped, completions, strict=True)
+            [math.nan] * len(scores) if is_dropped else scores
+            for scores, is_dropped in zip(combined, dropped, strict=True)
         ]
 
     def _mix(self, tops: dict[str, tuple[Any, Any]], position: int, k: int) -> tuple[list, list]:

@@ -27,6 +27,7 @@ from ..scoring import (
     sequence_scores,
 )
 from .batches import token_batches
+from .combination import AGREEMENT
 from .loading import hash_tensors
 from .models import context_length_of
 from .protocol import Completions, TeacherScores, TopTokens, check_k, prompt_seeds
@@ -323,7 +324,7 @@ def score_groups(
             the teacher's context or has a probability of 0.
     """
     dataset = as_read(dataset)
-    made = {"teacher_scores", "teacher_agreement"}.intersection(dataset.column_names)
+    made = {"teacher_scores", *AGREEMENT}.intersection(dataset.column_names)
     dataset = dataset.remove_columns(sorted(made))
     teacher = LocalTeacher(model, processing_class, score=score, tokens_per_batch=tokens_per_batch, progress=progress)
     prompts, completions, columns = columns_to_score(dataset, keeps="teacher_top_ids")

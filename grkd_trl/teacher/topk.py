@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from ..data import as_read, tokenizer_hash
 from ..data.teacher_prompts import record_prompts
+from .combination import AGREEMENT
 from .ensemble import TeacherEnsemble
 from .local import LocalTeacher
 from .protocol import TopKTeacher
@@ -143,8 +144,9 @@ def cache_soft_labels(
     cells: dict[str, Any] = dict(zip(SOFT_LABELS, (given.top_ids, given.top_logps, given.token_ids), strict=True))
     features = SOFT_LABELS
     if "teacher_scores" not in dataset.column_names:
-        if "teacher_agreement" in dataset.column_names:
-            dataset = dataset.remove_columns("teacher_agreement")  # of other scores
+        dataset = dataset.remove_columns(
+            [name for name in AGREEMENT if name in dataset.column_names]
+        )  # of other scores
         cells["teacher_scores"] = [
             [-math.inf if math.isnan(value) else value for value in row] for row in given.scored.scores
         ]

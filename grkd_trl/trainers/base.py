@@ -27,6 +27,7 @@ from ..data.sampler import GroupedByLength, balance
 from ..generation.labels import as_teacher
 from ..scoring import eval_mode
 from ..teacher import AnyTeacher, disable_dropout
+from ..teacher.combination import AGREEMENT
 from ..teacher.loading import check_student, load_adapted_student
 from .aligned import require_aligned, require_aligned_step
 from .card import complete_card, origins
@@ -211,9 +212,8 @@ class GroupTrainer(SFTTrainer):
     def _set_signature_columns_if_needed(self):
         # The columns of a tokenized group are what the collator sees.
         read = ["prompt_ids", "completion_ids", "teacher_prompt_ids", "teacher_scores", "clipped", "row"]
-        self._signature_columns = [*read, "teacher_top_ids", "teacher_top_logps", "teacher_agreement", *IMAGE_COLUMNS]
-        aligned = ("prompt_ids", "completion_ids", "student", "teacher")
-        self._signature_columns += [f"aligned_{name}" for name in aligned]
+        aligned = ["aligned_prompt_ids", "aligned_completion_ids", "aligned_student", "aligned_teacher"]
+        self._signature_columns = [*read, *aligned, "teacher_top_ids", "teacher_top_logps", *AGREEMENT, *IMAGE_COLUMNS]
         if self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             self._signature_columns.append(self.args.length_column_name)  # the sampler reads it after the others go
 

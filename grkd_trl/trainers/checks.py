@@ -231,6 +231,35 @@ def complete_labels(
     return dataset
 
 
+def require_pair_agreement(dataset: Any, name: str) -> None:
+    """
+    Refuse groups with `teacher_scores` that do not say how far the teachers agree on their pairs.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Groups, of which a stream is judged by its first row; the others are checked in the step.
+        name (`str`):
+            Name for messages.
+
+    Raises:
+        `ValueError`: If a row has no `teacher_pair_agreement`; the message names the first.
+    """
+    (first,) = first_rows(dataset)
+    if first.get("teacher_scores") is None:
+        return  # the training step scores them
+    if isinstance(dataset, Dataset) and "teacher_pair_agreement" in first:
+        known = [shares is not None for shares in dataset["teacher_pair_agreement"]]
+    else:
+        known = [first.get("teacher_pair_agreement") is not None]
+    if not all(known):
+        raise ValueError(
+            f"Row {known.index(False)} of the {name} groups has `teacher_scores` and no `teacher_pair_agreement`, which "
+            '`pair_weights="agreement"` and `min_pair_agreement` read. Several teachers give it with their scores '
+            "(`grkd_trl.teacher.TeacherEnsemble`): pass them as `teacher_model` and drop the column `teacher_scores`, or make the "
+            "groups with `grkd_trl.generation.generate_groups`."
+        )
+
+
 def refuse_cut_prompts(dataset: Any, args: Any, name: str) -> None:
     """
     Refuse to cut the start of rows that a teacher was asked about, which read them whole; one in the training step reads what the

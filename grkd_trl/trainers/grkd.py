@@ -34,10 +34,10 @@ from ..scoring import score_completions, sequence_scores, to_groups
 from ..teacher import AnyTeacher, Scorer
 from .aligned import check_aligned_prompts, require_aligned_step
 from .base import GroupTrainer
-from .checks import check_finite, complete_labels, refuse_cut_prompts
+from .checks import check_finite, complete_labels, refuse_cut_prompts, require_pair_agreement
 from .config import current_alpha, ranking_options
 from .grkd_config import GRKDConfig
-from .mixture import read_as_teacher
+from .mixture import agreement_weights, read_as_teacher
 from .teachers import aligned_losses
 
 
@@ -173,6 +173,8 @@ class GRKDTrainer(GroupTrainer):
         dataset = super().read(dataset, processing_class, args, name)
         if self.asked_teacher is not None:
             refuse_cut_prompts(dataset, args, name)
+        if args.reads_pair_agreement:
+            require_pair_agreement(dataset, name)
         return dataset
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
@@ -210,13 +212,14 @@ class GRKDTrainer(GroupTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, alpha, teacher, teacher_scores = self.args, self.alpha, None, inputs.get("teacher_scores")
+        agreement = inputs.get("teacher_pair_agreement")
         group_mask, completion_mask = inputs["group_mask"], inputs["completion_mask"]
         sharing: dict[str, Any] = {"prompt_sharing": args.prompt_sharing}
 
         if self.teacher_model is not None:
             with self.teaching(model) as teacher_model:
                 given: dict[str, Any] = {"score": args.score, "return_logits": args.needs_teacher_logits, **sharing}
-                teacher, teacher_scores = read_as_teacher(self, teacher_model, inputs, **given)
+                teacher, teacher_scores, agreement = read_as_teacher(self, teacher_model, inputs, **given)
         softening: dict[str, Any] = {"temperature": args.soft_label_temperature}
 
         # Equations 1 to 3 at the level of tokens: one value a completion token, of which these are `rows`
@@ -245,6 +248,9 @@ class GRKDTrainer(GroupTrainer):
         losses = student.token_losses
         if args.relative_level == "completions":
             ranking = ranking_options(args, teacher_scores, group_mask)
+            if args.reads_pair_agreement:
+                known = (agreement, ranking["weights"], teacher_scores, group_mask)
+                ranking["weights"] = agreement_weights(self, *known)
             losses["relative"] = group_relative_loss(student_scores, teacher_scores, mask=group_mask, **ranking)
         if args.soft_label == "group":
             losses["soft"] = group_soft_label_loss(student_scores, teacher_scores, mask=group_mask, **softening)

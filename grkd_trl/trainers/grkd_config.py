@@ -36,7 +36,11 @@ class GRKDConfig(GroupConfig):
             RankNet with the teacher's preferences, see [`~losses.group_relative_loss`].
         pair_weights (`str`, *optional*, defaults to `"uniform"`):
             `"uniform"`: every pair weighs the same, as in the paper. `"probability"`: a pair weighs the sum of the
-            teacher's probabilities of its two members of the list; beyond the paper.
+            teacher's probabilities of its two members of the list; beyond the paper. `"agreement"`: of several teachers, a pair
+            weighs the share that orders it as their combined scores do, see [`~teacher.combination.pair_agreement`]; beyond the
+            paper.
+        min_pair_agreement (`float`, *optional*, defaults to `0.0`):
+            Least such share, 0 to 1. Pairs below it are left out of the relative loss; beyond the paper.
         standardize (`bool`, *optional*, defaults to `False`):
             Whether to rank by scores of mean 0 and standard deviation 1 over the members of the list, on each side;
             beyond the paper. Temperatures and `min_gap` are then in standard deviations.
@@ -128,8 +132,11 @@ class GRKDConfig(GroupConfig):
     )
     pair_weights: str = option(
         "uniform",
-        "What a pair weighs: 'uniform', or the teacher's 'probability' of its two.",
-        choices=["uniform", "probability"],
+        "What a pair weighs: 'uniform', the teacher's 'probability' of its two, or the 'agreement' of several teachers on it.",
+        choices=["uniform", "probability", "agreement"],
+    )
+    min_pair_agreement: float = option(
+        0.0, "Least share of several teachers that order a pair as their combined scores do; other pairs are left out."
     )
     standardize: bool = option(False, "Whether to rank by scores of mean 0 and standard deviation 1.")
     soft_label: str = option(
@@ -186,6 +193,13 @@ class GRKDConfig(GroupConfig):
                 raise ValueError(f"`{name}` must be 0 or above, got {getattr(self, name)}.")
         if self.relative_top_k < 2:
             raise ValueError(f"`relative_top_k` must be at least 2 to make a pair, got {self.relative_top_k}.")
+        if not 0 <= self.min_pair_agreement <= 1:
+            raise ValueError(f"`min_pair_agreement` is a share and must lie in 0..1, got {self.min_pair_agreement}.")
+        if self.reads_pair_agreement and self.relative_level == "tokens":
+            raise ValueError(
+                '`pair_weights="agreement"` and `min_pair_agreement` are of pairs of completions, and `relative_level="tokens"` ranks '
+                'tokens. Set `relative_level="completions"`, or leave them at their defaults.'
+            )
         check_aligned(self, self.soft_label == "aligned")
         check_top_k(self, whole=self.needs_teacher_logits and not self.aligned)
         self._check_online()
@@ -224,6 +238,11 @@ class GRKDConfig(GroupConfig):
     def online(self) -> bool:
         """Whether groups are made while training."""
         return self.completion_source != "dataset"
+
+    @property
+    def reads_pair_agreement(self) -> bool:
+        """Whether the loss reads how far several teachers agree on a pair."""
+        return self.pair_weights == "agreement" or self.min_pair_agreement > 0
 
     @property
     def needs_teacher_logits(self) -> bool:

@@ -116,7 +116,7 @@ class KDTrainer(GroupTrainer):
         if self.teacher_model is not None:
             with self.teaching(model) as teacher_model:
                 given: dict[str, Any] = {"score": "mean", "return_logits": True, **sharing}
-                teacher, teacher_scores = read_as_teacher(self, teacher_model, inputs, **given)
+                teacher, teacher_scores, _ = read_as_teacher(self, teacher_model, inputs, **given)
 
         # Soft labels over the whole vocabulary, or the teacher's most likely tokens, and hard ones: one value a token each
         def token_losses(logits, rows):

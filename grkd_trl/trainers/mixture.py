@@ -1,12 +1,13 @@
-"""The teacher of the training step as it is read, or several of which the mixture is learned."""
+"""The teacher of the training step as it is read, or several: the mixture that is learned, and what their agreement weighs."""
 
 from typing import Any
 
 import torch
 
+from ..losses import ranked_pairs
 from ..scoring import CompletionScores, refuse_not_finite, score_as_teacher, sequence_scores, to_groups
 from ..scoring.mixed import mix_scores
-from ..teacher.combination import agreement, combine_scores
+from ..teacher.combination import agreement, combine_scores, pair_agreement
 
 
 class TeachersOfStep(torch.nn.ModuleList):
@@ -32,7 +33,7 @@ class TeachersOfStep(torch.nn.ModuleList):
 
 def read_as_teacher(
     trainer: Any, teacher: torch.nn.Module, inputs: dict[str, torch.Tensor], *, score: str, **kwargs: Any
-) -> tuple[CompletionScores, torch.Tensor]:
+) -> tuple[CompletionScores, torch.Tensor, torch.Tensor | None]:
     """
     Score a batch with the teacher of the training step. Several are read one after the other: their next-token distributions
     are mixed, and their scores of each group combined.
@@ -50,8 +51,9 @@ def read_as_teacher(
             As for [`~scoring.score_as_teacher`].
 
     Returns:
-        `tuple[CompletionScores, torch.Tensor]`: What it says, and the teacher's scores `(P, G)`: those that the batch has, or its
-        own.
+        `tuple[CompletionScores, torch.Tensor, torch.Tensor]`: What it says; the teacher's scores `(P, G)`, those that the batch has
+        or its own; and how far several teachers agree on each pair of these `(P, G, G)`, see
+        [`~teacher.combination.pair_agreement`], or `None` where it is not known.
     """
     models = teacher if isinstance(teacher, TeachersOfStep) else [teacher]
     read = [score_as_teacher(own, inputs, **kwargs) for own in models]
@@ -60,17 +62,69 @@ def read_as_teacher(
     scores = [to_groups(sequence_scores(own.per_token_logps, mask, score=score), group_mask) for own in read]
     scored = inputs.get("teacher_scores")
     if not isinstance(teacher, TeachersOfStep):
-        return read[0], scores[0] if scored is None else scored
+        return read[0], scores[0] if scored is None else scored, inputs.get("teacher_pair_agreement")
     mixed = mix_scores(read, list(teacher.weights.values()))
     if scored is not None:
-        return mixed, scored
+        return mixed, scored, inputs.get("teacher_pair_agreement")
     of_each = dict(zip(teacher.weights, scores, strict=True))
     for name, values in of_each.items():
         refuse_not_finite(values, f"The scores of the teacher {name!r}")
     combined, agreements = torch.zeros_like(scores[0]), []
+    of_pairs = combined.new_zeros(*combined.shape, combined.shape[-1])
     for group, present in enumerate(group_mask):
         own = {name: values[group][present].tolist() for name, values in of_each.items()}
-        combined[group, present] = combined.new_tensor(combine_scores(own, teacher.weights, combine=teacher.combine))
+        as_one, size = combine_scores(own, teacher.weights, combine=teacher.combine), int(present.sum())
+        combined[group, :size] = combined.new_tensor(as_one)  # a group's completions come first
+        of_pairs[group, :size, :size] = combined.new_tensor(pair_agreement(own, teacher.weights, as_one))
         agreements.append(agreement(own))
     trainer.means.add("rank/agreement", torch.tensor(agreements))
-    return mixed, combined
+    return mixed, combined, of_pairs
+
+
+def agreement_weights(
+    trainer: Any,
+    agreement: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    teacher_scores: torch.Tensor,
+    group_mask: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Weights of the pairs of groups that several teachers scored, for `pair_weights="agreement"` and `min_pair_agreement`. Logs the
+    share of the pairs that the latter drops.
+
+    Args:
+        trainer ([`~trainers.GRKDTrainer`]):
+            Trainer.
+        agreement (`torch.Tensor` of shape `(P, G, G)`, *optional*):
+            Share of the teachers that order a pair as their combined scores do.
+        weights (`torch.Tensor` of shape `(P, G)`, *optional*):
+            What each completion adds to the weight of its pairs, with other `pair_weights`.
+        teacher_scores (`torch.Tensor` of shape `(P, G)`):
+            Combined scores.
+        group_mask (`torch.Tensor` of shape `(P, G)`):
+            `True` where a group has a completion.
+
+    Returns:
+        `torch.Tensor` of shape `(P, G, G)`: Weights for [`~losses.group_relative_loss`], 0 for a pair that is dropped.
+
+    Raises:
+        `ValueError`: If the agreement is not known.
+    """
+    args = trainer.args
+    if agreement is None:
+        raise ValueError(
+            'A group of this step has `teacher_scores` without `teacher_pair_agreement`, which `pair_weights="agreement"` and '
+            "`min_pair_agreement` read. Have several teachers score it (`grkd_trl.teacher.TeacherEnsemble`), or drop it."
+        )
+    if args.pair_weights == "agreement":
+        of_pairs = agreement
+    elif weights is not None:
+        of_pairs = weights.unsqueeze(-1) + weights.unsqueeze(-2)
+    else:
+        of_pairs = torch.ones_like(agreement)
+    if args.min_pair_agreement == 0:
+        return of_pairs
+    is_dropped = agreement < args.min_pair_agreement - 1e-6  # shares such as 2/3 are rounded
+    pairs = ranked_pairs(teacher_scores, mask=group_mask)
+    trainer.means.add("rank/dropped_pairs_ratio", (pairs & is_dropped).sum(), pairs.sum())
+    return of_pairs.masked_fill(is_dropped, 0.0)
