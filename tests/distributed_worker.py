@@ -97,7 +97,9 @@ def make_trainer(name, models, folder, max_steps, *callbacks, **fields):
     if "shown" in flags:  # the teacher reads more than the student
         shown = [f"a b c {row['prompt']}" if index % 3 else None for index, row in enumerate(dataset)]
         dataset = dataset.add_column("teacher_prompt", shown)
-    if "several" in flags and "whole" not in flags:  # teachers, of whom a column says which reads a row
+    if "several" in flags and (
+        "whole" not in flags or "routed" in flags
+    ):  # teachers, of whom a column says which reads a row
         routes = [[None, ["a"], ["b"], ["a", "b"]][index % 4] for index in range(len(dataset))]
         dataset = dataset.add_column("teacher", routes)
     if "student" in flags or "mixed" in flags:

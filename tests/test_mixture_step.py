@@ -211,7 +211,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "fields, kwargs, match",
         [
-            ({}, {"route_column": "teacher"}, "the column `teacher` routes rows"),
+            ({}, {"route_column": "teacher"}, "no column `teacher`, which is to say what teachers score a row"),
             ({}, {"min_agreement": 0.5}, "drops no group, and `min_agreement` is 0.5"),
             ({"score": "sum"}, {}, "The teacher 'a' scores a completion by the mean"),
             ({"soft_label": "group"}, {}, "`soft_label_top_k=None` is for token soft labels of several"),
@@ -222,11 +222,6 @@ class TestRefusals:
     def test_settings(self, tmp_path, fields, kwargs, match):
         with pytest.raises(ValueError, match=match):
             make_trainer(tmp_path, teacher_model=make_ensemble(**kwargs), **WHOLE | fields)
-
-    def test_a_column_of_routes(self, tmp_path):
-        rows = [row | {"teacher": "a"} for row in make_rows(scores=False)]
-        with pytest.raises(ValueError, match="the column `teacher` routes rows"):
-            make_trainer(tmp_path, rows, teacher_model=make_models(), **WHOLE)
 
     @pytest.mark.parametrize("method", ["GRKD", "KD"])
     def test_teachers_that_are_no_models(self, tmp_path, method):

@@ -37,7 +37,8 @@ class DataCollatorForGroups(DataCollatorMixin):
     completion; `input_ids`, `attention_mask` and `completion_mask` `(N, L)`; `clipped` `(N,)`, `True` where the
     completion's end was cut, here or when it was written; and `teacher_scores` `(P, G)`, 0 where absent, if the groups
     have any; `teacher_agreement` `(P,)`, NaN where one teacher scored a group alone, and `teacher_pair_agreement` `(P, G, G)`,
-    0 where absent, if several scored them; and
+    0 where absent, if several scored them; `teacher_shares` `(N, K)`, the weight of each of K teachers in the training step, if a
+    column routes rows to them; and
     `teacher_top_ids` and `teacher_top_logps` `(M, k)`, of the batch's M completion tokens that are predicted, row
     after row, if soft labels are cached with them; and `row` `(P,)`, the number of each group in its stream, if it
     comes from one. Where the teacher has prompts of its own also `teacher_input_ids`, `teacher_attention_mask` and
@@ -138,6 +139,10 @@ class DataCollatorForGroups(DataCollatorMixin):
             own["attention_mask"] = pad([torch.ones_like(ids) for ids in teacher_ids], pad_to_multiple_of=multiple)
             own["completion_mask"] = pad(teacher_mask, pad_to_multiple_of=multiple)
             batch |= {f"teacher_{name}": tensor for name, tensor in own.items()}
+        if "teacher_shares" in examples[0]:
+            batch["teacher_shares"] = torch.tensor(
+                [e["teacher_shares"] for e in examples for _ in e["completion_ids"]]
+            )
         batch["clipped"] = torch.tensor(clipped)
         if examples[0].get("teacher_scores") is not None:
             batch["teacher_scores"] = pad([torch.tensor(e["teacher_scores"], dtype=torch.float32) for e in examples])

@@ -175,6 +175,9 @@ def as_teacher(teacher: Any, args: Any, model: Any, processing_class: Any, *data
             "likely tokens. Give their number, or pass a model or its path."
         )
     student = processing_class or tokenizer_of(model, None, with_remote_code(args.model_init_kwargs, args))
+    for part in parts(*datasets):
+        if isinstance(part, Dataset):  # of a stream, when it is read
+            teacher.check_routes(as_read(part))
     return as_mixture(teacher, student)
 
 

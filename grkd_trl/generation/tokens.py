@@ -7,6 +7,7 @@ from ..data.images import put_images
 from ..data.rows import WRITTEN
 from ..teacher.alignment import align_group
 from ..teacher.combination import AGREEMENT
+from ..teacher.in_step import share_row
 from ..teacher.retokenize import image_columns
 
 
@@ -42,6 +43,8 @@ def tokenize_group(trainer: Any, group: dict[str, Any], index: int) -> dict[str,
         tokens |= align_group(group | tokens, index, context_length=trainer.teacher_context, **both)
     elif "teacher_prompt" in group and trainer.teacher_context is not None:
         tokens["teacher_prompt_ids"] = encode_teacher_prompt(processing_class, group, prompt_ids, index)
+    if trainer.teacher_routes is not None:
+        tokens |= share_row(group, index, **trainer.teacher_routes)
     if group.get("teacher_token_ids", completion_ids) != completion_ids:
         raise ValueError(
             f"The teacher reads the completions of {group['prompt']!r} as other tokens than the student, so it has no "

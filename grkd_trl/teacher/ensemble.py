@@ -1,7 +1,7 @@
 """Several teachers as one: their scores of a group, made comparable and averaged, and a mixture of their soft labels."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -195,7 +195,7 @@ class TeacherEnsemble:
         if self.route_column in getattr(dataset, "column_names", ()):
             dataset = dataset.select_columns([self.route_column])
         for row, values in enumerate(dataset):
-            self._route({name: [value] for name, value in values.items()}, 0, shown=row)
+            read_route(values, row, column=self.route_column, teachers=self.teachers)
 
     def ask(
         self,
@@ -219,7 +219,11 @@ class TeacherEnsemble:
             [`~teacher.combination.agreement`], NaN where one teacher reads it alone, and `teacher_pair_agreement`, see
             [`~teacher.combination.pair_agreement`].
         """
-        routes = [self._route(columns, row) for row in range(len(prompts))]
+        routes = [list(self.teachers)] * len(prompts)
+        if self.route_column is not None:
+            rows = [{name: values[row] for name, values in (columns or {}).items()} for row in range(len(prompts))]
+            given_by: dict[str, Any] = {"column": self.route_column, "teachers": self.teachers}
+            routes = [read_route(values, row, **given_by) for row, values in enumerate(rows)]
         given: list[dict[str, list[float]]] = [{} for _ in prompts]
         tops: list[dict[str, tuple[Any, Any]]] = [{} for _ in prompts]
         num_tokens: list[list[int]] = [[] for _ in prompts]
@@ -293,23 +297,38 @@ class TeacherEnsemble:
         ]
         return [ids for ids, _ in at_each], [logps for _, logps in at_each]
 
-    def _route(self, columns: Mapping[str, Sequence[Any]] | None, row: int, shown: int | None = None) -> list[str]:
-        if self.route_column is None:
-            return list(self.teachers)
-        if self.route_column not in (columns or {}):
-            raise ValueError(
-                f"The dataset has no column `{self.route_column}`, which is to say what teachers score a row. It has "
-                f"{sorted(columns or {})}."
-            )
-        named = (columns or {})[self.route_column][row]
-        names = list(self.teachers) if named is None else list(named) if isinstance(named, list | tuple) else [named]
-        unknown = [name for name in names if name not in self.teachers]
-        if unknown or not names:
-            raise ValueError(
-                f"`{self.route_column}` of row {row if shown is None else shown} is {named!r}: name one or more of "
-                f"{sorted(self.teachers)}, or `None` for all."
-            )
-        return names
+
+def read_route(row: Mapping[str, Any], index: int, *, column: str, teachers: Iterable[str]) -> list[str]:
+    """
+    Which teachers read a row.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            Row of a dataset.
+        index (`int`):
+            Row number, for the error.
+        column (`str`):
+            Column that names them.
+        teachers (`Iterable[str]`):
+            Names of all teachers.
+
+    Returns:
+        `list[str]`: Names, of all where the cell is `None`.
+
+    Raises:
+        `ValueError`: If there is no such column, or it names an unknown teacher or none; the message names the row.
+    """
+    if column not in row:
+        raise ValueError(
+            f"The dataset has no column `{column}`, which is to say what teachers score a row. It has {sorted(row)}."
+        )
+    named, known = row[column], list(teachers)
+    names = known if named is None else list(named) if isinstance(named, list | tuple) else [named]
+    if not names or not set(names) <= set(known):
+        raise ValueError(
+            f"`{column}` of row {index} is {named!r}: name one or more of {sorted(known)}, or `None` for all."
+        )
+    return list(dict.fromkeys(names))
 
 
 def _tokenizer_of(teacher: Any) -> Any:

@@ -1,11 +1,12 @@
 """Several teachers of the training step, whose whole next-token distributions the student learns the mixture of."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from .ensemble import TeacherEnsemble
+from .ensemble import TeacherEnsemble, read_route
 from .lazy import LazyTeacher
 from .local import LocalTeacher
 from .topk import require_same_tokenizer
@@ -25,12 +26,15 @@ class TeacherMixture:
             Weight of each, above 0, 1 in sum.
         combine (`str`):
             How their scores of a group are combined, see [`~teacher.combination.combine_scores`].
+        route_column (`str`, *optional*):
+            Column that says which of them read a row.
     """
 
     models: dict[str, str | PreTrainedModel]
     init_kwargs: dict[str, dict[str, Any]]
     weights: dict[str, float]
     combine: str
+    route_column: str | None
 
 
 def as_mixture(
@@ -49,14 +53,9 @@ def as_mixture(
         [`TeacherMixture`]: The teachers.
 
     Raises:
-        `ValueError`: If one is no model or has another tokenizer, or groups are routed or dropped.
+        `ValueError`: If one is no model or has another tokenizer, or groups are dropped.
     """
     need = "`soft_label_top_k=None` has all teachers in the training step"
-    if ensemble.route_column is not None:
-        raise ValueError(
-            f"{need}, which reads every row with each, and the column `{ensemble.route_column}` routes rows. Remove the column, or "
-            "give a number of tokens."
-        )
     if ensemble.min_agreement > 0:
         raise ValueError(
             f"{need}, which drops no group, and `min_agreement` is {ensemble.min_agreement}. Leave it at 0, or give a number of "
@@ -74,4 +73,30 @@ def as_mixture(
     teachers: Any = ensemble
     require_same_tokenizer(teachers, processing_class)
     weights = {name: ensemble.weights[name] for name in models}  # which may have been given in another order
-    return TeacherMixture(models, init_kwargs, weights, ensemble.combine)
+    return TeacherMixture(models, init_kwargs, weights, ensemble.combine, ensemble.route_column)
+
+
+def share_row(row: dict[str, Any], index: int, *, column: str, weights: dict[str, float]) -> dict[str, list[float]]:
+    """
+    Shares of the teachers in what the student learns of a row.
+
+    Args:
+        row (`dict[str, Any]`):
+            Row of a dataset.
+        index (`int`):
+            Row number, for the error.
+        column (`str`):
+            Column that says which teachers read the row.
+        weights (`dict[str, float]`):
+            Weight of each teacher by name.
+
+    Returns:
+        `dict[str, list[float]]`: `teacher_shares`, one a teacher in the order of `weights`, 1 in sum and 0 of those that do not read
+        it.
+
+    Raises:
+        `ValueError`: If there is no such column, or it names an unknown teacher; the message names the row.
+    """
+    names = read_route(row, index, column=column, teachers=weights)
+    total = math.fsum(weights[name] for name in names)
+    return {"teacher_shares": [weights[name] / total if name in names else 0.0 for name in weights]}

@@ -36,7 +36,7 @@ from .checks import GroupWarnings, check_sampling
 from .compile import compile_layers, take_over_compilation
 from .config import GroupConfig, resolve_args
 from .metrics import RunningMeans, add_group_metrics, as_predictions, is_logged, peak_memory
-from .teachers import align, check_teacher, context_of, other_tokenizer, place_teacher
+from .teachers import check_teacher, context_of, for_teacher, other_tokenizer, place_teacher, routes_of
 
 
 class GroupTrainer(SFTTrainer):
@@ -74,6 +74,7 @@ class GroupTrainer(SFTTrainer):
         asked_teacher ([`~teacher.Scorer`], *optional*): Teacher that `GRKDTrainer` or `KDTrainer` asks, before training or online.
         teacher_context (`float`, *optional*): Longest row that this teacher reads, in tokens, infinite without a limit.
         teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer, where soft labels are aligned.
+        teacher_routes (`dict`, *optional*): Which of several teachers of the step read a row, if a column says so.
         vocab_size (`int`, *optional*): Number of leading token ids that student and teacher share.
         shared_ids (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Where soft labels are aligned, tokens of student and teacher that are
             the same string.
@@ -126,6 +127,7 @@ class GroupTrainer(SFTTrainer):
         )
         self.teacher_context = context_of(teacher_model, args)
         self.teacher_tokenizer = other_tokenizer(args, teacher_model)
+        self.teacher_routes = routes_of(teacher_model)
         model, processing_class = load_adapted_student(model, processing_class, quantization_config, args)
         with accept_adapters_on_head():
             super().__init__(
@@ -200,10 +202,7 @@ class GroupTrainer(SFTTrainer):
         given |= {"min_completions": self.min_completions}
         given |= {"teacher_context": None if args.aligned else self.teacher_context}
         given |= {"min_gap": getattr(args, "min_gap", 0.0), "num_proc": args.dataset_num_proc}
-        dataset = prepare_groups(dataset, processing_class, **given)
-        if self.teacher_tokenizer is None:
-            return dataset
-        return align(dataset, processing_class, self.teacher_tokenizer, args, self.teacher_context, name)
+        return for_teacher(self, prepare_groups(dataset, processing_class, **given), processing_class, args, name)
 
     def arrange(self, dataset: Dataset | IterableDataset, args: GroupConfig, name: str):
         """What the method makes of tokenized groups, such as pairs; `name` is for messages."""
@@ -211,9 +210,10 @@ class GroupTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         # The columns of a tokenized group are what the collator sees.
-        read = ["prompt_ids", "completion_ids", "teacher_prompt_ids", "teacher_scores", "clipped", "row"]
-        aligned = ["aligned_prompt_ids", "aligned_completion_ids", "aligned_student", "aligned_teacher"]
-        self._signature_columns = [*read, *aligned, "teacher_top_ids", "teacher_top_logps", *AGREEMENT, *IMAGE_COLUMNS]
+        read = ["prompt_ids", "completion_ids", "clipped", "row", *IMAGE_COLUMNS, *AGREEMENT]
+        read += ["teacher_prompt_ids", "teacher_scores", "teacher_shares", "teacher_top_ids", "teacher_top_logps"]
+        read += ["aligned_prompt_ids", "aligned_completion_ids", "aligned_student", "aligned_teacher"]
+        self._signature_columns = read
         if self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             self._signature_columns.append(self.args.length_column_name)  # the sampler reads it after the others go
 

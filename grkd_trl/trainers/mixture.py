@@ -63,20 +63,25 @@ def read_as_teacher(
     scored = inputs.get("teacher_scores")
     if not isinstance(teacher, TeachersOfStep):
         return read[0], scores[0] if scored is None else scored, inputs.get("teacher_pair_agreement")
-    mixed = mix_scores(read, list(teacher.weights.values()))
+    shares = None if trainer.teacher_routes is None else inputs["teacher_shares"]  # of each row
+    weights = list(teacher.weights.values()) if shares is None else shares
+    mixed = mix_scores(read, weights, mask)
     if scored is not None:
         return mixed, scored, inputs.get("teacher_pair_agreement")
     of_each = dict(zip(teacher.weights, scores, strict=True))
+    is_read = dict.fromkeys(of_each, group_mask)
+    if shares is not None:
+        is_read = {name: to_groups(own > 0, group_mask) for name, own in zip(of_each, shares.unbind(-1), strict=True)}
     for name, values in of_each.items():
-        refuse_not_finite(values, f"The scores of the teacher {name!r}")
+        refuse_not_finite(values.masked_fill(~is_read[name], 0.0), f"The scores of the teacher {name!r}")
     combined, agreements = torch.zeros_like(scores[0]), []
     of_pairs = combined.new_zeros(*combined.shape, combined.shape[-1])
     for group, present in enumerate(group_mask):
-        own = {name: values[group][present].tolist() for name, values in of_each.items()}
+        own = {n: values[group][present].tolist() for n, values in of_each.items() if is_read[n][group].any()}
         as_one, size = combine_scores(own, teacher.weights, combine=teacher.combine), int(present.sum())
         combined[group, :size] = combined.new_tensor(as_one)  # a group's completions come first
         of_pairs[group, :size, :size] = combined.new_tensor(pair_agreement(own, teacher.weights, as_one))
-        agreements.append(agreement(own))
+        agreements += [agreement(own)] if len(own) > 1 else []
     trainer.means.add("rank/agreement", torch.tensor(agreements))
     return mixed, combined, of_pairs
 

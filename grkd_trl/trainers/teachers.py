@@ -5,15 +5,17 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from .._trl import global_then_local_main_first
 from ..data import first_rows, read_prompt
 from ..losses import aligned_soft_label_loss
 from ..scoring.tiles import LOGITS_PER_TILE, core_model
 from ..teacher import is_base_of, load_teacher, loading_whole, prepare_teacher, shared_vocabulary, tokenizer_of
 from ..teacher.abilities import require
 from ..teacher.alignment import align_groups, shared_tokens
-from ..teacher.in_step import TeacherMixture
+from ..teacher.in_step import TeacherMixture, share_row
 from ..teacher.loading import init_kwargs_of, read_chat_template, with_remote_code
 from ..teacher.models import check_same_images, context_length_of
 from .compile import compile_layers
@@ -149,27 +151,56 @@ def other_tokenizer(args: Any, teacher_model: Any) -> PreTrainedTokenizerBase | 
     return tokenizer
 
 
-def align(dataset: Any, student: Any, teacher: Any, args: Any, context_length: float | None, name: str) -> Any:
+def routes_of(teacher_model: Any) -> dict[str, Any] | None:
     """
-    Align tokenized groups with a teacher's tokens, see [`~teacher.alignment.align_groups`].
+    How rows are routed to several teachers of the training step.
 
     Args:
+        teacher_model (`str`, [`~transformers.PreTrainedModel`] or [`~teacher.in_step.TeacherMixture`], *optional*):
+            Teacher.
+
+    Returns:
+        `dict[str, Any]`, *optional*: `column` and `weights` for [`~teacher.in_step.share_row`]. `None` where all read every row.
+    """
+    if not isinstance(teacher_model, TeacherMixture) or teacher_model.route_column is None:
+        return None
+    return {"column": teacher_model.route_column, "weights": teacher_model.weights}
+
+
+def for_teacher(trainer: Any, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
+    """
+    Add what the teacher of the training step needs to tokenized groups: where soft labels are aligned its own tokens, see
+    [`~teacher.alignment.align_groups`], and of several that a column routes rows to their shares, see
+    [`~teacher.in_step.share_row`].
+
+    Args:
+        trainer ([`~trainers.GroupTrainer`]):
+            Trainer.
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Groups, tokenized with the student's tokenizer.
-        student, teacher ([`~transformers.PreTrainedTokenizerBase`]):
-            Tokenizers.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            Student's tokenizer.
         args ([`~trainers.GroupConfig`]):
-            Configuration, with `min_aligned`.
-        context_length (`float`, *optional*):
-            Longest row that the teacher reads.
+            Configuration.
         name (`str`):
             Name for messages.
 
     Returns:
-        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: Aligned groups.
+        [`~datasets.Dataset`] or [`~datasets.IterableDataset`]: The groups.
     """
-    given: dict[str, Any] = {"context_length": context_length or math.inf, "min_aligned": args.min_aligned}
-    return align_groups(dataset, student, teacher, num_proc=args.dataset_num_proc, name=name, **given)
+    if trainer.teacher_tokenizer is not None:
+        limits: dict[str, Any] = {
+            "context_length": trainer.teacher_context or math.inf,
+            "min_aligned": args.min_aligned,
+        }
+        both = processing_class, trainer.teacher_tokenizer
+        return align_groups(dataset, *both, num_proc=args.dataset_num_proc, name=name, **limits)
+    if trainer.teacher_routes is None:
+        return dataset
+    in_memory = isinstance(dataset, Dataset)
+    kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Routing {name} groups"} if in_memory else {}
+    with global_then_local_main_first():
+        return dataset.map(share_row, with_indices=True, fn_kwargs=trainer.teacher_routes, **kwargs)
 
 
 def _shared_ids(trainer: Any, teacher: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
