@@ -1,6 +1,10 @@
 """Soft labels across tokenizers of groups that are not known before training: from a stream, or written online."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import reference_step
@@ -18,6 +22,25 @@ from grkd_trl.teacher import Completions
 STEP = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **GIVEN}
 ONLINE = {"soft_label": "aligned", "num_completions": 3, "max_completion_length": 6, "min_aligned": 0.05}
 PROMPTS = ["a b ", "c ", "d e f ", "b a "]
+
+# A step on two processes of which the second writes what the teacher cannot read.
+WORKER = """
+import os
+from pathlib import Path
+
+from runs import end_process
+from test_aligned_online import TestOnline
+
+long = "a b c d e f g h i j k" if os.environ["RANK"] == "1" else "c"
+write = lambda prompts, **_: [["a", "b", long]] * len(prompts)
+fields = {"gradient_accumulation_steps": 1, "completion_source": "student", "completion_fn": write}
+trainer = TestOnline().make("out", "t", **fields)
+try:
+    trainer.train()
+except ValueError as error:
+    Path(f"said{os.environ['RANK']}").write_text(str(error))
+end_process()
+"""
 
 
 @pytest.fixture
@@ -173,6 +196,21 @@ class TestOnline:
         )  # fmt: skip
         with pytest.raises(ValueError, match="of the teacher's tokens, and its context holds 20.*its prompt is"):
             trainer.train()
+
+    @pytest.mark.slow
+    @pytest.mark.distributed
+    def test_a_group_of_one_process_that_does_not_fit(self, tmp_path):
+        """Both raise the same; the other would wait for it forever."""
+        make_teacher(max_position_embeddings=20).save_pretrained(tmp_path / "t")
+        BYTES.save_pretrained(tmp_path / "t")
+        (tmp_path / "worker.py").write_text(WORKER)
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        here = Path(__file__).resolve().parent
+        path = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*start, str(tmp_path / "worker.py")], cwd=tmp_path, env=environment, check=True, timeout=240)
+        said = [(tmp_path / f"said{rank}").read_text() for rank in range(2)]
+        assert said[0] == said[1] and said[0].startswith("Process 1: Row 0 has ")
 
     def test_too_few_positions(self, tmp_path, folder):
         words = iter([["a b", "c", "d"]] * 4 + [["p  p  p  p  p", "p  p  p  p", "p  p  p  p"]] * 4)

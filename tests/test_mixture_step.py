@@ -21,7 +21,7 @@ from runs import (
     train,
     weights,
 )
-from test_several_teachers import STEP, WEIGHTS, Mixture, make_ensemble, make_models, slow_groups
+from test_several_teachers import STEP, WEIGHTS, Mixture, make_ensemble, make_lazy, make_models, slow_groups
 from test_teacher_prompt import relative_error
 from tiny import byte_tokenizer, tiny_model, use_tiles
 
@@ -231,6 +231,28 @@ class TestRefusals:
             make_trainer(tmp_path, teacher_model={"a": make_teacher(), "b": scorer}, **fields)
         with pytest.raises(ValueError, match="a `LocalTeacher` is asked for its most likely tokens"):
             make_trainer(tmp_path, teacher_model=LocalTeacher(make_teacher(), TOKENIZER), **fields)
+
+    @pytest.mark.parametrize("setup", [{"device": torch.device("cpu")}, {"loading": lambda: None}], ids=str)
+    def test_teachers_that_are_placed_by_the_user(self, tmp_path, setup):
+        teacher = TeacherEnsemble({"a": LazyTeacher(make_teacher(), TOKENIZER, **setup), "b": make_lazy()})
+        with pytest.raises(ValueError, match="places the teacher 'a' beside the student: leave out its `device`"):
+            make_trainer(tmp_path, teacher_model=teacher, **WHOLE)
+
+    @pytest.mark.parametrize("kind", [LazyTeacher, LocalTeacher])
+    def test_a_chat_template_of_its_own(self, tmp_path, kind):
+        """Refused where there is one that the student's is not, and messages."""
+        student, own = copy.deepcopy(TOKENIZER), copy.deepcopy(TOKENIZER)
+        student.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+        own.chat_template = student.chat_template + "a "
+        rows = [{"prompt": [{"role": "user", "content": "a b"}], "completions": ["c", "d"]}] * 4
+        teachers = {"a": kind(make_teacher(), own), "b": kind(make_teacher(seed=2), student)}
+        given = {"processing_class": student, **WHOLE}
+        with pytest.raises(
+            ValueError, match="the teacher 'a' beside the student, where it reads the student's tokens"
+        ):
+            make_trainer(tmp_path, rows, teacher_model=teachers, **given)
+        make_trainer(tmp_path, rows, teacher_model={"b": teachers["b"], "c": make_teacher()}, **given)
+        make_trainer(tmp_path, make_rows(scores=False), teacher_model=teachers, **given)
 
     def test_as_score_fn(self, tmp_path):
         prompts = Dataset.from_list(make_rows()).select_columns("prompt")

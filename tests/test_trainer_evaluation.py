@@ -266,3 +266,13 @@ class TestAskedTeachers:
         for act in (trainer.evaluate, trainer.predict):
             with pytest.raises(ValueError, match=f"groups have no .*{missing}.* made without a teacher"):
                 act(cached.remove_columns(removed))
+
+    @pytest.mark.parametrize("method", ["GRKD", "KD"])
+    def test_groups_that_are_token_ids(self, tmp_path, method):
+        """Nobody can be asked about them."""
+        teacher = LazyTeacher(make_teacher(), TOKENIZER)
+        fields = {"method": method, "teacher_model": teacher, "soft_label_top_k": 4}
+        trainer = make_trainer(tmp_path, make_rows(4, scores=False), **fields)
+        ids = Dataset.from_list([to_ids(row) for row in make_rows(4)])
+        with pytest.raises(ValueError, match=r"The eval groups are token ids without soft labels .*Add the column"):
+            trainer.evaluate(ids)

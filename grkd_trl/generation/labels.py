@@ -27,7 +27,7 @@ from ..teacher import (
     tokenizer_of,
 )
 from ..teacher.combination import AGREEMENT
-from ..teacher.in_step import as_mixture
+from ..teacher.in_step import as_mixture, refuse_own_setup
 from ..teacher.loading import load_processor, read_chat_template, with_remote_code
 from ..teacher.topk import SOFT_LABELS, put_column, require_same_tokenizer
 from .checks import check_chat_templates, reads_teacher_prompts
@@ -175,6 +175,9 @@ def as_teacher(teacher: Any, args: Any, model: Any, processing_class: Any, *data
             "likely tokens. Give their number, or pass a model or its path."
         )
     student = processing_class or tokenizer_of(model, None, with_remote_code(args.model_init_kwargs, args))
+    messages = any(isinstance(row.get("prompt", row.get("chosen")), list) for row in first_rows(*datasets))
+    for name, own in named.items():
+        refuse_own_setup(own, name, student if messages and args.chat_template_path is None else None)
     for part in parts(*datasets):
         if isinstance(part, Dataset):  # of a stream, when it is read
             teacher.check_routes(as_read(part))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from transformers.utils import logging
 from transformers.utils.import_utils import is_rich_available
 
@@ -234,12 +234,28 @@ class OnlineGroups:
         for part in scored:
             if self.scorer is not None or not args.needs_teacher_logits:
                 means.add("time/scoring", torch.tensor(time.perf_counter() - start))
-            tokenized = [tokenize_group(trainer, group, index) for index, group in enumerate(part, start=index)]
+            tokenized = self._tokenize(part, index)
             every, step = args.log_completions, trainer.state.global_step
             if split == "train" and every and step % every < num_steps and trainer.accelerator.is_main_process:
                 log_completions(trainer, part)
             yield tokenized
             start, index = time.perf_counter(), index + len(part)
+
+    def _tokenize(self, groups: list[dict[str, Any]], first: int) -> list[dict[str, Any]]:
+        """Tokenize the groups of this process. What one process refuses all refuse, which else would wait for it."""
+        tokenized, error = [], None
+        try:
+            tokenized = [tokenize_group(self.trainer, group, index) for index, group in enumerate(groups, start=first)]
+        except ValueError as own:
+            error = own
+        if self.trainer.accelerator.num_processes > 1:
+            said = gather_object([error and str(error)])
+            process = next((index for index, text in enumerate(said) if text), None)
+            if process is not None:
+                raise ValueError(f"Process {process}: {said[process]}") from error
+        elif error is not None:
+            raise error
+        return tokenized
 
     def _score(self, groups: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         if self.scorer is not None:

@@ -1,6 +1,7 @@
 """Several teachers of the training step, whose whole next-token distributions the student learns the mixture of."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,37 @@ def as_mixture(
     require_same_tokenizer(teachers, processing_class)
     weights = {name: ensemble.weights[name] for name in models}  # which may have been given in another order
     return TeacherMixture(models, init_kwargs, weights, ensemble.combine, ensemble.route_column)
+
+
+def refuse_own_setup(teacher: Any, name: str, processing_class: Any | None) -> None:
+    """
+    Refuse what a teacher was set up with and the training step would not read: it places its models by itself, and has them read
+    the student's tokens.
+
+    Args:
+        teacher ([`LazyTeacher`] or [`LocalTeacher`]):
+            Teacher, as the user made it. Any other is accepted.
+        name (`str`):
+            Its name, for the error.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            Student's tokenizer, whose chat template the step uses. `None` where it uses none.
+
+    Raises:
+        `ValueError`: If it has a device or a way of loading of its own, or another chat template; the message names it.
+    """
+    need = f"With `soft_label_top_k=None` the trainer loads and places the teacher {name!r} beside the student"
+    if isinstance(teacher, LazyTeacher) and (teacher.device is not None or teacher.loading is not nullcontext):
+        raise ValueError(f"{need}: leave out its `device` and `loading`, or give a number of tokens.")
+    if processing_class is None or not isinstance(teacher, LazyTeacher | LocalTeacher):
+        return
+    theirs, ours = (
+        getattr(own, "tokenizer", own).chat_template for own in (teacher.processing_class, processing_class)
+    )
+    if theirs is not None and theirs != ours:
+        raise ValueError(
+            f"{need}, where it reads the student's tokens, and its tokenizer has another chat template. Pass it the student's "
+            "tokenizer as `processing_class`, set `chat_template_path`, which is the template of both, or give a number of tokens."
+        )
 
 
 def share_row(row: dict[str, Any], index: int, *, column: str, weights: dict[str, float]) -> dict[str, list[float]]:

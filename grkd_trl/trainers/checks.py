@@ -218,12 +218,18 @@ def complete_labels(
         (dataset,) = ask_datasets(args, None, teacher, processing_class, dataset, **given)
     if not any({"completions", "chosen", "completion_ids"}.intersection(row) for row in first_rows(dataset)):
         return dataset  # no groups, which is said where they are read
+    has_text = any({"completions", "chosen"}.intersection(row) for row in first_rows(dataset))
     lacking = {
         "soft labels (`teacher_top_ids`)": labelled and not bring_soft_labels(dataset),
         "`teacher_scores`": scored and not bring_scores(dataset),
     }
     for what, lacks in lacking.items():
         if lacks:
+            if not has_text:
+                raise ValueError(
+                    f"The {name} groups are token ids without {what}, and a teacher is asked about text. Add the column, or give "
+                    "`prompt` and `completions` in place of `prompt_ids` and `completion_ids`."
+                )
             raise ValueError(
                 f"The {name} groups have no {what}, and the trainer was made without a teacher that gives them. Pass it "
                 "`teacher_model`, or make them beforehand (`grkd_trl.teacher.cache_soft_labels`, `score_groups`)."
