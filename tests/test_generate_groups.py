@@ -46,7 +46,7 @@ class TestWhatIsMade:
         _, groups = made
         assert groups.column_names == [
             "prompt", "completions", "clipped", "written_by", "prompt_ids", "completion_ids", "tokenizer_hash",
-            "teacher_scores", "num_tokens", "prompt_hash", "source_index",
+            "teacher_scores", "num_tokens", "scored_prompt_hash", "source_index",
         ]  # fmt: skip
         assert groups["source_index"] == sorted(groups["source_index"])
         teacher, tokenizer = make_teacher(1), tiny_tokenizer()

@@ -136,8 +136,8 @@ class TestScoreGroups:
         old = groups.add_column("teacher_scores", [[None] * len(row) for row in groups["completions"]])
         new = score_groups(model, tokenizer, old, progress=False)
         assert_close(new["teacher_scores"], plain_scores(model, tokenizer, groups))
-        assert sorted(new.column_names) == ["clipped", "completions", "prompt", "prompt_hash", "teacher_scores"]
-        assert new.remove_columns(["teacher_scores", "prompt_hash"]).to_list() == groups.to_list()
+        assert sorted(new.column_names) == ["clipped", "completions", "prompt", "scored_prompt_hash", "teacher_scores"]
+        assert new.remove_columns(["teacher_scores", "scored_prompt_hash"]).to_list() == groups.to_list()
         assert old["teacher_scores"][0][0] is None
 
     @pytest.mark.parametrize("training", [True, False])

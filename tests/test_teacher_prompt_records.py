@@ -75,10 +75,10 @@ class TestRefused:
         )
         for row in (changed, changed.remove_columns("teacher_prompt")):
             with pytest.raises(
-                ValueError, match=rf"The {what} of row 1 were .* another `prompt`.* column `prompt_hash`"
+                ValueError, match=rf"The {what} of row 1 were .* another `prompt`.* column `scored_prompt_hash`"
             ):
                 self.train(tmp_path / "other", row, maker)
-        self.train(tmp_path / "old", changed.remove_columns("prompt_hash"), maker)
+        self.train(tmp_path / "old", changed.remove_columns("scored_prompt_hash"), maker)
 
     @pytest.mark.parametrize("maker", ["cache", pytest.param("scored_groups", marks=pytest.mark.slow)])
     def test_survives_parquet(self, tmp_path, maker):
@@ -91,10 +91,10 @@ class TestRefused:
     @pytest.mark.parametrize("maker", ["cache", "scores"])
     def test_made_again(self, tmp_path, maker):
         changed = with_prompts(MAKERS[maker](tmp_path), OTHER["another"])
-        kept = ["prompt", "completions", "teacher_prompt", "teacher_prompt_hash"]
+        kept = ["prompt", "completions", "teacher_prompt", "scored_teacher_prompt_hash"]
         again = cached(changed.select_columns(kept)) if maker in ("cache", "groups") else scored(changed)
         self.train(tmp_path / "again", again, maker)
-        assert again["teacher_prompt_hash"][:3] != changed["teacher_prompt_hash"][:3]
+        assert again["scored_teacher_prompt_hash"][:3] != changed["scored_teacher_prompt_hash"][:3]
 
     @pytest.mark.parametrize("maker", ["cache", pytest.param("scores", marks=pytest.mark.slow)])
     def test_a_column_that_is_dropped(self, tmp_path, maker):
@@ -102,6 +102,14 @@ class TestRefused:
 
 
 class TestUnrecorded:
+    def test_a_column_of_the_users_own(self, tmp_path):
+        """It keeps its values beside what is recorded, and says nothing of the scores."""
+        own = SHOWN.add_column("prompt_hash", ["mine"] * len(SHOWN))
+        groups = made(tmp_path / "groups", own)
+        for dataset in (groups, scored(own)):
+            assert dataset["prompt_hash"][:] == ["mine"] * len(SHOWN)
+            make_trainer(tmp_path, train_dataset=dataset, teacher_model=None, soft_label="group")
+
     def test_soft_labels_made_without(self, tmp_path):
         dataset = with_prompts(cached(PLAIN), lambda prompt: prompt)
         with pytest.raises(ValueError, match="row 0 do not say that they were made with its `teacher_prompt`"):
@@ -119,7 +127,7 @@ class TestUnrecorded:
             lambda prompts, completions, **columns: [[float(len(t)) for t in g] for g in completions]
         )
         config = GroupsConfig(str(tmp_path / "groups"), completion_source="dataset")
-        assert "teacher_prompt_hash" not in generate_groups(SHOWN, config, scorer=scorer).column_names
+        assert "scored_teacher_prompt_hash" not in generate_groups(SHOWN, config, scorer=scorer).column_names
 
     def test_scores_of_a_function_in_place_of_others(self, tmp_path):
         changed = with_prompts(scored(SHOWN), OTHER["another"]).map(lambda row: {"prompt": f"n {row['prompt']}"})
@@ -141,6 +149,6 @@ class TestKeptBesideNew:
     def test_groups(self, tmp_path):
         dataset = cached(SHOWN)
         kept = made(tmp_path / "same", dataset)
-        assert kept["teacher_prompt_hash"][:] == dataset["teacher_prompt_hash"][:]
+        assert kept["scored_teacher_prompt_hash"][:] == dataset["scored_teacher_prompt_hash"][:]
         with pytest.raises(ValueError, match=re.escape("The soft labels of row 0 were made with another")):
             made(tmp_path / "other", with_prompts(dataset, OTHER["another"]))

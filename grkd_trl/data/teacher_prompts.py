@@ -66,10 +66,13 @@ def encode_teacher_prompt(
     return ids
 
 
+# Columns in which scores and soft labels say what they were made with.
+PROMPT_HASHES = {"prompt": "scored_prompt_hash", "teacher_prompt": "scored_teacher_prompt_hash"}
+
+
 def prompt_hash(prompt: Any) -> str:
     """
-    Hash of a prompt, by which scores and soft labels say what they were made with, in the columns `prompt_hash` and
-    `teacher_prompt_hash`.
+    Hash of a prompt, by which scores and soft labels say what they were made with, in the columns of `PROMPT_HASHES`.
 
     Args:
         prompt (`str`, `list[dict]` or `None`):
@@ -100,14 +103,14 @@ def check_made_with(row: dict[str, Any], index: int) -> None:
     labelled = row.get("teacher_top_ids") is not None
     if not labelled and row.get("teacher_scores") is None:
         return
-    for name in ("prompt", "teacher_prompt"):
-        recorded = row.get(f"{name}_hash")
+    for name, column in PROMPT_HASHES.items():
+        recorded = row.get(column)
         if name not in row:
             continue
         unknown = name == "teacher_prompt" and recorded is None and labelled and row[name] is not None
         if unknown or recorded not in (None, prompt_hash(row[name])):
             made = "do not say that they were made with its" if unknown else "were made with another"
-            yours = "" if unknown else f" If they are your own, of the row as it is, remove the column `{name}_hash`."
+            yours = "" if unknown else f" If they are your own, of the row as it is, remove the column `{column}`."
             raise ValueError(
                 f"The {'soft labels' if labelled else 'scores'} of row {index} {made} `{name}`. Make them again "
                 f"(`grkd_trl.teacher.{'cache_soft_labels' if labelled else 'score_groups'}`), or give the row the "
@@ -124,13 +127,13 @@ def record_prompts(dataset: Dataset) -> Dataset:
             Groups.
 
     Returns:
-        [`~datasets.Dataset`]: With a column `prompt_hash`, and `teacher_prompt_hash` if it has a `teacher_prompt`.
+        [`~datasets.Dataset`]: With a column `scored_prompt_hash`, and `scored_teacher_prompt_hash` if it has a `teacher_prompt`.
     """
-    for name in ("prompt", "teacher_prompt"):
-        if f"{name}_hash" in dataset.column_names:
-            dataset = dataset.remove_columns(f"{name}_hash")
+    for name, column in PROMPT_HASHES.items():
+        if column in dataset.column_names:
+            dataset = dataset.remove_columns(column)
         if name in dataset.column_names:
-            dataset = dataset.add_column(f"{name}_hash", [prompt_hash(prompt) for prompt in dataset[name]])
+            dataset = dataset.add_column(column, [prompt_hash(prompt) for prompt in dataset[name]])
     return dataset
 
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from ..data import is_score
+from ..data.teacher_prompts import PROMPT_HASHES
 from ..teacher import Completions, Scorer, TeacherEnsemble, TopKTeacher, TopTokens
 from ..teacher.combination import AGREEMENT
 from ..teacher.topk import SOFT_LABELS
@@ -24,7 +25,7 @@ PER_COMPLETION = (
     *SOFT_LABELS,
 )
 _NOT_FOR_TEACHERS = {"prompt", "completions", "written_by", "teacher_scores", "num_tokens", "surprises", *SOFT_LABELS}
-_NOT_FOR_TEACHERS |= {"prompt_hash", "teacher_prompt_hash", *AGREEMENT}
+_NOT_FOR_TEACHERS |= {*PROMPT_HASHES.values(), *AGREEMENT}
 
 
 def draw_seed(seed: int, index: int, writer: str) -> int:

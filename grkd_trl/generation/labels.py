@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..data import as_read, bring_scores, bring_soft_labels, first_rows, parts, read_group
 from ..data.images import has_image_columns
-from ..data.teacher_prompts import check_made_with, record_prompts
+from ..data.teacher_prompts import PROMPT_HASHES, check_made_with, record_prompts
 from ..teacher import (
     LazyTeacher,
     LocalTeacher,
@@ -329,5 +329,5 @@ def _ask(dataset: Dataset, scorer: Any, labels: dict[str, Any], min_completions:
     if any(map(reads_teacher_prompts, teachers)):
         return record_prompts(dataset)
     # A function's scores are of the text, and what was recorded was of others
-    of_others = {"prompt_hash", "teacher_prompt_hash"} if "teacher_top_ids" not in dataset.column_names else set()
+    of_others = set(PROMPT_HASHES.values()) if "teacher_top_ids" not in dataset.column_names else set()
     return dataset.remove_columns(sorted(of_others.intersection(dataset.column_names)))

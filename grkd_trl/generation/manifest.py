@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset, Features, Sequence, Value
 
 from ..data.rows import WRITTEN
+from ..data.teacher_prompts import PROMPT_HASHES
 from ..teacher import Scorer, TeacherEnsemble
 from ..teacher.combination import AGREEMENT
 from ..teacher.topk import SOFT_LABELS
@@ -22,8 +23,7 @@ _OWN_COLUMNS = {
     "num_tokens",
     "teacher_scores",
     *SOFT_LABELS,
-    "prompt_hash",
-    "teacher_prompt_hash",
+    *PROMPT_HASHES.values(),
     *AGREEMENT,
     "chosen",
     "rejected",
@@ -89,9 +89,9 @@ def group_features(dataset: Dataset, config: Any, scorer: Scorer | None) -> Feat
     elif config.completion_source == "dataset":
         own |= {name: feature for name, feature in dataset.features.items() if name in SOFT_LABELS}
     made = config.soft_labels is not None or reads_teacher_prompts(scorer)
-    for name in ("prompt", "teacher_prompt"):
-        kept = f"{name}_hash" in dataset.features and set(SOFT_LABELS) <= set(own)
+    for name, column in PROMPT_HASHES.items():
+        kept = column in dataset.features and set(SOFT_LABELS) <= set(own)
         if name in dataset.features and made or kept:
-            own |= {f"{name}_hash": Value("string")}
+            own |= {column: Value("string")}
     further = {name: feature for name, feature in dataset.features.items() if name not in _OWN_COLUMNS}
     return Features({"prompt": dataset.features["prompt"], **own, **further})

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..data import as_read, check_prompt, read_group, require_rows
 from ..data.rows import check_completions, check_one_each
-from ..data.teacher_prompts import check_made_with, prompt_hash
+from ..data.teacher_prompts import PROMPT_HASHES, check_made_with, prompt_hash
 from ..teacher import Scorer, Teacher, TeacherEnsemble
 from .card import summary, write_card
 from .checks import check_chat_templates, check_soft_labels, reads_teacher_prompts
@@ -267,8 +267,10 @@ def _make_shard(rows, shard, config, writers, scorer) -> tuple[list[dict[str, An
         labels = {"teacher": writers["teacher"] or scorer, "k": config.soft_labels} if config.soft_labels else {}
         scored = add_scores(groups, scorer, **labels)
         if labels or reads_teacher_prompts(scorer):
-            names = ("prompt", "teacher_prompt")
-            scored = [group | {f"{name}_hash": prompt_hash(group.get(name)) for name in names} for group in scored]
+            scored = [
+                group | {column: prompt_hash(group.get(name)) for name, column in PROMPT_HASHES.items()}
+                for group in scored
+            ]
         counts["unscored"] = num_before - sum(len(group["completions"]) for group in scored)
         groups = [group for group in scored if len(group["completions"]) >= 2]
         counts["small_groups"] += len(scored) - len(groups)

@@ -316,8 +316,8 @@ def score_groups(
             Whether to show a progress bar.
 
     Returns:
-        [`~datasets.Dataset`]: The dataset with a column `teacher_scores`, in place of one it had, and with `prompt_hash` and beside
-        a `teacher_prompt` with `teacher_prompt_hash`, by which the trainers refuse the scores if one of the two is changed.
+        [`~datasets.Dataset`]: The dataset with a column `teacher_scores`, in place of one it had, and with `scored_prompt_hash` and beside
+        a `teacher_prompt` with `scored_teacher_prompt_hash`, by which the trainers refuse the scores if one of the two is changed.
 
     Raises:
         `ValueError`: If a row is no group, the teacher's logits are not finite, or a completion has no token, exceeds

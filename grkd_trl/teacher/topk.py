@@ -109,8 +109,8 @@ def cache_soft_labels(
 
     Returns:
         [`~datasets.Dataset`]: The dataset with `teacher_top_ids` and `teacher_top_logps` (for each completion
-        `(T, k)`), `teacher_token_ids` (the tokens they belong to), and `teacher_scores` if it had none; and `prompt_hash`, and
-        beside a `teacher_prompt` also `teacher_prompt_hash`, by which the trainers refuse them if one of the two is changed.
+        `(T, k)`), `teacher_token_ids` (the tokens they belong to), and `teacher_scores` if it had none; and `scored_prompt_hash`, and
+        beside a `teacher_prompt` also `scored_teacher_prompt_hash`, by which the trainers refuse them if one of the two is changed.
 
     Raises:
         `ValueError`: If k is out of range, a row is no group, the tokenizers differ, a `teacher_prompt` does not fit the
