@@ -148,7 +148,7 @@ class TestCache:
         teacher, tokenizer, groups = make_model(1), tiny_tokenizer(), make_groups()
         cached = cache_soft_labels(teacher, tokenizer, groups, k=5, tokens_per_batch=60, progress=False)
         assert (
-            cached.remove_columns([n for n in cached.column_names if n.startswith(("teacher", "prompt_"))]).to_list()
+            cached.remove_columns([n for n in cached.column_names if n.startswith(("teacher", "scored_"))]).to_list()
             == groups.to_list()
         )
         scored = score_groups(teacher, tokenizer, groups, progress=False)["teacher_scores"]
