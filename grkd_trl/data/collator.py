@@ -150,7 +150,7 @@ class DataCollatorForGroups(DataCollatorMixin):
             known = (example["teacher_agreement"] for example in examples)
             batch["teacher_agreement"] = torch.tensor([math.nan if value is None else value for value in known])
         shares = [example.get("teacher_pair_agreement") for example in examples]
-        if None not in shares and "teacher_scores" in batch:
+        if all(of_group is not None for of_group in shares) and "teacher_scores" in batch:
             batch["teacher_pair_agreement"] = pad([torch.tensor(of_group, dtype=torch.float32) for of_group in shares])
         batch |= {name: torch.cat(tops) for name, tops in soft_labels.items() if tops}
         if "row" in examples[0]:

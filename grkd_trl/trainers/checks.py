@@ -250,7 +250,7 @@ def require_pair_agreement(dataset: Any, name: str) -> None:
     Raises:
         `ValueError`: If a row has no `teacher_pair_agreement`; the message names the first.
     """
-    (first,) = first_rows(dataset)
+    first = next(iter(first_rows(dataset)), {})
     if first.get("teacher_scores") is None:
         return  # the training step scores them
     if isinstance(dataset, Dataset) and "teacher_pair_agreement" in first:
