@@ -27,13 +27,13 @@ from grkd_trl.examples.benchmarks.answering_server import answer, in_process, se
 from grkd_trl.teacher import ServerTeacher, cache_soft_labels
 
 
-VOCAB_SIZE, WIDTH, NUM_LAYERS, K = 8192, 256, 4, 20
+VOCAB_SIZE, K = 8192, 20
 GROUPS_PER_STEP, GROUP_SIZE, PROMPT, COMPLETION = 2, 4, 64, 64
 
 
 def make_trainer(args, kind, groups, url, folder):
     """Of `cached` labels, `served` ones (with `generate_every`), a teacher `in memory`, or scores and the `student alone`."""
-    tokenizer, sizes = common.make_tokenizer(VOCAB_SIZE), (VOCAB_SIZE, WIDTH, NUM_LAYERS)
+    tokenizer, sizes = common.make_tokenizer(VOCAB_SIZE), (VOCAB_SIZE, args.width, args.num_layers)
     student, given = common.make_model(*sizes), {"train_dataset": groups}
     fields = {"max_steps": args.steps, "per_device_train_batch_size": GROUPS_PER_STEP, "save_strategy": "no"}
     fields |= {"soft_label_top_k": K, "soft_label": "none" if kind == "student alone" else "token"}
@@ -65,7 +65,7 @@ def memory(args, kind, groups, url, result):
 def measure(args):
     torch.set_num_threads(1)
     tokenizer = common.make_tokenizer(VOCAB_SIZE)
-    teacher = common.make_model(VOCAB_SIZE, WIDTH, NUM_LAYERS, seed=1).eval()
+    teacher = common.make_model(VOCAB_SIZE, args.width, args.num_layers, seed=1).eval()
     shapes = common.make_shapes(f"{PROMPT}/{COMPLETION}", args.steps * GROUPS_PER_STEP, GROUP_SIZE)
     rows = [{name: row[name] for name in ("prompt", "completions")} for row in common.make_groups(shapes, VOCAB_SIZE)]
     cached = cache_soft_labels(teacher, tokenizer, Dataset.from_list(rows), k=K, progress=False)
@@ -99,6 +99,8 @@ def measure(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=256, help="of student and teacher")
+    parser.add_argument("--num_layers", type=int, default=4)
     parser.add_argument("--latency", type=float, default=0.1, help="seconds that the server takes for an answer")
     parser.add_argument("--generate_every", type=int, default=16, help="steps of a round")
     parser.add_argument("--steps", type=int, default=16, help="of a run")
