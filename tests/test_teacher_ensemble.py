@@ -74,6 +74,11 @@ class TestCombine:
         tiny = combine_scores({"a": [1e-30, 3e-30, 2e-30]}, {"a": 1.0}, combine="standardized")
         assert tiny == pytest.approx(combine_scores({"a": [1.0, 3.0, 2.0]}, {"a": 1.0}, combine="standardized"))
 
+    def test_opposite_scores_cancel(self):
+        """Exactly, in any unit: what rounding leaves is no order."""
+        scores = {"a": [6.0, 0.0, 4.0, 8.0, 7.0], "b": [-0.6, 0.0, -0.4, -0.8, -0.7]}
+        assert combine_scores(scores, {"a": 0.5, "b": 0.5}, combine="standardized") == [0.0] * 5
+
     def test_equal_scores_give_no_order(self):
         assert combine_scores({"a": [0.1 + 0.2, 0.3]}, {"a": 1.0}, combine="standardized") == [0.0, 0.0]
 

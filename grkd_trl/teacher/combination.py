@@ -68,7 +68,9 @@ def combine_scores(
         total = math.fsum(weights[name] for name in scores)
         scaled = {name: SCALES[combine]([values[index] for index in kept]) for name, values in scores.items()}
         for position, index in enumerate(kept):
-            combined[index] = math.fsum(weights[name] * scaled[name][position] for name in scores) / total
+            mean = math.fsum(weights[name] * scaled[name][position] for name in scores) / total
+            # Opposite scores cancel but for rounding, which must not become an order
+            combined[index] = round(mean, 12)
     return combined
 
 
