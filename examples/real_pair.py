@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--max_new_tokens", type=int, default=24, help="longest completion, in tokens (default: %(default)s)")
     add("--num_workers", type=int, default=1, help="runs at a time")
     args = parser.parse_args(argv)
+    known = PAIR_METHODS[args.shown]
+    if unknown := set(args.methods or known) - set(known):
+        parser.error(f"--methods has {sorted(unknown)}, and of --shown {args.shown} there are {sorted(known)}")
 
     given = {"model": args.model_name_or_path, "drop": args.drop, "data": [args.prompts, args.held_out]}
     given |= {"work_dir": str(args.output_dir / "models"), "batch_size": 2, "num_prompts": 2 * args.max_steps}
@@ -50,7 +53,6 @@ def main(argv: list[str] | None = None) -> None:
     pair = "real pair" if args.shown == "prompt" else "privileged pair"
     common = {"task": f"{pair}, ultrafeedback", "budget": {"max_steps": args.max_steps}}
     common |= {"shared": given, "num_workers": args.num_workers}
-    known = PAIR_METHODS[args.shown]
     methods = {name: own for name, own in known.items() if name in (args.methods or known)}
     trials = {"rates": PAIR_RATES, "tune": args.tune, "tuning_seeds": [PAIR_TUNING_SEED]}
     study(run, args.output_dir, methods, seeds=args.seeds, **trials, **common)

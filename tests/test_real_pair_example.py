@@ -107,3 +107,10 @@ def test_repetition_and_rouge():
     rouge = study.RougeScorer(["rougeL"])
     assert study._rouge(rouge, "one two", "one two three four") == 1.0  # to as many words
     assert study._rouge(rouge, "", "one two") == 0.0
+
+
+@pytest.mark.parametrize("shown, methods", [("reference", ["kd", "dpo"]), ("prompt", ["grdk"])])
+def test_unknown_methods(given, tmp_path, capsys, shown, methods):
+    with pytest.raises(SystemExit):
+        real_pair.main(command(given, tmp_path, "--shown", shown, "--methods", *methods))
+    assert f"--methods has {methods[-1:]}" in capsys.readouterr().err
