@@ -6,7 +6,7 @@ import pytest
 import reference_step
 import torch
 from datasets import Dataset
-from runs import TOKENIZER, VOCAB, logged, make_rows, make_student, make_teacher, make_trainer, train, weights
+from runs import TOKENIZER, VOCAB, logged, make_rows, make_student, make_teacher, make_trainer, to_ids, train, weights
 from test_mixture_step import WHOLE, assert_step
 from test_several_teachers import STEP, Mixture, slow_groups
 from test_teacher_prompt import slow_scores
@@ -193,8 +193,11 @@ class TestColumn:
             (None, "Row 1 of the train groups has `teacher_scores` and no `teacher_pair_agreement`"),
         ],
     )
-    def test_refused(self, tmp_path, shares, message):
-        rows = [row | {"teacher_pair_agreement": [[1.0, 0.5], [0.5, 1.0]]} for row in make_rows(2, sizes=(2,))]
+    @pytest.mark.parametrize("form", [dict, to_ids])
+    def test_refused(self, tmp_path, shares, message, form):
+        """Of text, and of token ids, which nothing tokenizes."""
+        known = {"teacher_pair_agreement": [[1.0, 0.5], [0.5, 1.0]]}
+        rows = [form(row) | known for row in make_rows(2, sizes=(2,))]
         rows[1]["teacher_pair_agreement"] = shares
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, rows, teacher_model=None, soft_label="group", **DROP)

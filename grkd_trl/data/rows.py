@@ -223,7 +223,7 @@ def read_group(row: dict[str, Any], index: int, *, min_completions: int = 2) -> 
                 "finite in float32, higher is better. Drop the completion, or score it again."
             )
     if "completions" in row and "teacher_scores" in group:
-        _check_pair_agreement(row.get("teacher_pair_agreement"), len(group["completions"]), index)
+        check_pair_agreement(row.get("teacher_pair_agreement"), len(group["completions"]), index)
     for position, value in enumerate(group["clipped"]):
         if value not in (True, False):
             raise ValueError(
@@ -269,8 +269,21 @@ def check_completions(prompt: Any, completions: Any, index: int, *, min_completi
             )
 
 
-def _check_pair_agreement(shares: Any, num_completions: int, index: int) -> None:
-    """Refuse agreement on pairs that is not one share for each pair, in either order."""
+def check_pair_agreement(shares: Any, num_completions: int, index: int) -> None:
+    """
+    Refuse agreement on pairs that is not one share for each pair, the same in both orders.
+
+    Args:
+        shares (`list[list[float]]`, *optional*):
+            A row of shares for each completion.
+        num_completions (`int`):
+            Completions of the group.
+        index (`int`):
+            Row number, for the error.
+
+    Raises:
+        `ValueError`: The message names the row.
+    """
     if shares is None:
         return
     sizes = [len(row) for row in shares]

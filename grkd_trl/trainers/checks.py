@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from ..data import bring_scores, bring_soft_labels, first_rows
+from ..data.rows import check_pair_agreement
 from ..generation.labels import ask_datasets
 from ..scoring import refuse_not_finite
 
@@ -239,7 +240,8 @@ def complete_labels(
 
 def require_pair_agreement(dataset: Any, name: str) -> None:
     """
-    Refuse groups with `teacher_scores` that do not say how far the teachers agree on their pairs.
+    Refuse groups with `teacher_scores` that do not say how far the teachers agree on their pairs, or groups of token ids that say
+    it in another form; those of text are checked where they are tokenized.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -248,13 +250,17 @@ def require_pair_agreement(dataset: Any, name: str) -> None:
             Name for messages.
 
     Raises:
-        `ValueError`: If a row has no `teacher_pair_agreement`; the message names the first.
+        `ValueError`: If a row has no `teacher_pair_agreement`, or not a share for each pair; the message names the first.
     """
     first = next(iter(first_rows(dataset)), {})
     if first.get("teacher_scores") is None:
         return  # the training step scores them
     if isinstance(dataset, Dataset) and "teacher_pair_agreement" in first:
         known = [shares is not None for shares in dataset["teacher_pair_agreement"]]
+        if "completions" not in first:
+            columns = dataset["teacher_pair_agreement"], dataset["completion_ids"]
+            for index, (shares, completions) in enumerate(zip(*columns, strict=True)):
+                check_pair_agreement(shares, len(completions), index)
     else:
         known = [first.get("teacher_pair_agreement") is not None]
     if not all(known):
