@@ -45,7 +45,7 @@ def slow_step(rows, *, routes=None, **fields):
         scores = group["teacher_scores"]
         for i in range(len(scores)):
             for j in range(i):
-                if scores[i] != scores[j]:
+                if abs(scores[i] - scores[j]) > fields.get("min_gap", 0.0):
                     share = reference_step.share_alike(group, scores, i, j)
                     dropped.append(share < fields.get("min_pair_agreement", 0.0))
     options = reference_step.Options(vocab_size=VOCAB, **fields)
@@ -94,6 +94,7 @@ class TestWholeStep:
                     DROP | {"pair_weights": "probability"},
                     DROP | {"target_temperature": 0.5, "standardize": True},
                     {"min_pair_agreement": 0.7, "soft_label": "group"},
+                    DROP | {"min_gap": 0.5},
                 )
             ),
         ],

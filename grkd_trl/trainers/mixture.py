@@ -131,6 +131,6 @@ def agreement_weights(
         return of_pairs
     # Shares such as 2/3 are rounded. One that is not a number is dropped, not kept.
     is_dropped = ~(agreement >= args.min_pair_agreement - 1e-6)
-    pairs = ranked_pairs(teacher_scores, mask=group_mask)
+    pairs = ranked_pairs(teacher_scores, min_gap=args.min_gap, mask=group_mask)
     trainer.means.add("rank/dropped_pairs_ratio", (pairs & is_dropped).sum(), pairs.sum())
     return of_pairs.masked_fill(is_dropped, 0.0)
