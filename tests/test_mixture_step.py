@@ -211,7 +211,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "fields, kwargs, match",
         [
-            ({}, {"route_column": "teacher"}, "no column `teacher`, which is to say what teachers score a row"),
+            ({}, {"route_column": "teacher"}, "no column `teacher`, which names the teachers that read a row"),
             ({}, {"min_agreement": 0.5}, "drops no group, and `min_agreement` is 0.5"),
             ({"score": "sum"}, {}, "The teacher 'a' scores a completion by the mean"),
             ({"soft_label": "group"}, {}, "`soft_label_top_k=None` is for token soft labels of several"),

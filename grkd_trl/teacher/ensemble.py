@@ -320,7 +320,8 @@ def read_route(row: Mapping[str, Any], index: int, *, column: str, teachers: Ite
     """
     if column not in row:
         raise ValueError(
-            f"The dataset has no column `{column}`, which is to say what teachers score a row. It has {sorted(row)}."
+            f"The dataset has no column `{column}`, which names the teachers that read a row. It has {sorted(row)}: add it, with `None` "
+            "where all read the row."
         )
     named, known = row[column], list(teachers)
     names = known if named is None else list(named) if isinstance(named, list | tuple) else [named]

@@ -36,11 +36,12 @@ class GRKDConfig(GroupConfig):
             RankNet with the teacher's preferences, see [`~losses.group_relative_loss`].
         pair_weights (`str`, *optional*, defaults to `"uniform"`):
             `"uniform"`: every pair weighs the same, as in the paper. `"probability"`: a pair weighs the sum of the
-            teacher's probabilities of its two members of the list; beyond the paper. `"agreement"`: of several teachers, a pair
-            weighs the share that orders it as their combined scores do, see [`~teacher.combination.pair_agreement`]; beyond the
-            paper.
+            teacher's probabilities of its two members of the list; beyond the paper. `"agreement"`: a pair weighs the
+            share of several teachers that order it as their combined scores do, see
+            [`~teacher.combination.pair_agreement`]; beyond the paper.
         min_pair_agreement (`float`, *optional*, defaults to `0.0`):
-            Least such share, 0 to 1. Pairs below it are left out of the relative loss; beyond the paper.
+            Smallest share of several teachers, 0 to 1, that must order a pair as their combined scores do. Pairs below it
+            are left out of the relative loss; beyond the paper.
         standardize (`bool`, *optional*, defaults to `False`):
             Whether to rank by scores of mean 0 and standard deviation 1 over the members of the list, on each side;
             beyond the paper. Temperatures and `min_gap` are then in standard deviations.
@@ -136,7 +137,8 @@ class GRKDConfig(GroupConfig):
         choices=["uniform", "probability", "agreement"],
     )
     min_pair_agreement: float = option(
-        0.0, "Least share of several teachers that order a pair as their combined scores do; other pairs are left out."
+        0.0,
+        "Smallest share of several teachers that must order a pair as their combined scores do; other pairs are left out.",
     )
     standardize: bool = option(False, "Whether to rank by scores of mean 0 and standard deviation 1.")
     soft_label: str = option(
