@@ -121,3 +121,10 @@ class TestRefusals:
                 max_steps=1,
                 **WHOLE,
             ).train()
+
+
+def test_a_column_of_the_user_by_the_name_of_the_shares(tmp_path):
+    rows = make_rows()
+    _, (gradients,) = train(tmp_path, [row | {"teacher_shares": "all"} for row in rows])
+    _, (expected,) = train(tmp_path, rows)
+    assert all(torch.equal(gradients[name], value) for name, value in expected.items())

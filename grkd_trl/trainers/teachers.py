@@ -195,8 +195,9 @@ def for_teacher(trainer: Any, dataset: Any, processing_class: Any, args: Any, na
         }
         both = processing_class, trainer.teacher_tokenizer
         return align_groups(dataset, *both, num_proc=args.dataset_num_proc, name=name, **limits)
-    if trainer.teacher_routes is None:
-        return dataset
+    if trainer.teacher_routes is None:  # a column of that name is then the user's own
+        names = set(dataset.column_names or ()).intersection(["teacher_shares"])
+        return dataset.remove_columns(sorted(names)) if names else dataset
     in_memory = isinstance(dataset, Dataset)
     kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Routing {name} groups"} if in_memory else {}
     with global_then_local_main_first():
