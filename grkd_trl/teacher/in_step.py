@@ -95,7 +95,9 @@ def refuse_own_setup(teacher: Any, name: str, processing_class: Any | None) -> N
     """
     need = f"With `soft_label_top_k=None` the trainer loads and places the teacher {name!r} beside the student"
     if isinstance(teacher, LazyTeacher) and (teacher.device is not None or teacher.loading is not nullcontext):
-        raise ValueError(f"{need}: leave out its `device` and `loading`, or give a number of tokens.")
+        raise ValueError(
+            f"{need}: leave out its `device` and `loading`, or set `soft_label_top_k` to a number of tokens."
+        )
     if processing_class is None or not isinstance(teacher, LazyTeacher | LocalTeacher):
         return
     theirs, ours = (
@@ -104,7 +106,7 @@ def refuse_own_setup(teacher: Any, name: str, processing_class: Any | None) -> N
     if theirs is not None and theirs != ours:
         raise ValueError(
             f"{need}, where it reads the student's tokens, and its tokenizer has another chat template. Pass it the student's "
-            "tokenizer as `processing_class`, set `chat_template_path`, which is the template of both, or give a number of tokens."
+            "tokenizer as `processing_class`, set `chat_template_path`, which is the template of both, or set `soft_label_top_k` to a number of tokens."
         )
 
 
