@@ -1,10 +1,13 @@
 """How students are loaded and saved: heads that adapters train, compiled students, quantized ones, checkpoints."""
 
 import importlib.util
+import inspect
+import threading
 
 import pytest
 import reference_rivals as slow
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from runs import TOKENIZER, VOCAB, logged, make_rows, make_student, make_teacher, make_trainer, to_ids, train, weights
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from grkd_trl import GRKDConfig, GRKDTrainer
 from grkd_trl.scoring.tiles import why_at_once
+from grkd_trl.trainers.compile import compile_layers
 
 
 def single(**kwargs):
@@ -182,6 +186,29 @@ class TestCompiled:
             for model in (trainer.model, trainer.teacher_model):
                 assert all(layer._compiled_call_impl for layer in model.model.layers)
             assert trainer.accelerator.state.dynamo_plugin.backend == "NO"
+
+
+@pytest.mark.skipif("recompile_limit" not in inspect.signature(torch.compile).parameters, reason="torch < 2.13")
+def test_layers_are_compiled_in_every_thread():
+    """Whose settings are its own; on GPUs those of a thread of autograd, which runs checkpointed layers again."""
+
+    class Layer(torch.nn.Module):
+        def forward(self, states, kind):
+            return states * len(kind)
+
+    model = torch.nn.Module()
+    model._no_split_modules, model.layer = ["Layer"], Layer()
+    compile_layers(model, TorchDynamoPlugin("eager"))
+    counters.clear()
+
+    def forwards():
+        for number in range(12):
+            model.layer(torch.ones(2), "a" * number)
+
+    thread = threading.Thread(target=forwards)
+    thread.start()
+    thread.join()
+    assert counters["stats"]["unique_graphs"] == 12
 
 
 class TestRefused:

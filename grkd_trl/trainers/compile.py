@@ -1,5 +1,7 @@
 """`torch_compile`, layer by layer."""
 
+import inspect
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
@@ -8,6 +10,10 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from .._trl import switch_off_compilation
 from ..scoring import core_model
+
+
+def _recompile_limit() -> int:
+    return max(torch._dynamo.config.recompile_limit, 64)
 
 
 def take_over_compilation(accelerator: Accelerator, args: TrainingArguments) -> TorchDynamoPlugin | None:
@@ -31,7 +37,7 @@ def take_over_compilation(accelerator: Accelerator, args: TrainingArguments) -> 
     switch_off_compilation(accelerator)
     # Above a limit, 8 by default, a layer's code would run uncompiled. It is traced for student and teacher, with and
     # without gradients, for each kind of attention, all of it twice under FSDP2, and for each trainer of a process.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    torch._dynamo.config.recompile_limit = _recompile_limit()
     plugin.dynamic = True  # each batch has its own length; `accelerate launch` says False where nobody asked
     return plugin
 
@@ -48,6 +54,11 @@ def compile_layers(model: PreTrainedModel | PeftModel, plugin: TorchDynamoPlugin
     """
     if plugin is None:
         return
+    options = plugin.to_kwargs()
+    # From torch 2.12 on settings are those of a thread, and on GPUs checkpointed layers run again in a thread of autograd.
+    # This holds in every thread, from torch 2.13 on.
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options["recompile_limit"] = _recompile_limit()
     layers = core_model(model)._no_split_modules or ()
     for layer in [module for module in model.modules() if type(module).__name__ in layers]:
-        layer.compile(**plugin.to_kwargs())
+        layer.compile(**options)
