@@ -44,6 +44,7 @@ FIELDS = {
     "agreeing": {"min_pair_agreement": 0.75},  # pairs on which the teachers differ are left out
     "weighed": {"pair_weights": "agreement"},  # or weigh less
     "short": {"max_completion_length": 6},
+    "parts": {"gradient_accumulation_steps": 2},  # with `stream`, a pass ends within a step
     # Adam makes steps of its rate of a gradient that is rounding alone, unless its epsilon is above that.
     "damped": {"adam_epsilon": 1e-5},
     "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},

@@ -5,9 +5,10 @@ import os
 import sys
 from pathlib import Path
 
+import architectures
 import torch
 from datasets import Dataset
-from runs import METHODS, end_process, logged, make_rows, make_trainer
+from runs import METHODS, VOCAB, end_process, logged, make_rows, make_trainer
 
 
 # 10 groups in steps of 4: the last step of an epoch has 2, which two processes fill up with repeats.
@@ -31,8 +32,29 @@ def run(folder, method, kind, order):
     return logged(trainer, "loss")
 
 
+def run_experts(folder, kind):
+    """Nine groups, each a micro-batch, in steps of four. On two processes one has an empty micro-batch at the end of a pass."""
+    dataset, world = Dataset.from_list(ROWS[:9]), int(os.environ.get("WORLD_SIZE", 1))
+    dataset = dataset if kind == "dataset" else dataset.to_iterable_dataset()
+    trainer = make_trainer(
+        folder,
+        model=architectures.build("mixtral", vocab_size=VOCAB, pad_token_id=0, eos_token_id=1),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        router_aux_loss_coef=0.5,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=4 // world,
+        max_steps=6,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    found = {name: logged(trainer, name) for name in ("loss", "grad_norm", "aux_loss")}
+    return found | {"eval": [metrics["eval_loss"], metrics["eval_aux_loss"]]}
+
+
 def main(folder, result):
-    found = {}
+    found = {f"experts {kind}": run_experts(folder, kind) for kind in ("dataset", "stream")}
     for method in METHODS:
         for kind in ("dataset", "stream"):
             for order in ORDERS:

@@ -26,7 +26,8 @@ LAUNCHES = ["ddp", "zero2", "zero3", "fsdp2"]
 RUNS = ["GRKD", "GRKD+lora", "GRKD+lora+base", "GRKD+scored+uneven", "GRKD+sharded", "GRKD+replicated"]
 RUNS += ["GRKD+tiled", "GRKD+tiled+lora+base", "SimPO+uneven", "PRO", "KD", "SeqKD", "DPO"]
 RUNS += ["MiniLLM+short+text+uneven", "GRKD+student+scored+uneven", "GRKD+mixed+sharded"]
-RUNS += ["GRKD+scored+stream+uneven", "GRKDForClassification+uneven", "DistillationForClassification+stream+uneven"]
+RUNS += ["GRKD+scored+stream+uneven+parts", "GRKDForClassification+uneven"]
+RUNS += ["DistillationForClassification+stream+uneven+parts", "MiniLLM+short+text+stream+uneven+parts"]
 RUNS += ["GRKD+compiled", "GRKD+lora+paths", "GRKD+shown+uneven", "KD+shown+lora+base+stream"]
 RUNS += ["GRKD+several+agreeing+uneven", "GRKD+several+student", "GRKD+served+student", "GRKD+aligned+uneven"]
 RUNS += ["GRKD+aligned+stream+uneven", "GRKD+aligned+mixed+loose"]
@@ -273,3 +274,11 @@ class TestOrders:
             return
         assert len(one) == 6
         assert one == pytest.approx(two, rel=1e-6)
+
+    def test_same_load_balancing_losses(self, losses):
+        """Empty micro-batches have none: those of a process without a group, and those that fill up a step of a stream."""
+        one, *others = (found[f"experts {kind}"] for kind in ("dataset", "stream") for found in losses)
+        assert len(one["aux_loss"]) == 6
+        for other in others:
+            for name, values in one.items():
+                assert other[name] == pytest.approx(values, rel=1e-5), name

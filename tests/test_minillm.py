@@ -231,7 +231,7 @@ class TestWholeStep:
             for row in range(4)
         ]
         assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-9)
-        assert counts.tolist() == [4, int(batch["completion_mask"].sum()), 0]
+        assert counts.tolist() == [4, int(batch["completion_mask"].sum()), 0, 1]
 
     @pytest.mark.parametrize("batch, accumulation", [(4, 1), (1, 4)])
     def test_text_is_read_on_whatever_the_split(self, tmp_path, batch, accumulation):

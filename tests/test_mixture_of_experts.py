@@ -131,6 +131,22 @@ class TestTraining:
             for log in trainer.state.log_history[:2]:
                 assert log["loss"] == pytest.approx(trainer.mean_loss(log) + COEFFICIENT * log["aux_loss"], abs=1e-4)
 
+    @pytest.mark.parametrize("method", OURS)
+    def test_a_stream_has_the_steps_of_a_dataset(self, tmp_path, method):
+        """The micro-batch that fills up the last step of a pass has no load-balancing loss, though it repeats a row."""
+        rows = [row | {"written_by": ["teacher"] * len(row["completions"])} for row in make_rows(10)]
+        rows, found = Dataset.from_list(rows), []
+        for dataset in (rows, rows.to_iterable_dataset()):
+            models = {"model": make_experts("mixtral"), "teacher_model": make_experts("mixtral", seed=1)}
+            fields = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+            fields |= {"router_aux_loss_coef": COEFFICIENT, "train_dataset": dataset}
+            trainer = make_trainer(tmp_path, method=method, **models, **fields)
+            trainer.train()
+            found.append([logged(trainer, name) for name in ("loss", "grad_norm", "aux_loss")])
+        assert len(found[0][2]) == 4
+        for values, expected in zip(*found, strict=True):
+            assert values == pytest.approx(expected, abs=1e-5)
+
     @pytest.mark.parametrize("family", WITH_LOSS + WITHOUT_LOSS)
     @pytest.mark.parametrize("router_logits", [True, False])
     def test_every_family_on_both_sides(self, tmp_path, family, router_logits, balanced):

@@ -181,9 +181,9 @@ class ClassifierTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimizer step, and how many examples they hold, repeats not counted."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # As they are read: accelerate forgets what the last round holds where a stream ends within a step.
+        batches, _ = super().get_batch_samples(map(self._without_repeats, epoch_iterator), num_batches, device)
         if batches:
-            batches[-1] = self._without_repeats(batches[-1])
             # Those that a stream lacks at its end, without which `Trainer` adds these gradients to the next pass's first step
             batches += [_first_rows(batches[-1], 0)] * (num_batches - len(batches))
         count = sum(batch["num_rows"] if "num_rows" in batch else num_examples(batch) for batch in batches)

@@ -59,6 +59,27 @@ def complete_step(batches: list[dict[str, torch.Tensor]], num_batches: int) -> l
     return batches + [first_groups(batches[-1], 0) for _ in range(num_batches - len(batches)) if batches]
 
 
+def sum_on_all_ranks(
+    accelerator: Accelerator, counts: torch.Tensor, batches: list[dict[str, torch.Tensor]]
+) -> torch.Tensor:
+    """
+    Sum the counts of an optimizer step, and its micro-batches that have a group. Every process must call this.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Joins the processes.
+        counts (`torch.Tensor` of shape `(C,)`):
+            What this process counted in its micro-batches, see [`~data.count_items`].
+        batches (`list[dict[str, torch.Tensor]]`):
+            These micro-batches.
+
+    Returns:
+        `torch.Tensor` of shape `(C + 1,)`: The counts of all processes, and last how many of their micro-batches have groups.
+    """
+    filled = counts.new_tensor([sum(len(batch["group_mask"]) > 0 for batch in batches)])
+    return accelerator.reduce(torch.cat([counts, filled]).to(accelerator.device), reduction="sum")
+
+
 def num_without_repeats(accelerator: Accelerator, size: int, rows: torch.Tensor | None = None) -> int:
     """
     Number of rows of a batch that are not repeats; these come first.

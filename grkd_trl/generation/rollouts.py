@@ -1,5 +1,6 @@
 """Completions that student and teacher write together while training, for MiniLLM."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -72,13 +73,15 @@ class MixtureRollouts:
             "prompt_mask": pad([torch.ones_like(row) for row in ids], padding_side="left"),
         } | numbers
 
-    def batches(self, prompts: list[dict[str, torch.Tensor]]) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+    def batches(
+        self, prompts: Iterable[dict[str, torch.Tensor]]
+    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
         """
         Sample for the micro-batches of an optimizer step.
 
         Args:
-            prompts (`list[dict[str, torch.Tensor]]`):
-                Micro-batches of prompts.
+            prompts (`Iterable[dict[str, torch.Tensor]]`):
+                Micro-batches of prompts, as accelerate's dataloader gives them.
 
         Returns:
             `tuple`: Micro-batches of groups, and how many prompts, sampled tokens and tokens of text they have, `(3,)`.
@@ -91,9 +94,8 @@ class MixtureRollouts:
             # The step and a prompt's index in it decide its draws and the text beside it: neither a resumed run nor
             # another number of processes changes them
             first = (number * world + accelerator.process_index) * size
-            num_prompts = kept = len(inputs["group_mask"])
-            if number == len(prompts) - 1:
-                kept = num_without_repeats(accelerator, num_prompts, inputs.get("row"))
+            num_prompts = len(inputs["group_mask"])
+            kept = num_without_repeats(accelerator, num_prompts, inputs.get("row"))
             texts: list[list[int]] = []
             if self.text_ids is not None:
                 read = step * args.gradient_accumulation_steps * world * size + first

@@ -33,7 +33,8 @@ class CompletionScores(NamedTuple):
             Values of shape `(M,)` that the caller's function gave. Empty without one.
         aux_loss (`torch.Tensor`, *optional*):
             Load-balancing loss of a mixture of experts over all tokens of all rows, where it was asked for with
-            `output_router_logits` and the model has one.
+            `output_router_logits` and the model has one. Of shape `(0,)` for a batch without groups, whose one row
+            repeats another.
         entropy (`torch.Tensor` of shape `(M,)`, *optional*):
             Entropy of the distribution that predicts each of the batch's M completion tokens, in nats. `None` unless
             asked for.
@@ -167,6 +168,8 @@ def score_completions(
     per_token_logps = logps.new_zeros(mask.shape).masked_scatter(mask.to(logps.device), logps)
     entropy, is_top1 = (torch.cat(parts) for parts in zip(*observed, strict=True)) if observed else (None, None)
     aux_loss = outputs.get("aux_loss") if aux else None
+    if aux_loss is not None and not len(batch.get("group_mask", batch["input_ids"])):
+        aux_loss = aux_loss.reshape(1)[:0]  # of no weight, and still a part of the graph
     return CompletionScores(per_token_logps, logits if return_logits else None, values, aux_loss, entropy, is_top1)
 
 

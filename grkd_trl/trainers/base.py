@@ -22,7 +22,7 @@ from trl import SFTTrainer
 from .._trl import LengthGroupedSampler, accept_adapters_on_head
 from ..data import DataCollatorForGroups, count_items, prepare_groups, require_rows
 from ..data.images import IMAGE_COLUMNS, rename_images
-from ..data.repeats import complete_step, number_rows, reduce_remainder, without_repeats
+from ..data.repeats import complete_step, number_rows, reduce_remainder, sum_on_all_ranks, without_repeats
 from ..data.sampler import GroupedByLength, balance
 from ..generation.labels import as_teacher
 from ..scoring import eval_mode
@@ -231,24 +231,24 @@ class GroupTrainer(SFTTrainer):
     # The step
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of an optimizer step without repeated groups, and its groups and completion tokens `(2,)`."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches:
-            batches[-1] = without_repeats(self.accelerator, batches[-1])
+        """The micro-batches of an optimizer step without repeated groups, and its counts, see [`~GroupTrainer.step_counts`]."""
+        # As they are read: accelerate forgets what the last round holds where a stream ends within a step.
+        batches = (without_repeats(self.accelerator, batch) for batch in epoch_iterator)
+        batches, _ = super().get_batch_samples(batches, num_batches, device)
         batches = complete_step(batches, num_batches)
         require_aligned_step(self, batches)
-        return batches, self.accelerator.reduce(self.count_items(batches).to(device), reduction="sum")
+        return batches, sum_on_all_ranks(self.accelerator, self.count_items(batches), batches)
 
     def step_counts(self, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | None) -> torch.Tensor:
         """
         What a `compute_loss` divides its sums by, so that neither gradient accumulation nor the number of processes
         changes the loss: the groups and completion tokens `(2,)` of the whole optimizer step, as `get_batch_samples` counted
-        them, or in evaluation those of the batch; at least 1. DDP and its kin average the gradients of the processes, so
-        each gets its share of the count.
+        them before its micro-batches with groups, or in evaluation those of the batch; at least 1. DDP and its kin average the
+        gradients of the processes, so each gets its share of the count.
         """
         if num_items_in_batch is None:
             return self.count_items([inputs]).clamp(min=1)
-        return num_items_in_batch.clamp(min=1) / self.accelerator.num_processes
+        return num_items_in_batch[:-1].clamp(min=1) / self.accelerator.num_processes
 
     @property
     def student_kwargs(self) -> dict[str, Any]:
@@ -262,23 +262,23 @@ class GroupTrainer(SFTTrainer):
     def add_router_loss(self, loss, aux_loss, num_items_in_batch):
         """
         Add the load-balancing loss of a mixture of experts, a scalar that the student's forward gave, to the loss of a
-        micro-batch: a mean over micro-batches, as `SFTTrainer` has it.
+        micro-batch: a mean over micro-batches, as `SFTTrainer` has it, of those that have groups.
 
         Raises:
             `ValueError`: If `args.router_aux_loss_coef` asks for such a loss and the student gives none.
         """
-        if not self.aux_loss_enabled:
+        # The configuration of some has a coefficient, Llama 4's for one, and their forward gives no loss.
+        if not self.aux_loss_enabled or (aux_loss is None and self.args.router_aux_loss_coef is None):
             return loss
-        if aux_loss is None and self.args.router_aux_loss_coef is None:
-            return loss  # its configuration has a coefficient, Llama 4's for one, and its forward no loss
         if aux_loss is None:
             raise ValueError(
                 f"`router_aux_loss_coef` is {self.args.router_aux_loss_coef}, and the forward of the student gives no "
                 "load-balancing loss. Set it to 0.0."
             )
         self.means.add("aux_loss", aux_loss.detach())
-        steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-        return loss + self.router_aux_loss_coef * aux_loss / steps
+        if num_items_in_batch is not None:  # its last count is of micro-batches, on all processes
+            aux_loss = aux_loss * self.accelerator.num_processes / num_items_in_batch[-1].clamp(min=1)
+        return loss + self.router_aux_loss_coef * aux_loss.sum()  # none where the batch has no groups
 
     # What is logged
 

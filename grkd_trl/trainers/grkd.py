@@ -18,7 +18,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 
 from .._trl import make_train_dataloader
-from ..data import count_items
+from ..data.repeats import sum_on_all_ranks
 from ..generation.checks import prepare_prompts
 from ..generation.labels import is_asked
 from ..generation.online import OnlineGroups
@@ -194,7 +194,7 @@ class GRKDTrainer(GroupTrainer):
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = list(self.online.batches(epoch_iterator, num_batches))
         require_aligned_step(self, batches)
-        return batches, self.accelerator.reduce(count_items(batches).to(device), reduction="sum")
+        return batches, sum_on_all_ranks(self.accelerator, self.count_items(batches), batches)
 
     def _prepare_inputs(self, inputs):
         if self.online is not None and isinstance(inputs, list):  # prompts of an evaluation

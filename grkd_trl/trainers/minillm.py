@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,11 +17,10 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer_utils import EvalPrediction
-from trl import SFTTrainer
 
 from ..data import plain_rows, prepare_prompts
 from ..data.images import has_image_columns
-from ..data.repeats import complete_step
+from ..data.repeats import complete_step, sum_on_all_ranks
 from ..generation.rollouts import MixtureRollouts
 from ..losses import clipped_policy_loss, minillm_returns, mixture_logps, reverse_kl
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
@@ -146,10 +146,9 @@ class MiniLLMTrainer(GroupTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # Not those of `GroupTrainer`, which counts completions that are still to be sampled
-        prompts, _ = SFTTrainer.get_batch_samples(self, epoch_iterator, num_batches, device)
-        batches, counts = self.rollouts.batches(prompts)
+        batches, counts = self.rollouts.batches(islice(epoch_iterator, num_batches))
         batches = complete_step(batches, num_batches)
-        return batches, self.accelerator.reduce(counts.to(device), reduction="sum")
+        return batches, sum_on_all_ranks(self.accelerator, counts, batches)
 
     def _prepare_inputs(self, inputs):
         if "prompt_ids" in inputs:  # prompts of an evaluation
