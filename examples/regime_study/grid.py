@@ -88,6 +88,7 @@ COMPARISONS = {
 COMPARISONS["real pair"] = {
     "ranking": [("grkd", "kd"), ("grkd lora", "kd lora")],
     "soft labels": [("kd", "sft"), ("grkd", "sft")],
+    "pairs, not soft labels": [("dpo", "kd"), ("simpo", "kd"), ("pro", "kd")],
 }
 COMPARISONS["privileged pair"] = {"ranking": [("grkd", "kd")], "the teacher's view": [("kd", "sft"), ("grkd", "sft")]}
 TASKS = {"logits": ("math_word", "scan"), "verifier": ("math_word",), "scores": ("math_word", "scan")}
