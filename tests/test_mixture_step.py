@@ -232,7 +232,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match="a `LocalTeacher` is asked for its most likely tokens"):
             make_trainer(tmp_path, teacher_model=LocalTeacher(make_teacher(), TOKENIZER), **fields)
 
-    @pytest.mark.parametrize("setup", [{"device": torch.device("cpu")}, {"loading": lambda: None}], ids=str)
+    @pytest.mark.parametrize(
+        "setup", [{"device": torch.device("cpu")}, {"loading": lambda: None}], ids=lambda setup: next(iter(setup))
+    )
     def test_teachers_that_are_placed_by_the_user(self, tmp_path, setup):
         teacher = TeacherEnsemble({"a": LazyTeacher(make_teacher(), TOKENIZER, **setup), "b": make_lazy()})
         with pytest.raises(ValueError, match="places the teacher 'a' beside the student: leave out its `device`"):
