@@ -5,8 +5,8 @@ import reference_rivals
 import reference_step
 import torch
 from datasets import Dataset
-from runs import VOCAB, logged, make_rows, make_student, make_trainer, train, weights
-from test_mixture_step import WHOLE, CutMixture, assert_step
+from runs import VOCAB, logged, make_rows, make_student, make_trainer, train
+from test_mixture_step import WHOLE, CutMixture, assert_resumes, assert_step
 from test_several_teachers import STEP, make_ensemble, make_models, slow_groups
 from tiny import use_tiles
 
@@ -86,12 +86,7 @@ class TestWholeStep:
 
     @pytest.mark.slow
     def test_resumed_is_uninterrupted(self, tmp_path):
-        fields = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 2, **WHOLE}
-        rows = routed(make_rows(scores=False))
-        whole, _ = train(tmp_path / "whole", rows, teacher_model=make_models, **fields)
-        resumed = make_trainer(tmp_path / "resumed", rows, teacher_model=make_models, **fields)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-        assert all(torch.equal(value, weights(whole.model)[name]) for name, value in weights(resumed.model).items())
+        assert_resumes(tmp_path, routed(make_rows(scores=False)))
 
     @pytest.mark.slow
     def test_evaluation(self, tmp_path):

@@ -47,6 +47,15 @@ def assert_step(trainer, gradients, loss, expected, tolerance=1e-5):
     assert max(relative_error(gradients[name], expected[name]) for name in expected) < tolerance
 
 
+def assert_resumes(folder, rows):
+    """From a checkpoint to the weights of an uninterrupted run, bit for bit."""
+    fields = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 2, **WHOLE}
+    whole, _ = train(folder / "whole", rows, teacher_model=make_models, **fields)
+    resumed = make_trainer(folder / "resumed", rows, teacher_model=make_models, **fields)
+    resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
+    assert all(torch.equal(value, weights(whole.model)[name]) for name, value in weights(resumed.model).items())
+
+
 class TestLogits:
     def test_by_hand(self):
         halves = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.1, 0.1, 0.8, 5.0]]).log()
@@ -181,12 +190,7 @@ class TestWholeStep:
 
     @pytest.mark.slow
     def test_resumed_is_uninterrupted(self, tmp_path):
-        fields = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 2, **WHOLE}
-        rows = make_rows(scores=False)
-        whole, _ = train(tmp_path / "whole", rows, teacher_model=make_models, **fields)
-        resumed = make_trainer(tmp_path / "resumed", rows, teacher_model=make_models, **fields)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-        assert all(torch.equal(value, weights(whole.model)[name]) for name, value in weights(resumed.model).items())
+        assert_resumes(tmp_path, make_rows(scores=False))
 
     @pytest.mark.slow
     def test_evaluation(self, tmp_path):

@@ -247,7 +247,8 @@ def add_scores(
 
     Returns:
         `list[dict]`: The groups, with `teacher_scores`, `num_tokens` and `surprises`, of several teachers with
-        `teacher_agreement` and `teacher_pair_agreement`, with the columns of [`~teacher.cache_soft_labels`] where k is given, and perhaps fewer completions.
+        `teacher_agreement` and `teacher_pair_agreement`, with the columns of [`~teacher.cache_soft_labels`] where k is given,
+        and perhaps fewer completions.
     """
     made = ask_teachers(groups, scorer, teacher=teacher, k=k)
     return [keep(group | own, kept) for group, (own, kept) in zip(groups, made, strict=True)]

@@ -219,6 +219,7 @@ class GRKDTrainer(GroupTrainer):
         if self.teacher_model is not None:
             with self.teaching(model) as teacher_model:
                 given: dict[str, Any] = {"score": args.score, "return_logits": args.needs_teacher_logits, **sharing}
+                given["reads_pairs"] = args.reads_pair_agreement
                 teacher, teacher_scores, agreement = read_as_teacher(self, teacher_model, inputs, **given)
         softening: dict[str, Any] = {"temperature": args.soft_label_temperature}
 

@@ -32,7 +32,13 @@ class TeachersOfStep(torch.nn.ModuleList):
 
 
 def read_as_teacher(
-    trainer: Any, teacher: torch.nn.Module, inputs: dict[str, torch.Tensor], *, score: str, **kwargs: Any
+    trainer: Any,
+    teacher: torch.nn.Module,
+    inputs: dict[str, torch.Tensor],
+    *,
+    score: str,
+    reads_pairs: bool = False,
+    **kwargs: Any,
 ) -> tuple[CompletionScores, torch.Tensor, torch.Tensor | None]:
     """
     Score a batch with the teacher of the training step. Several are read one after the other: their next-token distributions
@@ -47,13 +53,16 @@ def read_as_teacher(
             Batch of groups.
         score (`str`):
             `"mean"` or `"sum"`, see [`~scoring.sequence_scores`].
+        reads_pairs (`bool`, *optional*, defaults to `False`):
+            Whether to compute how far several teachers agree on each pair.
         **kwargs:
             As for [`~scoring.score_as_teacher`].
 
     Returns:
         `tuple[CompletionScores, torch.Tensor, torch.Tensor]`: What it says; the teacher's scores `(P, G)`, those that the batch has
         or its own; and how far several teachers agree on each pair of these `(P, G, G)`, see
-        [`~teacher.combination.pair_agreement`], or `None` where it is not known.
+        [`~teacher.combination.pair_agreement`], or `None` where it is not known
+        or not computed.
     """
     models = teacher if isinstance(teacher, TeachersOfStep) else [teacher]
     read = [score_as_teacher(own, inputs, **kwargs) for own in models]
@@ -75,12 +84,13 @@ def read_as_teacher(
     for name, values in of_each.items():
         refuse_not_finite(values.masked_fill(~is_read[name], 0.0), f"The scores of the teacher {name!r}")
     combined, agreements = torch.zeros_like(scores[0]), []
-    of_pairs = combined.new_zeros(*combined.shape, combined.shape[-1])
+    of_pairs = combined.new_zeros(*combined.shape, combined.shape[-1]) if reads_pairs else None
     for group, present in enumerate(group_mask):
         own = {n: values[group][present].tolist() for n, values in of_each.items() if is_read[n][group].any()}
         as_one, size = combine_scores(own, teacher.weights, combine=teacher.combine), int(present.sum())
         combined[group, :size] = combined.new_tensor(as_one)  # a group's completions come first
-        of_pairs[group, :size, :size] = combined.new_tensor(pair_agreement(own, teacher.weights, as_one))
+        if of_pairs is not None:
+            of_pairs[group, :size, :size] = combined.new_tensor(pair_agreement(own, teacher.weights, as_one))
         agreements += [agreement(own)] if len(own) > 1 else []
     trainer.means.add("rank/agreement", torch.tensor(agreements))
     return mixed, combined, of_pairs
