@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import time
 from importlib.metadata import version
@@ -21,6 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 # (prompt, chosen, rejected) of 256 rows of UltraFeedback, in tokens of four characters.
 ULTRAFEEDBACK = json.loads(Path(__file__).with_name("ultrafeedback_lengths.json").read_text())
+STATUS = Path("/proc/self/status")
 
 
 def make_model(vocab_size, hidden_size, num_layers, seed=0):
@@ -140,6 +142,11 @@ def ratio(seconds, slow, fast):
     quartiles = statistics.quantiles([a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)], n=4)
     medians = statistics.median(seconds[slow]) / statistics.median(seconds[fast])
     return {"ratio": round(medians, 3), "quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)]}
+
+
+def in_status(name):
+    """A size of this process in MiB, as Linux has it. `ru_maxrss` may be that of the one that started it."""
+    return int(re.search(rf"^{name}:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)[1]) / 1024
 
 
 def machine():

@@ -28,7 +28,7 @@ from trl import DPOConfig, DPOTrainer
 
 from grkd_trl import GRKDConfig, GRKDTrainer
 from grkd_trl.data import prepare_groups
-from grkd_trl.examples.benchmarks.common import make_model, ratio, report, trainer_fields
+from grkd_trl.examples.benchmarks.common import STATUS, in_status, make_model, ratio, report, trainer_fields
 
 
 MAX_LENGTH = 1024
@@ -98,17 +98,16 @@ class PeakOfProcess(threading.Thread):
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.status, self.most = Path("/proc/self/status"), 0
+        self.most = 0.0
 
     def run(self):
-        while self.status.exists():
-            (line,) = (line for line in self.status.read_text().splitlines() if line.startswith("RssAnon"))
-            self.most = max(self.most, int(line.split()[1]))
+        while STATUS.exists():
+            self.most = max(self.most, in_status("RssAnon"))
             time.sleep(0.05)
 
     @property
     def mebibytes(self):
-        return (self.most or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) // 1024
+        return round(self.most or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def run(model, path, folder):

@@ -11,11 +11,9 @@ single rounds. Memory is what a process of its own adds at its peak to what it h
 """
 
 import argparse
-import re
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -50,16 +48,11 @@ def make_trainer(args, kind, groups, url, folder):
     return GRKDTrainer(model=student, args=config, processing_class=tokenizer, **given)
 
 
-def peak():
-    """Of this process, in MiB. `ru_maxrss` would count the one that started it."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
-
 def memory(args, kind, groups, url, result):
-    groups, before = Dataset.from_list(groups), peak()
+    groups, before = Dataset.from_list(groups), common.in_status("VmHWM")
     with tempfile.TemporaryDirectory() as folder:
         make_trainer(args, kind, groups, url, folder).train()
-    result.send(peak() - before)
+    result.send(common.in_status("VmHWM") - before)
 
 
 def measure(args):
