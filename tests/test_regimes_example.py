@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grkd_trl.evaluation.results import check_result
 from grkd_trl.examples import regimes
 from grkd_trl.examples.benchmarks import privileged_ranks
+from grkd_trl.examples.comparison.tasks import keyed
 from grkd_trl.examples.regime_study import run, tasks
 from grkd_trl.examples.regime_study.report import read_values, write
 from grkd_trl.examples.regime_study.study import poor_teacher
@@ -29,7 +30,12 @@ MEASURES = (
     "length",
     "rank accuracy",
 )
-METHODS = [(regime, method) for regime, (_, methods) in regimes.REGIMES.items() for method in methods]
+METHODS = [
+    (regime, method)
+    for regime, (_, methods) in regimes.REGIMES.items()
+    for method, own in methods.items()
+    if regime != "ablations" or own.keys() & set(tasks.GROUP_SETTINGS)
+]
 NAMES = ("Ann", "Ben", "Cem", "Dov", "Eva", "Fay")
 NOUNS = ("pears", "cards", "books", "coins", "shells")
 
@@ -236,6 +242,33 @@ def test_a_teacher_that_sees_the_solution_is_measured_with_it(settings, tmp_path
     assert row["metrics"]["greedy"] == pytest.approx(
         sum(item.is_right(text) for item, (text,) in zip(items, texts, strict=True)) / len(items)
     )
+
+
+def test_ablations_have_one_rate_and_groups_of_their_own(tmp_path, monkeypatch):
+    made, asked = [], {}
+    monkeypatch.setattr(regimes, "make_start", lambda settings, seed: made.append((settings, seed)))
+    monkeypatch.setattr(regimes, "study", lambda run, folder, methods, **given: asked.update(given, methods=methods))
+    command = ["--mawps", "unread.csv", "--output_dir", str(tmp_path), "--regimes", "ablations", "--tasks", "scan"]
+    regimes.main([*command, "--methods", "grkd", "grkd tau 3", "grkd groups of 2", "grkd student writes"])
+    assert (asked["rates"], asked["tune"], asked["seeds"]) == ((1e-3,), 0, [0, 1, 2])
+    own = {name: {**asked["shared"], **changed} for name, changed in asked["methods"].items()}
+    starts = [own["grkd"], own["grkd groups of 2"], own["grkd student writes"]]  # tau 3 has the groups of grkd
+    assert made == [(settings, seed) for settings in starts for seed in (0, 1, 2)]
+
+
+@pytest.mark.slow
+def test_groups_of_another_size_or_writer(settings):
+    shared = settings | {"task": "math_word"} | regimes.REGIMES["ablations"][0]
+    small, own = (tasks.make_start(shared | given, 0) for given in ({"group_size": 2}, {"written_by": "student"}))
+    assert {len(group) for group in small.groups["completions"]} == {2}
+    assert {who for group in own.groups["written_by"] for who in group} == {"student"}
+    assert small.held_out.to_list() == own.held_out.to_list() == tasks.make_start(shared, 0).held_out.to_list()
+
+
+def test_nothing_of_another_recipe_is_read(tmp_path):
+    paths = {keyed(tmp_path / "teacher", {"b": 1, "a": 2}, rows, 3) for rows in ([["x", "y"]], [["x", "z"]])}
+    assert len(paths) == 2 and {path.name[:8] for path in paths} == {"teacher-"}
+    assert keyed(tmp_path / "teacher", {"a": 2, "b": 1}, [["x", "y"]], 3) in paths
 
 
 def test_the_published_verdicts_are_those_of_the_published_values():

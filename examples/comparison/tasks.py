@@ -1,5 +1,7 @@
 """The tasks of `compare.py`: models to start from, groups to learn from, items to test on."""
 
+import hashlib
+import json
 import os
 import random
 from collections.abc import Callable
@@ -58,14 +60,21 @@ def _write(model, tokenizer, prompts: list, max_new_tokens: int) -> list[str]:
     return [text for (text,) in texts]
 
 
+def keyed(path: Path, *recipe: Any) -> Path:
+    """The path, with what was made in its name: after a change of the recipe nothing old is read."""
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
+    return path.with_name(f"{path.name}-{key}")
+
+
 def trained(folder: Path, tokenizer, rows, *, num_layers: int, width: int, **kwargs) -> str:
     """Path of a model that was trained from scratch, once."""
+    folder = keyed(folder, tokenizer.get_vocab(), list(rows), num_layers, width, kwargs)
     if not folder.exists():
         print(f"Training {folder} from scratch", flush=True)
         set_seed(0)
         model = new_llama(tokenizer, num_layers=num_layers, width=width)
         pretrain(model, tokenizer, rows, **kwargs)
-        part = folder.with_suffix(f".{os.getpid()}.part")
+        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         if not folder.exists():
@@ -103,9 +112,10 @@ def split_problems(paths: list[str], num_held_out: int) -> tuple[list[MathWordPr
 def _groups(task: str, student: str, teacher: str, prompts: list[str], settings: dict[str, Any], seed: int) -> Path:
     """Groups of a seed, by default of one completion by the teacher and three by the student, written once."""
     size, who = settings.get("num_completions", 4), settings.get("written_by", "mixed")
-    path = Path(settings["work_dir"]) / task / f"groups-{who}-{size}-{seed}.jsonl"
+    chosen = draw_prompts(prompts, settings["num_prompts"], seed)
+    made_of = [Path(student).name, Path(teacher).name, chosen]
+    path = keyed(Path(settings["work_dir"]) / task / f"groups-{who}-{size}-{seed}", *made_of).with_suffix(".jsonl")
     if not path.exists():
-        chosen = draw_prompts(prompts, settings["num_prompts"], seed)
         set_seed(seed)
         by_teacher = WRITTEN_BY[who](size)
         models = [AutoModelForCausalLM.from_pretrained(name) for name in (teacher, student)]

@@ -66,6 +66,36 @@ REGIMES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
         },
     ),
 }
+# GRKD with one setting changed at a time, at one rate and with three seeds: what a run's name says beside the defaults.
+ABLATION_RATE, ABLATION_SEEDS = 1e-3, [0, 1, 2]
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "alpha 0 (KD)": {"alpha_end": 0.0},
+    "alpha to 0.1": {"alpha_end": 0.1},
+    "alpha to 0.6": {"alpha_end": 0.6},
+    "alpha to 1": {"alpha_end": 1.0},
+    "alpha constant": {"alpha_schedule": "constant"},
+    "alpha cosine": {"alpha_schedule": "cosine"},
+    "tau 0.1": {"ranking_temperature": 0.1},
+    "tau 0.3": {"ranking_temperature": 0.3},
+    "tau 3": {"ranking_temperature": 3.0},
+    "sum of logps, tau 10": {"score": "sum", "ranking_temperature": 10.0},
+    "group soft labels": {"soft_label": "group"},
+    "no soft labels": {"soft_label": "none"},
+    "soft labels at 2": {"soft_label_temperature": 2.0},
+    "tokens ranked": {"relative_level": "tokens"},
+    "2 tokens ranked": {"relative_level": "tokens", "relative_top_k": 2},
+    "groups of 2": {"group_size": 2},
+    "groups of 8": {"group_size": 8},
+    "groups of 16": {"group_size": 16},
+    "teacher writes": {"written_by": "teacher"},
+    "student writes": {"written_by": "student"},
+    "sft_weight 1": {"sft_weight": 1.0},
+    "sft_weight 1, alpha to 0.6": {"sft_weight": 1.0, "alpha_end": 0.6},
+}
+REGIMES["ablations"] = (
+    {"teacher": "same_tokenizer", "scores": "teacher"},
+    {"grkd": {}} | {f"grkd {name}": own for name, own in ABLATIONS.items()},
+)
 # By regime: a method and the one that it is compared to, for what the method has in addition.
 COMPARISONS = {
     "logits": {
@@ -85,6 +115,7 @@ COMPARISONS = {
         "the teacher's view": [("kd", "sft"), ("grkd", "sft")],
     },
 }
+COMPARISONS["ablations"] = {"one setting": [(f"grkd {name}", "grkd") for name in ABLATIONS]}
 COMPARISONS["real pair"] = {
     "ranking": [("grkd", "kd"), ("grkd lora", "kd lora")],
     "soft labels": [("kd", "sft"), ("grkd", "sft")],
@@ -92,7 +123,7 @@ COMPARISONS["real pair"] = {
 }
 COMPARISONS["privileged pair"] = {"ranking": [("grkd", "kd")], "the teacher's view": [("kd", "sft"), ("grkd", "sft")]}
 TASKS = {"logits": ("math_word", "scan"), "verifier": ("math_word",), "scores": ("math_word", "scan")}
-TASKS |= {"privileged": ("math_word",)}
+TASKS |= {"privileged": ("math_word",), "ablations": ("math_word", "scan")}
 # Of the real pair, by what the teacher is shown
 PAIR_METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "prompt": {

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_dataset
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,8 +14,7 @@ from grkd_trl.examples.comparison.tasks import pair_agreement
 from grkd_trl.examples.pruning.layers import claim_folder, drop_layers
 from grkd_trl.examples.regime_study.measures import written_columns
 from grkd_trl.examples.regime_study.run import carry_out
-from grkd_trl.examples.regime_study.tasks import Start
-from grkd_trl.generation import GroupsConfig, generate_groups
+from grkd_trl.examples.regime_study.tasks import Start, made_groups
 from grkd_trl.teacher import LocalTeacher
 
 
@@ -80,8 +79,17 @@ def make_start(settings: dict[str, Any], seed: int) -> Start:
         )
         items = dict(zip(items, shown, strict=True))
     kind = "" if settings["teacher"] == "same_tokenizer" else "shown-"
-    groups = _groups(f"{kind}groups-{seed}", paths, drawn, settings, seed)
-    watched = {name: _groups(kind + name, paths, rows, settings, 10**6) for name, rows in items.items()}
+
+    def make_groups(name: str, rows: Dataset, seed: int) -> Dataset:
+        rows = rows.select_columns([name for name in ASKED if name in rows.column_names])
+        own = {"completion_source": "mixed", "num_completions": 4, "num_drawn": 4, "num_teacher_completions": 2}
+        own |= {"max_completion_length": settings["max_new_tokens"], "seed": seed}
+        return made_groups(
+            Path(settings["work_dir"]) / (kind + name), (paths["student"], paths["teacher"]), rows, **own
+        )
+
+    groups = make_groups(f"groups-{seed}", drawn, seed)
+    watched = {name: make_groups(name, rows, 10**6) for name, rows in items.items()}
     return Start(paths["student"], paths["teacher"], groups, watched, items, settings["max_new_tokens"])
 
 
@@ -95,25 +103,6 @@ def _with_reference(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_new_t
         return {"teacher_prompt": shown, "reference": tokenizer.decode(ids[:max_new_tokens])}
 
     return rows.map(show)
-
-
-def _groups(name: str, paths: dict[str, str], rows: Dataset, settings: dict[str, Any], seed: int) -> Dataset:
-    folder = Path(settings["work_dir"]) / name
-    if not (folder / "done").exists():
-        writers = {who: _teacher(path) for who, path in paths.items()}
-        config = GroupsConfig(
-            output_dir=str(folder / "made"),
-            completion_source="mixed",
-            num_completions=4,
-            num_drawn=4,
-            num_teacher_completions=2,
-            max_completion_length=settings["max_new_tokens"],
-            seed=seed,
-        )
-        asked = rows.select_columns([name for name in ASKED if name in rows.column_names])
-        generate_groups(asked, config, **writers).save_to_disk(folder / "part")
-        (folder / "part").rename(folder / "done")  # complete or not at all
-    return load_from_disk(folder / "done")
 
 
 def _teacher(path: str) -> LocalTeacher:

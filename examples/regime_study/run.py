@@ -17,14 +17,14 @@ from trl import GRPOConfig, GRPOTrainer
 from grkd_trl.examples.comparison.run import METHODS, Budget, versions
 from grkd_trl.examples.demonstration.models import training
 from grkd_trl.examples.regime_study.measures import measure
-from grkd_trl.examples.regime_study.tasks import Item, Start, make_start, verdicts
+from grkd_trl.examples.regime_study.tasks import GROUP_SETTINGS, Item, Start, make_start, verdicts
 from grkd_trl.teacher import LocalTeacher
 
 
 TRAINERS = METHODS | {"grpo": (GRPOTrainer, GRPOConfig)}  # TRL's
 # Settings of the study; all others are the method's own.
 SHARED = ("task", "teacher", "scores", "data", "work_dir", "num_prompts", "pretraining", "max_new_tokens")
-SHARED += ("batch_size", "max_steps", "learning_rate", "learns_from", "model", "drop", "lora_rank")
+SHARED += ("batch_size", "max_steps", "learning_rate", "learns_from", "model", "drop", "lora_rank", *GROUP_SETTINGS)
 GROUP = 4
 PROMPT_COLUMNS = ("prompt", "teacher_prompt", "numbers", "answer")
 

@@ -38,7 +38,7 @@ def study(
         rates (`Sequence[float]`):
             Learning rates, a trial each. LoRA's are `LORA_TIMES` as high.
         tune (`int`):
-            Trials of each method.
+            Trials of each method. 0 tests the first rate.
         tuning_seeds (`list[int]`):
             Seeds of each trial.
         **common:
@@ -50,6 +50,8 @@ def study(
     times = {name: LORA_TIMES if "lora_rank" in own else 1 for name, own in methods.items()}
     space = {name: [own | {"learning_rate": rate * times[name]} for rate in rates] for name, own in methods.items()}
     tuned: dict[str, Any] = {"search_space": space, "tune": tune, "tuning_seed": tuning_seeds}
+    if not tune:
+        tuned = {"settings": {name: points[0] for name, points in space.items()}}
     results = compare(run, output_dir, methods=list(methods), seeds=seeds, **tuned, **common)
     again = at_baseline_rate(results, common["task"], methods)
     if again:

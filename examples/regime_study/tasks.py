@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from grkd_trl.evaluation import MathWordProblem, scan_split, solves
-from grkd_trl.examples.comparison.tasks import ask_problem, draw_prompts, split_problems, trained
+from grkd_trl.examples.comparison.tasks import ask_problem, draw_prompts, keyed, split_problems, trained
 from grkd_trl.examples.demonstration.models import PROMPT, word_tokenizer
 from grkd_trl.generation import GroupsConfig, generate_groups
 from grkd_trl.teacher import CallableScorer, LocalTeacher, Scorer
@@ -24,6 +24,7 @@ SIZES = {
     "scan": {"student": (2, 64, 3e-3, 500, 64), "teacher": (3, 128, 2e-3, 1500, 64)},
 }
 NUM_STUDENT_ROWS = {"math_word": 300, "scan": 800}
+GROUP_SETTINGS = ("group_size", "written_by")  # what a method may change of its groups
 
 
 class Item(NamedTuple):
@@ -88,30 +89,33 @@ def subword_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
 
 
-def _groups(
-    name: str,
-    start: tuple[str, str],
-    rows: list[dict],
-    settings: dict[str, Any],
-    seed: int,
-    scorer: Scorer | None = None,
+def made_groups(
+    folder: Path, start: tuple[str, str], rows: Dataset, scorer: Scorer | None = None, **config: Any
 ) -> Dataset:
-    """Groups of these rows, made once."""
-    folder = Path(settings["work_dir"]) / f"{settings['task']}-{name}-{seed}"
+    """
+    Groups, made once.
+
+    Args:
+        folder (`Path`):
+            Folder to keep them in, to whose name a key of all that they are made of is added.
+        start (`tuple[str, str]`):
+            Paths of the student and the teacher.
+        rows ([`~datasets.Dataset`]):
+            Prompts.
+        scorer ([`~teacher.Scorer`], *optional*):
+            Scores the completions in place of the teacher.
+        **config:
+            Fields of [`~generation.GroupsConfig`].
+
+    Returns:
+        [`~datasets.Dataset`]: The groups.
+    """
+    folder = keyed(folder, [Path(path).name for path in start], rows.to_list(), config)
     if not (folder / "done").exists():
         models = [AutoModelForCausalLM.from_pretrained(path) for path in start]
         student, teacher = map(LocalTeacher, models, map(AutoTokenizer.from_pretrained, start))
-        longer = 3 if settings["teacher"] == "other_tokenizer" else 1  # whose tokens are shorter
-        config = GroupsConfig(
-            output_dir=str(folder / "made"),
-            completion_source="student" if settings["teacher"] == "sees_solution" else "mixed",
-            num_completions=4,
-            num_drawn=7,
-            max_completion_length=longer * settings["max_new_tokens"],
-            prompts_per_shard=200,
-            seed=seed,
-        )
-        groups = generate_groups(Dataset.from_list(rows), config, student=student, teacher=teacher, scorer=scorer)
+        given = GroupsConfig(output_dir=str(folder / "made"), **config)
+        groups = generate_groups(rows, given, student=student, teacher=teacher, scorer=scorer)
         groups.save_to_disk(folder / "part")
         (folder / "part").rename(folder / "done")  # complete or not at all
     return load_from_disk(folder / "done")
@@ -125,7 +129,8 @@ def make_start(settings: dict[str, Any], seed: int) -> Start:
         settings (`dict[str, Any]`):
             `task` (`"scan"` or `"math_word"`), `teacher` (`"same_tokenizer"`, `"other_tokenizer"`, or `"sees_solution"`,
             which is the student), `scores` (by `"teacher"` or `"verifier"`), `data`, `work_dir`, `num_prompts`,
-            `pretraining` (share of the steps that models are trained for) and `max_new_tokens`.
+            `pretraining` (share of the steps that models are trained for) and `max_new_tokens`; and perhaps `group_size`
+            (4) and `written_by` (`"teacher"`, `"student"` or `"mixed"`) of the groups to train on.
         seed (`int`):
             Decides the prompts, and what is written for them.
 
@@ -156,14 +161,24 @@ def make_start(settings: dict[str, Any], seed: int) -> Start:
         rows = [(ask(row), text) for row, text in known]
         teacher = make(f"teacher_{settings['teacher']}", "teacher", own, rows)
 
+    test, validation = held_out[:NUM_TEST], held_out[NUM_TEST:]
+    kind = f"{settings['task']}-{settings['teacher']}"
+    longer = 3 if settings["teacher"] == "other_tokenizer" else 1  # whose tokens are shorter
+    shared = {"max_completion_length": longer * settings["max_new_tokens"], "prompts_per_shard": 200}
+
+    def make_groups(
+        name: str, pairs: list, seed: int, scorer: Scorer | None = None, size: int = 4, written_by: str | None = None
+    ) -> Dataset:
+        rows = Dataset.from_list([_row(settings, ask, *pair) for pair in pairs])
+        source = written_by or ("student" if student == teacher else "mixed")
+        own = {"completion_source": source, "num_completions": size, "num_drawn": 2 * size - 1, "seed": seed}
+        return made_groups(Path(settings["work_dir"]) / name, (student, teacher), rows, scorer, **shared, **own)
+
     chosen = draw_prompts(unseen, settings["num_prompts"], seed)
     scorer = CallableScorer(verdicts) if settings["scores"] == "verifier" else None
-    rows = [_row(settings, ask, *pair) for pair in chosen]
-    test, validation = held_out[:NUM_TEST], held_out[NUM_TEST:]
-    kind = settings["teacher"]
-    groups = _groups(f"{kind}-{settings['scores']}", (student, teacher), rows, settings, seed, scorer)
-    watched = [_row(settings, ask, *pair) for pair in validation[:NUM_HELD_OUT_GROUPS]]
-    ranked = _groups(f"{kind}-held_out", (student, teacher), watched, settings, 10**6)
+    own = {"size": settings.get("group_size", 4), "written_by": settings.get("written_by")}
+    groups = make_groups(f"{kind}-{settings['scores']}-{seed}", chosen, seed, scorer, **own)
+    ranked = make_groups(f"{kind}-held_out", validation[:NUM_HELD_OUT_GROUPS], 10**6)
     items = {
         split: [Item(_row(settings, ask, *pair), partial(_is_right, pair)) for pair in part]
         for split, part in (("test", test), ("validation", validation))

@@ -22,7 +22,7 @@ def at_baseline_rate(results: Path, task: str, methods: dict[str, dict[str, Any]
     """Ranking at the learning rate of the same losses without it, where the two were tested at different rates."""
     done = {row["method"]: row for row in read_results(results) if row["task"] == task}
     rates = {name: row["settings"]["learning_rate"] for name, row in done.items() if name in methods}
-    pairs = [pair for pair in COMPARISONS[task.split(",")[0]]["ranking"] if set(pair) <= rates.keys()]
+    pairs = [pair for pair in COMPARISONS[task.split(",")[0]].get("ranking", []) if set(pair) <= rates.keys()]
     again = {f"{one} at the rate of {other}": methods[one] | {"learning_rate": rates[other]} for one, other in pairs}
     return {name: again[name] for name, (one, other) in zip(again, pairs, strict=True) if rates[one] != rates[other]}
 
