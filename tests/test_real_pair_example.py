@@ -11,7 +11,7 @@ from grkd_trl.data import encode_prompt
 from grkd_trl.evaluation.results import read_results
 from grkd_trl.examples import real_pair
 from grkd_trl.examples.regime_study import real_pair as study
-from grkd_trl.examples.regime_study.grid import PAIR_RATES
+from grkd_trl.examples.regime_study.grid import PAIR_ONLINE, PAIR_RATES
 from grkd_trl.examples.regime_study.run import training_data
 from grkd_trl.teacher import LocalTeacher
 
@@ -61,11 +61,12 @@ def test_the_command_goes_on_and_reports(given, tmp_path):
     assert (report / "real_pair_ultrafeedback.png").exists()
 
 
-def test_a_teacher_that_is_shown_how_the_answer_begins(given, tmp_path):
-    real_pair.main(command(given, tmp_path, "--shown", "reference", "--methods", "kd", "sft"))
+def test_a_teacher_that_is_shown_how_the_answer_begins(given, tmp_path, monkeypatch):
+    monkeypatch.setitem(PAIR_ONLINE, "generate_every", 2)  # of two steps
+    real_pair.main(command(given, tmp_path, "--shown", "reference", "--methods", "kd", "sft", "grkd online"))
     rows = {row["method"]: row for row in read_results(tmp_path / "results.jsonl")}
     assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(
-        ["student before", "teacher", "kd", "sft"], "done"
+        ["student before", "teacher", "kd", "sft", "grkd online"], "done"
     )
     assert all(set(row["metrics"]) == MEASURES | {"reference", "cpu_seconds"} for row in rows.values())
     assert rows["teacher"]["metrics"]["rank accuracy"] == 1.0, "the teacher reads its groups as it scored them"

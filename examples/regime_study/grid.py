@@ -120,11 +120,22 @@ COMPARISONS["real pair"] = {
     "ranking": [("grkd", "kd"), ("grkd lora", "kd lora")],
     "soft labels": [("kd", "sft"), ("grkd", "sft")],
     "pairs, not soft labels": [("dpo", "kd"), ("simpo", "kd"), ("pro", "kd")],
+    "online groups": [("grkd online", "grkd")],
 }
-COMPARISONS["privileged pair"] = {"ranking": [("grkd", "kd")], "the teacher's view": [("kd", "sft"), ("grkd", "sft")]}
+COMPARISONS["privileged pair"] = {
+    "ranking": [("grkd", "kd")],
+    "the teacher's view": [("kd", "sft"), ("grkd", "sft")],
+    "online groups": [("grkd online", "grkd")],
+}
 TASKS = {"logits": ("math_word", "scan"), "verifier": ("math_word",), "scores": ("math_word", "scan")}
 TASKS |= {"privileged": ("math_word",), "ablations": ("math_word", "scan")}
 # Of the real pair, by what the teacher is shown
+PAIR_ONLINE = {
+    "generate_every": 4,
+    "learns_from": "prompts",
+    "completion_source": "mixed",
+    "num_teacher_completions": 2,
+}
 PAIR_METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "prompt": {
         "grkd": {},
@@ -135,6 +146,7 @@ PAIR_METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "simpo": {},
         "pro": {},
         "gkd": {"learns_from": "prompts"},
+        "grkd online": PAIR_ONLINE,
         "grkd lora": {"lora_rank": 16},
         "kd lora": {"lora_rank": 16},
     },
@@ -143,6 +155,7 @@ PAIR_METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "kd": {},
         "sft": {"learns_from": "reference"},
         "seqkd": {"learns_from": "prompts"},
+        "grkd online": PAIR_ONLINE,
     },
 }
 PAIR_RATES, LORA_TIMES = (1e-5, 3e-5, 1e-4, 3e-4), 10  # LoRA's rates are so many times as high
