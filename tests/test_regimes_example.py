@@ -260,7 +260,9 @@ def test_ablations_have_one_rate_and_groups_of_their_own(tmp_path, monkeypatch):
 def test_groups_of_another_size_or_writer(settings):
     shared = settings | {"task": "math_word"} | regimes.REGIMES["ablations"][0]
     small, own = (tasks.make_start(shared | given, 0) for given in ({"group_size": 2}, {"written_by": "student"}))
+    drawn = tasks.make_start(shared | {"num_drawn": 4}, 0)
     assert {len(group) for group in small.groups["completions"]} == {2}
+    assert len(drawn.groups) <= 24 and drawn.groups.to_list() != tasks.make_start(shared, 0).groups.to_list()
     assert {who for group in own.groups["written_by"] for who in group} == {"student"}
     assert small.held_out.to_list() == own.held_out.to_list() == tasks.make_start(shared, 0).held_out.to_list()
 

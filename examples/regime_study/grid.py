@@ -87,6 +87,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "groups of 2": {"group_size": 2},
     "groups of 8": {"group_size": 8},
     "groups of 16": {"group_size": 16},
+    "all that were drawn": {"num_drawn": 4},  # where by default 4 of 7 are kept that are furthest apart
     "teacher writes": {"written_by": "teacher"},
     "student writes": {"written_by": "student"},
     "sft_weight 1": {"sft_weight": 1.0},

@@ -24,7 +24,7 @@ SIZES = {
     "scan": {"student": (2, 64, 3e-3, 500, 64), "teacher": (3, 128, 2e-3, 1500, 64)},
 }
 NUM_STUDENT_ROWS = {"math_word": 300, "scan": 800}
-GROUP_SETTINGS = ("group_size", "written_by")  # what a method may change of its groups
+GROUP_SETTINGS = ("group_size", "num_drawn", "written_by")  # what a method may change of its groups
 
 
 class Item(NamedTuple):
@@ -129,8 +129,9 @@ def make_start(settings: dict[str, Any], seed: int) -> Start:
         settings (`dict[str, Any]`):
             `task` (`"scan"` or `"math_word"`), `teacher` (`"same_tokenizer"`, `"other_tokenizer"`, or `"sees_solution"`,
             which is the student), `scores` (by `"teacher"` or `"verifier"`), `data`, `work_dir`, `num_prompts`,
-            `pretraining` (share of the steps that models are trained for) and `max_new_tokens`; and perhaps `group_size`
-            (4) and `written_by` (`"teacher"`, `"student"` or `"mixed"`) of the groups to train on.
+            `pretraining` (share of the steps that models are trained for) and `max_new_tokens`; and perhaps of the groups to
+            train on `group_size` (4), `num_drawn` (one less than twice as many) and `written_by` (`"teacher"`, `"student"`
+            or `"mixed"`).
         seed (`int`):
             Decides the prompts, and what is written for them.
 
@@ -166,17 +167,18 @@ def make_start(settings: dict[str, Any], seed: int) -> Start:
     longer = 3 if settings["teacher"] == "other_tokenizer" else 1  # whose tokens are shorter
     shared = {"max_completion_length": longer * settings["max_new_tokens"], "prompts_per_shard": 200}
 
-    def make_groups(
-        name: str, pairs: list, seed: int, scorer: Scorer | None = None, size: int = 4, written_by: str | None = None
-    ) -> Dataset:
+    shared["completion_source"] = "student" if student == teacher else "mixed"
+
+    def make_groups(name: str, pairs: list, seed: int, scorer: Scorer | None = None, **own: Any) -> Dataset:
         rows = Dataset.from_list([_row(settings, ask, *pair) for pair in pairs])
-        source = written_by or ("student" if student == teacher else "mixed")
-        own = {"completion_source": source, "num_completions": size, "num_drawn": 2 * size - 1, "seed": seed}
-        return made_groups(Path(settings["work_dir"]) / name, (student, teacher), rows, scorer, **shared, **own)
+        size = own.get("num_completions", 4)
+        config = shared | {"num_completions": size, "num_drawn": 2 * size - 1, "seed": seed} | own
+        return made_groups(Path(settings["work_dir"]) / name, (student, teacher), rows, scorer, **config)
 
     chosen = draw_prompts(unseen, settings["num_prompts"], seed)
     scorer = CallableScorer(verdicts) if settings["scores"] == "verifier" else None
-    own = {"size": settings.get("group_size", 4), "written_by": settings.get("written_by")}
+    fields = zip(GROUP_SETTINGS, ("num_completions", "num_drawn", "completion_source"), strict=True)
+    own = {field: settings[name] for name, field in fields if name in settings}
     groups = make_groups(f"{kind}-{settings['scores']}-{seed}", chosen, seed, scorer, **own)
     ranked = make_groups(f"{kind}-held_out", validation[:NUM_HELD_OUT_GROUPS], 10**6)
     items = {
