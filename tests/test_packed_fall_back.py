@@ -13,7 +13,8 @@ from grkd_trl.scoring import (
     shared_prompts,
 )
 from grkd_trl.scoring import rows as scoring_rows
-from grkd_trl.scoring.packed_check import precisions_at_once
+from grkd_trl.scoring.packed_check import chosen_ways
+from grkd_trl.scoring.packed_ways import FLEX, VARLEN, ways_at_once
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ class TestFallBack:
         packed_check.logger.warning_once.cache_clear()
         with caplog.at_level("WARNING"):
             assert check_packed_rows_on_all_ranks(model, CPU) is None
-        assert not precisions_at_once(model)
+        assert not chosen_ways(model)
         assert_same(model, make_batch())
         (message,) = (record.message for record in caplog.records if "in blocks, and not at once" in record.message)
         return message
@@ -90,14 +91,14 @@ class TestFallBack:
         for name, gradient in gradients.items():
             torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
         assert "blocks from now on: FlexAttention fails (RuntimeError: Hard failure" in caplog.text
-        assert not precisions_at_once(model) and len(long) == 2 + (reentrant is False)
+        assert not chosen_ways(model) and len(long) == 2 + (reentrant is False)
         calls.clear()
         assert_same(model, make_batch())
         assert not calls
 
     def test_another_precision_than_was_compared(self, calls):
         model, batch = make_model(), make_batch()
-        assert check_packed_rows_on_all_ranks(model, CPU) is None and precisions_at_once(model) == {torch.float32}
+        assert check_packed_rows_on_all_ranks(model, CPU) is None and chosen_ways(model) == {torch.float32: FLEX}
         calls.clear()
         model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
         plain, shared = (run(model, batch, prompt_sharing=sharing)[0] for sharing in ("off", "on"))
@@ -119,41 +120,40 @@ class TestFallBack:
         for dtype in (torch.float32, torch.bfloat16):
             model = make_model(dtype=dtype)
             check_packed_rows_on_all_ranks(model, CPU)
-            assert not precisions_at_once(model)
+            assert not chosen_ways(model)
 
-    def test_what_attention_is_told_beside(self):
-        runs, states = layout((5, [3])).runs, torch.randn(1, 2, 8, 16)
-        with pytest.raises(NotImplementedError, match="FlexAttention is not told of position_bias"):
-            packed_flex.attend_at_once(
-                states, states, states, runs, dtype=states.dtype, position_bias=torch.zeros(1, 2, 8, 8)
-            )
+    @pytest.mark.parametrize("way", [FLEX, VARLEN], ids=lambda way: way.name)
+    def test_what_attention_is_told_beside(self, way):
+        states, given = torch.randn(1, 2, 8, 16).bfloat16(), layout((5, [3])).layout(way)
+        with pytest.raises(NotImplementedError, match=f"{way.name} is not told of position_bias"):
+            way.attend(states, states, states, given, dtype=states.dtype, position_bias=torch.zeros(1, 2, 8, 8))
 
     def test_dropout(self, calls):
         model = make_model(attention_dropout=0.5)
         with torch.no_grad():
             expected = score_completions(model.eval(), make_batch(), prompt_sharing="on").per_token_logps
-        assert precisions_at_once(model) and calls
+        assert chosen_ways(model) and calls
         calls.clear()
         drawn = score_completions(model.train(), make_batch(), prompt_sharing="on").per_token_logps
         assert not calls and not torch.allclose(drawn, expected)
 
     def test_other_devices_and_a_compiler_that_is_off(self, monkeypatch):
-        assert packed_check.can_attend_at_once(CPU)
-        assert packed_check.can_attend_at_once(torch.device("cuda"))
-        assert not packed_check.can_attend_at_once(torch.device("mps"))
+        assert FLEX in ways_at_once(CPU)
+        assert FLEX in ways_at_once(torch.device("cuda"))
+        assert not ways_at_once(torch.device("mps"))
         with torch._dynamo.config.patch(disable=True):
-            assert not packed_check.can_attend_at_once(torch.device("cuda"))
+            assert FLEX not in ways_at_once(torch.device("cuda"))
         monkeypatch.undo()
-        assert not packed_check.can_attend_at_once(CPU)
+        assert not ways_at_once(CPU)
         monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # which is in no configuration
         packed_flex._compiled.cache_clear()
-        assert not packed_check.can_attend_at_once(torch.device("cuda"))
+        assert FLEX not in ways_at_once(torch.device("cuda"))
         packed_flex._compiled.cache_clear()
 
     @pytest.mark.parametrize("dropout", [0.0, 0.5])
     def test_costs_are_those_of_the_way_that_is_taken(self, dropout, monkeypatch):
         """In training with dropout those of blocks, which are more here than those of plain rows."""
-        set_costs(monkeypatch, at_once=1e-3, causal=1e-3, call=0, worthwhile=1.0)
+        set_costs(monkeypatch, flex=1e-3, causal=1e-3, call=0, worthwhile=1.0)
         model = make_model(hidden_size=32, num_hidden_layers=1, attention_dropout=dropout, attn_implementation="sdpa")
         original, shared = scoring_rows.run_packed, []
         monkeypatch.setattr(scoring_rows, "run_packed", lambda *args: shared.append(model.training) or original(*args))
@@ -165,9 +165,9 @@ class TestFallBack:
         batch = make_batch([(60, [20] * 3)])
         model = make_model(hidden_size=32, num_hidden_layers=1)
         score_completions(model, batch)
-        assert precisions_at_once(model) and calls
+        assert chosen_ways(model) and calls
         calls.clear()
-        set_costs(monkeypatch, at_once=1e3)
+        set_costs(monkeypatch, flex=1e3)
         score_completions(model, batch)
         assert not calls
 

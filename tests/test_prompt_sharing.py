@@ -54,6 +54,15 @@ def make_batch(shapes=RAGGED, seed=0, **kwargs):
     return DataCollatorForGroups(pad_token_id=7, **kwargs)(rows)
 
 
+def padded_on_the_left(batch):
+    lengths = batch["attention_mask"].sum(-1)
+    for name in ("input_ids", "attention_mask", "completion_mask"):
+        rows = [row.roll(-length.item()) for row, length in zip(batch[name], lengths, strict=True)]
+        batch[name] = torch.stack(rows)
+    assert batch["attention_mask"][:, -1].all() and not batch["attention_mask"][:, 0].all()
+    return batch
+
+
 def run(model, batch, **kwargs):
     """Per-token logps, logits and gradients."""
     model.zero_grad()
@@ -116,13 +125,7 @@ class TestExactness:
         assert_same(make_model(), make_batch(shapes))
 
     def test_left_padding(self):
-        batch = make_batch()
-        lengths = batch["attention_mask"].sum(-1)
-        for name in ("input_ids", "attention_mask", "completion_mask"):
-            rows = [row.roll(-length.item()) for row, length in zip(batch[name], lengths, strict=True)]
-            batch[name] = torch.stack(rows)
-        assert batch["attention_mask"][:, -1].all() and not batch["attention_mask"][:, 0].all()
-        assert_same(make_model(), batch)
+        assert_same(make_model(), padded_on_the_left(make_batch()))
 
     def test_rows_cut_from_the_left(self, lengths_read):
         """The rows of a group keep different ends of their prompt, or none of it."""

@@ -8,6 +8,8 @@ Prints the line of that file for this kind of device, with the measurements that
 
 import argparse
 import json
+from contextlib import suppress
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,9 @@ import torch.nn.functional as F
 from grkd_trl.examples.benchmarks.common import DEVICE, DTYPE, batch_of, interleaved, machine, make_model
 from grkd_trl.scoring import score_completions
 from grkd_trl.scoring.attention_costs import AttentionCosts, attention_costs, causal_pairs, query_slices
-from grkd_trl.scoring.packed_check import can_attend_at_once, precisions_at_once
-from grkd_trl.scoring.packed_flex import Runs, attend_at_once
+from grkd_trl.scoring.packed_check import chosen_ways
 from grkd_trl.scoring.packed_rows import PackedRows, read_rows
+from grkd_trl.scoring.packed_ways import ways_at_once
 
 
 HEAD = 64  # sizes of a head
@@ -52,6 +54,14 @@ def attend(query, key, value, num_queries=None):
     torch.cat(outputs, dim=2).sum().backward()
 
 
+def layout_of(way, length):
+    return way.layout([(length, 0, 0, 0)], torch.device(DEVICE))
+
+
+def attend_at_once(way, layout, *states):
+    way.attend(*states, layout, dtype=DTYPE).sum().backward()
+
+
 def of_layers(hidden_size, length, rounds):
     """Seconds of attention with a mask, causal attention, one small call, and a layer's matrices."""
     long, small = [states(1, length, hidden_size) for _ in range(3)], [states(1, 16, hidden_size) for _ in range(3)]
@@ -63,10 +73,10 @@ def of_layers(hidden_size, length, rounds):
         "calls": lambda: [attend(*small, 16) for _ in range(64)],
         "matrices": lambda: (tokens @ matrix).sum().backward(),
     }
-    if can_attend_at_once(torch.device(DEVICE)):
-        runs = Runs([(length, 0, 0, 0)], torch.device(DEVICE))
-        functions["at once"] = lambda: attend_at_once(*long, runs, dtype=DTYPE).sum().backward()
-        functions["at once"]()  # which compiles it
+    for way in ways_at_once(torch.device(DEVICE)):
+        with suppress(NotImplementedError):  # an older GPU
+            attend_at_once(way, layout_of(way, length), *long)  # which compiles it
+            functions[way.cost] = partial(attend_at_once, way, layout_of(way, length), *long)
     return {name: median(of) for name, of in interleaved(functions, rounds).items()}
 
 
@@ -86,7 +96,7 @@ def overhead(costs, hidden_size, rounds):
         packed = PackedRows(
             read_rows(*(batch[name] for name in ("input_ids", "attention_mask", "completion_mask"))),
             batch["input_ids"].device,
-            precisions_at_once(model),
+            chosen_ways(model),
         )
         plain = num_rows * (length * token + costs.causal * causal_pairs(length, costs.queries))
         work = (packed.source.numel() * token + packed.cost) / plain
@@ -111,9 +121,10 @@ def main():
         padding=attention_costs(torch.device(DEVICE)).padding,
         worthwhile=1.0,
     )
-    if "at once" in seconds:
-        pairs = Runs([(args.length, 0, 0, 0)], torch.device("cpu")).num_pairs
-        costs = costs._replace(at_once=round(seconds["at once"] / pairs / pair, 2))
+    for way in ways_at_once(torch.device(DEVICE)):
+        if way.cost in seconds:
+            pairs = layout_of(way, args.length).num_pairs
+            costs = costs._replace(**{way.cost: round(seconds[way.cost] / pairs / pair, 2)})
     costs = costs._replace(worthwhile=round(min(1 / overhead(costs, args.hidden_size, args.rounds), 1.0), 2))
     print(json.dumps({"seconds": seconds, "machine": machine()}))
     print(f'    "{DEVICE}": {costs},')

@@ -22,8 +22,10 @@ class AttentionCosts(NamedTuple):
             How many times as many pairs groups may take together as one by one.
         worthwhile (`float`):
             Share of the work of plain rows up to which packed rows pay for what packing itself costs.
-        at_once (`float`, *optional*):
+        flex (`float`, *optional*):
             What a pair costs where FlexAttention takes the whole batch in one call. `None` where it does not train.
+        varlen (`float`, *optional*):
+            What a pair costs where `varlen_attn` does. `None` where it does not train.
     """
 
     queries: int
@@ -32,7 +34,8 @@ class AttentionCosts(NamedTuple):
     token: float
     padding: float
     worthwhile: float
-    at_once: float | None = None
+    flex: float | None = None
+    varlen: float | None = None
 
 
 # `examples/benchmarks/calibrate.py` measures these on a device and prints them as they stand here.
@@ -40,17 +43,19 @@ _COSTS = {
     # A pair takes 2 H multiplications in a layer, a token 4 H^2 in the projections of attention and about 8 H^2 in the MLP.
     "cpu": AttentionCosts(queries=256, call=2**14, causal=1.0, token=6.0, padding=1.1, worthwhile=0.9),
     # Not measured: a model of the kernels in bfloat16. With a mask they run at a third of the speed of a matrix product,
-    # causal ones at three quarters, FlexAttention at two thirds, and the host launches a call, forward and backward, in 60
-    # microseconds.
-    "cuda": AttentionCosts(queries=512, call=2**17, causal=0.4, token=2.0, padding=1.1, worthwhile=0.8, at_once=0.5),
+    # causal ones and `varlen_attn`, which are the same, at three quarters, FlexAttention at two thirds, and the host
+    # launches a call, forward and backward, in 60 microseconds.
+    "cuda": AttentionCosts(
+        queries=512, call=2**17, causal=0.4, token=2.0, padding=1.1, worthwhile=0.8, flex=0.5, varlen=0.4
+    ),
 }
-# FlexAttention trains on no others: its backward raises an error on a CPU and on MPS.
-_OTHERS = _COSTS["cuda"]._replace(at_once=None)
+# Neither trains on any other: the backward of FlexAttention raises an error on a CPU and on MPS.
+_OTHERS = _COSTS["cuda"]._replace(flex=None, varlen=None)
 
 
 def attention_costs(device: torch.device) -> AttentionCosts:
     """
-    Costs on a device: those of CUDA, without `at_once`, on every kind that has none of its own.
+    Costs on a device: those of CUDA, without `flex` and `varlen`, on every kind that has none of its own.
 
     Args:
         device (`torch.device`):

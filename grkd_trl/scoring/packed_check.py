@@ -3,13 +3,14 @@
 Layer by layer: in bfloat16 the last layer of a deep model differs by a tenth and more from one order of its sums to the
 next, while the first differ by less than a hundredth, where a wrong mask or position shows in full.
 
-Here it is chosen, too, whether attention takes packed rows at once or in blocks: at once where FlexAttention trains on the
-device, gives in every layer, with gradients, what the blocks give, and leaves out nothing, as it does dropout.
+Here it is chosen, too, how attention takes packed rows: at once, in the first way of the device, see `packed_ways`, that
+gives in every layer, with gradients, what the blocks give, and leaves out nothing, as all of them do dropout; else in blocks.
 """
 
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -20,11 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .attention_costs import attention_costs
 from .forward import eval_mode, run_packed, run_plain
 from .images import is_sharded
-from .packed_flex import is_available
-from .packed_rows import PackedRows, Row, read_rows
+from .packed_rows import AttentionCall, PackedRows, Row, read_rows
+from .packed_ways import FLEX, Way, ways_at_once
 from .shared_prompts import implementation_of, in_words, unwrap_attention, why_lost, why_not_shared, wrap_attention
 from .tiles import core_model, unwrap
 
@@ -43,6 +43,8 @@ _QUANTILE = 0.75
 # 128 queries and keys that are seen, in part, and not.
 _SHORT = [Row(0, 9, 10, False), Row(40, 9, 5, True)]
 _LONG = [Row(0, 150, 201, False), Row(400, 150, 60, True), Row(800, 140, 30, False), Row(1200, 140, 101, True)]
+# A sliding window that cuts off most of them, where a token more or less is a quarter of the output.
+_WINDOW = 16
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +52,7 @@ logger = logging.get_logger(__name__)
 class _Verdict(NamedTuple):
     attention: tuple[str, str]  # that the model had when it was checked, and the kind of device
     reason: str | None  # what speaks against packed rows
-    at_once: set[torch.dtype]  # precisions in which FlexAttention was compared
+    at_once: dict[torch.dtype, Way]  # that was compared in a precision
     drops_out: bool  # in training
 
 
@@ -83,36 +85,34 @@ def check_packed_rows_on_all_ranks(model: torch.nn.Module, device: torch.device)
     attention = implementation_of(model), device.type
     if core not in _verdicts or _verdicts[core].attention != attention:
         wrap_attention(model)
-        proof = _Proof(device)
         reason = _compare_on_all_ranks(model, device)
-        if reason is not None:
+        verdict = _Verdict(attention, reason, {}, False)
+        if reason is None:
+            verdict = _choose_way_on_all_ranks(model, device, verdict)
+        else:
             unwrap_attention(model)
-        elif can_attend_at_once(device):
-            against = _compare_on_all_ranks(model, device, proof)
-            if against is not None:
-                proof.at_once.clear()
-                logger.warning_once(f"Attention takes packed rows in blocks, and not at once: {against}.")
-        _verdicts[core] = _Verdict(attention, reason, proof.at_once, proof.drops_out)
+        _verdicts[core] = verdict
     return _verdicts[core].reason
 
 
-def can_attend_at_once(device: torch.device) -> bool:
+def _choose_way_on_all_ranks(model: torch.nn.Module, device: torch.device, in_blocks: _Verdict) -> _Verdict:
+    verdict, instead, against = in_blocks, "in blocks, and not at once", list[str]()
+    for way in ways_at_once(device):
+        proof = _Proof(device, way)
+        reason = _compare_on_all_ranks(model, device, proof)
+        if reason is None:
+            verdict, instead = in_blocks._replace(at_once=proof.at_once, drops_out=proof.drops_out), f"by {way.name}"
+            break
+        if way is FLEX or not proof.refused:  # the other way knows less, which is no fault of a model
+            against.append(reason)
+    if against:
+        logger.warning_once(f"Attention takes packed rows {instead}: {' and '.join(against)}.")
+    return verdict
+
+
+def chosen_ways(model: torch.nn.Module) -> dict[torch.dtype, Way]:
     """
-    Whether FlexAttention trains on a device.
-
-    Args:
-        device (`torch.device`):
-            Device.
-
-    Returns:
-        `bool`: `True` if it does.
-    """
-    return attention_costs(device).at_once is not None and is_available()
-
-
-def precisions_at_once(model: torch.nn.Module) -> set[torch.dtype]:
-    """
-    Precisions in which attention takes packed rows in one call, in the mode that the model is in: where it has dropout in
+    How attention takes packed rows in one call, by precision, in the mode that the model is in: where it has dropout in
     training, it takes them in blocks there.
 
     Args:
@@ -120,11 +120,11 @@ def precisions_at_once(model: torch.nn.Module) -> set[torch.dtype]:
             Causal language model, as it is or wrapped, that [`check_packed_rows_on_all_ranks`] was called with.
 
     Returns:
-        `set[torch.dtype]`: The precisions, none if it takes them in blocks. Emptied where FlexAttention fails later.
+        `dict[torch.dtype, Way]`: The way, empty if it takes them in blocks. Emptied where the way fails later.
     """
     core = core_model(model)
     verdict = _verdicts.get(core)
-    return set() if verdict is None or (verdict.drops_out and core.training) else verdict.at_once
+    return {} if verdict is None or (verdict.drops_out and core.training) else verdict.at_once
 
 
 def _compare_on_all_ranks(model: torch.nn.Module, device: torch.device, *proof: "_Proof") -> str | None:
@@ -157,7 +157,7 @@ def _compare(model: torch.nn.Module, device: torch.device, proof: "_Proof | None
             plain, plain_logits = _run(model, batch)
             own, own_logits = _run(model, alone)
             packed, packed_logits = _run(model, batch, packed_rows)
-            if proof is not None:
+            if proof is not None and proof.error is None:
                 proof.drops_out = _drops_out(model, batch, PackedRows(rows, device), packed_rows)
         except Exception as error:  # of whatever kind a model's own code raises
             if is_sharded(model):  # its parameters are left gathered
@@ -173,9 +173,9 @@ def _compare(model: torch.nn.Module, device: torch.device, proof: "_Proof | None
     if proof is not None and proof.error is not None:
         return proof.error
     if proof is not None and not all(packed_rows.ways.values()):
-        return "FlexAttention fails on a small batch"
+        return f"{proof.way.name} fails on a small batch"
     if proof is not None and not proof.difference <= (_COARSE_ROUNDING if coarse else _ROUNDING):
-        return f"outputs and gradients of FlexAttention differ by {proof.difference:.1%} from those of blocks"
+        return f"outputs and gradients of {proof.way.name} differ by {proof.difference:.1%} from those of blocks"
     if len(packed) != len(plain):
         return "it attends another number of times when it is given packed rows"
     first = (num_rows - 1) * length
@@ -198,38 +198,47 @@ def _compare(model: torch.nn.Module, device: torch.device, proof: "_Proof | None
 
 class _Proof:
     """
-    Both ways to attend side by side, on random states of the model's own sizes, in every layer. With gradients: there are
-    devices on which FlexAttention compiles its forward alone (https://github.com/pytorch/pytorch/issues/198224). On two
-    lengths, since a kernel for all lengths was wrong on the second before (https://github.com/pytorch/pytorch/issues/146377).
-    And as gradient checkpointing calls it, which on a GPU runs it again in another thread.
+    A way to attend at once and blocks side by side, on random states of the model's own sizes, in every layer. With
+    gradients: there are devices on which FlexAttention compiles its forward alone
+    (https://github.com/pytorch/pytorch/issues/198224). On two lengths, since a kernel for all lengths was wrong on the second
+    before (https://github.com/pytorch/pytorch/issues/146377). On a short window too, where the layer's own may be longer than
+    both. And as gradient checkpointing calls it, which on a GPU runs it again in another thread.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = device
-        self.at_once = set[torch.dtype]()  # precisions of the layers
-        self.drops_out = False
+    def __init__(self, device: torch.device, way: Way):
+        self._device, self.way = device, way
+        self.at_once = dict[torch.dtype, Way]()  # precisions of the layers
+        self.drops_out = self.refused = False
         self.difference = 0.0  # of outputs or gradients, as a share of their norm
         self.error: str | None = None
 
-    def __call__(self, at_once: Callable, in_blocks: Callable, *states: torch.Tensor) -> bool:
+    def __call__(self, attend: Callable, call: AttentionCall, *states: torch.Tensor) -> None:
+        if self.error is not None:
+            return
+        compared = [(_SHORT, call.window), (_LONG, call.window)]
+        if call.window is not None and call.window > _WINDOW:
+            compared.append((_LONG, _WINDOW))
         try:
             with torch.inference_mode(False):  # which has no gradients, and may be the caller's
-                for rows in (_SHORT, _LONG):
-                    self._attend(at_once, in_blocks, PackedRows(rows, self._device), *states)
+                for rows, window in compared:
+                    changed = {} if window == call.window else {"sliding_window": window}
+                    self._attend(partial(attend, **changed), PackedRows(rows, self._device), *states)
         except Exception as error:  # of a compiler, a driver or a kernel
-            self.error = f"FlexAttention fails ({in_words(error)})"
-            return False
-        return True
+            self.error = f"{self.way.name} fails ({in_words(error)})"
+            self.refused = isinstance(error, NotImplementedError)
+            self.at_once.clear()
+        else:
+            self.at_once[call.dtype] = self.way
 
-    def _attend(self, at_once, in_blocks, rows, query, key, value):
+    def _attend(self, attend, rows, query, key, value):
         sizes = [(1, states.shape[1], rows.source.numel(), states.shape[3]) for states in (query, key, value)]
         states = [torch.randn(size, dtype=query.dtype, device=query.device) for size in sizes]
         slopes = None
         results = []
-        for attend in (in_blocks, at_once):
+        for way in (None, self.way):
             leaves = [of.clone().requires_grad_() for of in states]
             with torch.enable_grad():
-                outputs = checkpoint(attend, *leaves, rows, use_reentrant=False, preserve_rng_state=False)
+                outputs = checkpoint(attend, *leaves, rows, way, use_reentrant=False, preserve_rng_state=False)
             slopes = torch.randn_like(outputs) if slopes is None else slopes
             results.append([outputs, *torch.autograd.grad(outputs, leaves, slopes)])
         for expected, got in zip(*results, strict=True):

@@ -124,6 +124,24 @@ def is_available() -> bool:
     return is_on and hasattr(flex_attention, "AuxRequest")
 
 
+def refuse_biases(name: str, others: dict[str, Any]) -> None:
+    """
+    Refuse what a model gives its attention beside what is known, if it may be a bias of positions.
+
+    Args:
+        name (`str`):
+            What is called instead of it.
+        others (`dict[str, Any]`):
+            Arguments by name.
+
+    Raises:
+        `NotImplementedError`: If one is a tensor of numbers.
+    """
+    unknown = [key for key, value in others.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    if unknown:
+        raise NotImplementedError(f"{name} is not told of {' and '.join(sorted(unknown))}")
+
+
 def _capped(bound: float) -> Callable[..., torch.Tensor]:
     def capped(score, batch, head, query, key):
         return torch.tanh(score / bound) * bound
@@ -171,9 +189,7 @@ def attend_at_once(
     Raises:
         `NotImplementedError`: If attention is given what is not known here, a bias of positions for example.
     """
-    unknown = [name for name, value in others.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
-    if unknown:
-        raise NotImplementedError(f"FlexAttention is not told of {' and '.join(sorted(unknown))}")
+    refuse_biases("FlexAttention", others)
     mask, num_tokens = runs.block_mask(sliding_window), query.shape[2]
     padding = (0, 0, 0, mask.seq_lengths[0] - num_tokens)
     # Copies of one layout with gradients for all or none, so that no other kernel runs than the one that was compared: where

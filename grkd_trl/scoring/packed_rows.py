@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from .attention_costs import attention_costs, causal_pairs
-from .packed_flex import Runs
+from .packed_ways import Layout, Way
 
 
 class Row(NamedTuple):
@@ -194,24 +194,23 @@ class PackedRows:
             Rows of the batch; those of a prompt side by side.
         device (`torch.device`):
             Where the tokens are.
-        at_once (`set[torch.dtype]`, *optional*):
-            Precisions in which attention takes the whole sequence in one call, and no blocks; none by default. The set is
-            shared by the batches of a model, and emptied where such a call fails.
+        at_once (`dict[torch.dtype, Way]`, *optional*):
+            How attention takes the whole sequence in one call, by precision, where it does not take blocks; in none by
+            default. The dictionary is shared by the batches of a model, and emptied where such a call fails.
 
     Attributes:
         source (`torch.Tensor` of shape `(T,)`): Index of each token in the flattened batch.
         position_ids (`torch.Tensor` of shape `(1, T)`): Position of each token in its row.
         predicts (`torch.Tensor` of shape `(M,)`): Token of the sequence that predicts each completion token of the
             batch, row after row.
-        runs ([`~scoring.packed_flex.Runs`]): What each token sees.
         calls (`list[AttentionCall]`): Calls of attention so far, one a layer.
-        ways (`dict[tuple[torch.nn.Module, bool], bool]`): Whether each layer attended at once, with gradients and without.
-            A layer that gradient checkpointing runs again does as it did.
-        proof (`Callable`, *optional*): Whether both ways to attend agree, asked before each call of attention.
+        ways (`dict[tuple[torch.nn.Module, bool], Way | None]`): How each layer attended at once, with gradients and
+            without, or `None` for blocks. A layer that gradient checkpointing runs again does as it did.
+        proof (`Callable`, *optional*): Compares attention at once with blocks, before each call.
     """
 
-    def __init__(self, rows: list[Row], device: torch.device, at_once: set[torch.dtype] | None = None):
-        self.at_once, self._device = set[torch.dtype]() if at_once is None else at_once, device
+    def __init__(self, rows: list[Row], device: torch.device, at_once: dict[torch.dtype, Way] | None = None):
+        self.at_once, self._device = dict[torch.dtype, Way]() if at_once is None else at_once, device
         self._groups: list[list[Row]] = []
         self._first_of: dict[tuple[str, Row], int] = {}  # where a prompt or a tail begins in the sequence
         size = 0
@@ -237,10 +236,26 @@ class PackedRows:
         self.source = torch.cat(source).to(device)
         self.position_ids = torch.cat(positions).unsqueeze(0).to(device)
         self.predicts = torch.cat(predicts).to(device)
-        self.runs = Runs(runs, device)
+        self._runs = runs
+        self._layouts: dict[Way, Layout] = {}
         self.calls: list[AttentionCall] = []
-        self.ways: dict[tuple[torch.nn.Module, bool], bool] = {}
-        self.proof: Callable[..., bool] | None = None
+        self.ways: dict[tuple[torch.nn.Module, bool], Way | None] = {}
+        self.proof: Callable[..., None] | None = None
+
+    def layout(self, way: Way) -> Layout:
+        """
+        What attention is told where it takes the sequence at once.
+
+        Args:
+            way ([`~scoring.packed_ways.Way`]):
+                How.
+
+        Returns:
+            `Runs` or `Sequences`: Its layout.
+        """
+        if way not in self._layouts:
+            self._layouts[way] = way.layout(self._runs, self._device)
+        return self._layouts[way]
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -256,8 +271,9 @@ class PackedRows:
     def cost(self) -> float:
         """What attention costs, in the unit of [`~scoring.attention_costs.AttentionCosts`]."""
         costs = attention_costs(self._device)
-        if self.at_once and costs.at_once is not None:
-            return costs.at_once * self.runs.num_pairs + costs.call
+        way = next(iter(self.at_once.values()), None)  # the same in every precision
+        if way is not None:
+            return getattr(costs, way.cost) * self.layout(way).num_pairs + costs.call
         return sum(block.cost for block in self.blocks)
 
     @cached_property

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from .attention_costs import attention_costs, causal_pairs
 from .forward import predicted_mask, run_packed, run_plain
 from .images import has_images, refuse_mixture_on_all_ranks
-from .packed_check import check_packed_rows_on_all_ranks, precisions_at_once
+from .packed_check import check_packed_rows_on_all_ranks, chosen_ways
 from .packed_rows import PackedRows, read_rows
 from .shared_prompts import implementation_of, why_lost
 from .tiles import core_model, map_tiles
@@ -77,7 +77,7 @@ def _pack_on_all_ranks(
     rows = read_rows(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
     if not rows:
         return None
-    packed = PackedRows(rows, batch["input_ids"].device, precisions_at_once(model))
+    packed = PackedRows(rows, batch["input_ids"].device, chosen_ways(model))
     num_rows, length = batch["input_ids"].shape
     if sharing == "on":
         return packed

@@ -3,7 +3,7 @@
 The model sees one sequence and one forward, so what wraps it (DDP, DeepSpeed, FSDP, LoRA, gradient checkpointing) needs
 no care. Attention alone must know who sees whom: through the attention interface of transformers it is handed the
 layout, and calls the model's own attention function on the prompts, and on the tails with the keys of their prompt, or
-FlexAttention on all of them at once, see `packed_flex`.
+one of PyTorch's on all of them at once, see `packed_ways`.
 
 What a model's code and configuration say against it is read here; that the numbers are those of plain rows is proved in
 `packed_check`.
@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.utils import logging
 
 from .attention_costs import attention_costs, query_slices
-from .packed_flex import attend_at_once
 from .packed_rows import AttentionCall, PackedRows
+from .packed_ways import Way
 from .tiles import core_model, takes, unwrap
 
 
@@ -59,32 +59,32 @@ def _packed_attention(own, implementation, module, query, key, value, mask, pack
     dropout, mask_elements = kwargs.get("dropout") or 0.0, 1 if mask is None else mask.numel()
     packed_rows.calls.append(AttentionCall(kwargs.get("sliding_window"), mask_elements, dtype, dropout))
 
-    def at_once(query, key, value, packed_rows):
-        return attend_at_once(query, key, value, packed_rows.runs, dtype=dtype, **kwargs)
+    def attend(query, key, value, packed_rows, way: Way | None, **changed):
+        options = kwargs | changed
+        if way is None:
+            return _attend_in_blocks(own, implementation, module, query, key, value, packed_rows, **options)
+        return way.attend(query, key, value, packed_rows.layout(way), dtype=dtype, **options)
 
-    def in_blocks(query, key, value, packed_rows):
-        return _attend_in_blocks(own, implementation, module, query, key, value, packed_rows, **kwargs)
-
-    if packed_rows.proof is not None and packed_rows.proof(at_once, in_blocks, query, key, value):
-        packed_rows.at_once.add(dtype)
-    way = module, torch.is_grad_enabled()
-    runs_again = way in packed_rows.ways
-    # FlexAttention has no dropout.
-    takes_all = packed_rows.ways.setdefault(way, dtype in packed_rows.at_once and not dropout)
-    if takes_all:
+    if packed_rows.proof is not None:
+        packed_rows.proof(attend, packed_rows.calls[-1], query, key, value)
+    call = module, torch.is_grad_enabled()
+    runs_again = call in packed_rows.ways
+    # None of them has dropout.
+    way = packed_rows.ways.setdefault(call, None if dropout else packed_rows.at_once.get(dtype))
+    if way is not None:
         try:
-            return at_once(query, key, value, packed_rows), None
+            return attend(query, key, value, packed_rows, way), None
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of a compiler, a driver or a kernel
             if runs_again:  # checkpointing may end by an error of its own, and needs the same tensors as before
                 raise
-            packed_rows.ways[way] = False
+            packed_rows.ways[call] = None
             packed_rows.at_once.clear()
             logger.warning_once(
-                f"Attention takes packed rows in blocks from now on: FlexAttention fails ({in_words(error)})."
+                f"Attention takes packed rows in blocks from now on: {way.name} fails ({in_words(error)})."
             )
-    return in_blocks(query, key, value, packed_rows), None
+    return attend(query, key, value, packed_rows, None), None
 
 
 def _attend_in_blocks(own, implementation, module, query, key, value, packed_rows: PackedRows, **kwargs):
