@@ -5,6 +5,7 @@ The page of all fields is what the docstrings say. After a docstring was changed
 
 import inspect
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def fields_of(config):
     text = inspect.cleandoc(vars(config)["__doc__"])
     _, _, listed = text.partition("Parameters:\n")
     listed = re.split(r"^(?=\S)", listed, flags=re.MULTILINE)[0]
-    for name, kind, meaning in FIELD.findall(inspect.cleandoc(listed) + "\n"):
+    for name, kind, meaning in FIELD.findall(textwrap.dedent(listed) + "\n"):
         kind = kind.replace("*optional*, defaults to", "default").replace("*optional*", "optional")
         meaning = re.sub(r"\[`(?:~\w+\.)?(.*?)`\]", r"`\1`", " ".join(meaning.split()))
         yield name, kind, re.sub(r"\\\\?\( (.*?) \\\\?\)", r"$\1$", meaning)
@@ -54,6 +55,7 @@ def test_every_own_field_is_documented(config):
     documented = [name for name, *_ in fields_of(config)]
     assert set(own) <= set(documented) <= set(config.__dataclass_fields__)
     assert len(set(documented)) == len(documented)
+    assert all(meaning for *_, meaning in fields_of(config))
 
 
 def test_the_page_is_what_the_docstrings_say():

@@ -204,31 +204,30 @@ class GroupConfig(SFTConfig):
     r"""
     Base class of the configurations of methods that train on groups.
 
-    Only the parameters that [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`] do not have are listed, or have
-    with another default.
+    Only the parameters that [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`] lack, or give another default, are
+    listed.
 
     Parameters:
         learning_rate (`float`, *optional*, defaults to `1e-6`):
             Initial learning rate, as in [`~trl.DPOConfig`].
         teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path: `dtype`,
-            `attn_implementation`, `quantization_config`, `revision` and others, which its tokenizer takes too where they
-            say where files are. `trust_remote_code` is the student's unless it is among them.
+            `attn_implementation`, `quantization_config` and others. Those that locate files, such as `revision`, are also
+            passed to its tokenizer. `trust_remote_code` defaults to the student's.
         teacher_chat_template (`str`, *optional*):
-            Chat template, as text or as the path of a file, of a teacher that reads the groups with its own tokenizer
-            before training, or for aligned soft labels, in place of the one that the tokenizer has. Refused by methods that
-            have no such teacher.
+            Chat template, as text or as the path of a file, that replaces the one of the teacher's tokenizer. Only for a
+            teacher that reads the groups with its own tokenizer, before training or for aligned soft labels; refused otherwise.
         teacher_sharding (`str`, *optional*, defaults to `"auto"`):
-            Where the parameters of a teacher in the training step are on several processes: `"replicated"`, whole on
-            each; `"sharded"`, sharded and gathered layer by layer; `"auto"`, sharded where the student is (ZeRO-3, FSDP).
+            How the parameters of a teacher in the training step are placed on several processes: `"replicated"`, a full copy on
+            each; `"sharded"`, sharded and gathered layer by layer; `"auto"`, sharded if the student is (ZeRO-3, FSDP).
         bf16 (`bool`, *optional*):
-            Whether to train under bf16 autocast. By default as the launcher or the environment says, else where the
-            hardware has it; a CPU trains in float32. `False` is refused where the launcher says bf16.
+            Whether to train under bf16 autocast. If not given, as the launcher or the environment says, otherwise if the
+            hardware supports it; a CPU trains in float32. `False` is refused if the launcher says bf16.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to disable dropout in the student. The teacher never has any.
         prompt_sharing (`str`, *optional*, defaults to `"auto"`):
-            Whether student and teacher encode each prompt once for all its completions, without padding: `"auto"` where
-            it is faster, `"on"`, or `"off"`; see [`~scoring.score_completions`]. It changes the time, not the loss.
+            Whether student and teacher encode each prompt once for all its completions, without padding: `"auto"` (if it is
+            faster), `"on"` or `"off"`, see [`~scoring.score_completions`]. The loss is the same.
 
     > [!NOTE]
     > Fields of [`~trl.SFTConfig`] that would train on anything but whole completions (`packing`, `padding_free`,

@@ -44,13 +44,12 @@ from .teachers import aligned_losses
 class GRKDTrainer(GroupTrainer):
     r"""
     Trainer for Group Relative Knowledge Distillation (GRKD), introduced in [Group Relative Knowledge Distillation:
-    Learning from Teacher's Relational Inductive Bias](https://huggingface.co/papers/2504.20482): for each prompt a
-    group of completions, scored by a teacher; the student learns to rank them as the teacher does, together with soft
-    labels,
+    Learning from Teacher's Relational Inductive Bias](https://huggingface.co/papers/2504.20482): a teacher scores a group
+    of completions for each prompt, and the student learns to rank them as the teacher does, together with soft labels,
 
     $$ L = (1 - \alpha) L_{soft} + \alpha L_{relative}, $$
 
-    the balance \\( \alpha \\) moving from soft labels to ranking over the run.
+    where \\( \alpha \\) rises from `alpha_start` to `alpha_end` during training.
 
     Example:
 
@@ -70,25 +69,25 @@ class GRKDTrainer(GroupTrainer):
 
     Args:
         teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~teacher.Scorer`], *optional*):
-            Teacher. Needed when the rows have no `teacher_scores`, and when the loss reads the teacher's logits
-            (`soft_label="token"` or `relative_level="tokens"`); not loaded otherwise. If it is the base of the student's
-            adapters it is not loaded again: they are switched off. Any other teacher, and several (a list, a mapping from
-            names or a [`~teacher.TeacherEnsemble`]), are asked for scores and their `soft_label_top_k` most likely tokens,
-            before training or online, and none is in memory in the training step. With `soft_label_top_k=None` several models
-            are in it all, and the mixture of their whole distributions is learned.
+            Teacher. Needed if the rows have no `teacher_scores`, and if the loss reads the teacher's logits
+            (`soft_label="token"` without cached soft labels, `soft_label="aligned"` or `relative_level="tokens"`); not loaded
+            otherwise. A model or its path stays in memory during training; the base of the student's adapters is not loaded
+            again. Any other teacher, and several (a list, a mapping from names or a [`~teacher.TeacherEnsemble`]), give scores
+            and their `soft_label_top_k` most likely tokens before training, or for each step's online groups. With
+            `soft_label_top_k=None` several models stay in memory, and the student learns the mixture of their distributions.
         model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks,
         optimizers, quantization_config, peft_config:
             As in [`~trainers.GroupTrainer`].
         completion_fn (`Callable`, *optional*):
-            Writes online groups: `completion_fn(prompts, num_completions, **columns)` gives as many texts for each prompt,
-            or [`~teacher.Completions`], which also say which were cut and hold token ids.
+            Writes online groups: `completion_fn(prompts, num_completions, **columns)` returns so many texts for each prompt,
+            or [`~teacher.Completions`], which also hold token ids and say which texts were cut.
         score_fn (`Callable` or [`~teacher.Scorer`], *optional*):
             Scores online groups: `score_fn(prompts, completions, **columns)`, see [`~teacher.CallableScorer`], or a teacher
-            such as [`~teacher.ServerTeacher`], which where no `teacher_model` is given also brings the token soft labels: its
+            such as [`~teacher.ServerTeacher`]. Without a `teacher_model` such a teacher also gives the token soft labels, its
             `soft_label_top_k` most likely tokens.
 
     Raises:
-        `ValueError`: Before the first step, if a row is no group, or a teacher is missing or has another vocabulary.
+        `ValueError`: Before the first step, if a row is not a group, or a teacher is missing or has another vocabulary.
     """
 
     equation = (

@@ -17,91 +17,90 @@ class GRKDConfig(GroupConfig):
         > Parameters that control the scores
 
         score (`str`, *optional*, defaults to `"mean"`):
-            Score of a completion: `"mean"` (nats per token) or `"sum"` (nats) of its log-probabilities, EOS counted.
+            Score of a completion: the `"mean"` (nats per token) or the `"sum"` (nats) of its tokens' log-probabilities, EOS
+            included.
 
         > Parameters that control the relative loss (equations 1 and 2)
 
         relative_level (`str`, *optional*, defaults to `"completions"`):
-            What is ranked: the `"completions"` of a prompt, or at each completion position the teacher's most likely
+            What is ranked: the `"completions"` of a prompt, or, at each position of a completion, the teacher's most likely
             next `"tokens"`.
         relative_top_k (`int`, *optional*, defaults to `8`):
-            Number of next tokens to rank, at the level of tokens.
+            Number of next tokens to rank with `relative_level="tokens"`.
         ranking_temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature \\( \tau \\), in the unit of the scores (of the logits, at the level of tokens).
+            Temperature \\( \tau \\) of the relative loss, in the unit of the scores (of the logits with
+            `relative_level="tokens"`); the inverse of SimPO's beta.
         min_gap (`float`, *optional*, defaults to `0.0`):
-            Gap of teacher scores that a pair must exceed.
+            Pairs whose teacher scores differ by this or less are left out.
         target_temperature (`float`, *optional*, defaults to `0.0`):
-            Temperature of the teacher's preference, which is the target of each pair, in the unit of the scores;
-            beyond the paper. At 0 the teacher is sure of every pair, as in the paper. At `ranking_temperature` it is
-            RankNet with the teacher's preferences, see [`~losses.group_relative_loss`].
+            0 is the paper's loss, in which only the teacher's order counts. Above 0 the target of a pair is the sigmoid of
+            the difference of the teacher's scores divided by this temperature; equal to `ranking_temperature` it is
+            RankNet, see [`~losses.group_relative_loss`].
         pair_weights (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`: every pair weighs the same, as in the paper. `"probability"`: a pair weighs the sum of the
-            teacher's probabilities of its two members of the list; beyond the paper. `"agreement"`: a pair weighs the
-            share of several teachers that order it as their combined scores do, see
-            [`~teacher.combination.pair_agreement`]; beyond the paper.
+            Weight of a pair: `"uniform"` (the paper), the same for all; `"probability"`, the sum of the teacher's
+            probabilities of its two completions or tokens; `"agreement"`, the share of several teachers that order it as
+            their combined scores do, see [`~teacher.combination.pair_agreement`].
         min_pair_agreement (`float`, *optional*, defaults to `0.0`):
-            Smallest share of several teachers, 0 to 1, that must order a pair as their combined scores do. Pairs below it
-            are left out of the relative loss; beyond the paper.
+            Share of several teachers, 0 to 1, that must order a pair as their combined scores do; other pairs are left out
+            of the relative loss. Not in the paper.
         standardize (`bool`, *optional*, defaults to `False`):
-            Whether to rank by scores of mean 0 and standard deviation 1 over the members of the list, on each side;
-            beyond the paper. Temperatures and `min_gap` are then in standard deviations.
+            Whether to scale the scores of student and teacher to mean 0 and standard deviation 1 in each group before ranking.
+            Temperatures and `min_gap` are then in standard deviations. Not in the paper.
 
         > Parameters that control the soft labels (equation 3)
 
         soft_label (`str`, *optional*, defaults to `"token"`):
-            `"token"`: next-token distributions of student and teacher, which share a vocabulary. `"group"`: softmax of
-            the scores over a group. `"aligned"`: next-token distributions of a teacher with another tokenizer, where both
-            have read the same text, see [`~losses.aligned_soft_label_loss`]; beyond the paper. `"none"`: the relative loss
-            alone, with \\( \alpha \\) 1 throughout.
+            `"token"`: the teacher's next-token distributions; both models need the same tokenizer. `"aligned"`: the same for a
+            teacher with another tokenizer, see [`~losses.aligned_soft_label_loss`]; not in the paper. `"group"`: softmax of the
+            scores over the group. `"none"`: the relative loss alone, \\( \alpha \\) is 1 throughout.
         soft_label_temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature that softens both sides of the soft labels.
+            Temperature of the teacher's and the student's distributions in the soft labels.
         min_aligned (`float`, *optional*, defaults to `0.5`):
-            Least share of the completions' tokens at which both tokenizers have read the same text, for `"aligned"`. Checked before
-            training; where completions come from a stream or are written online, in each optimizer step.
+            Smallest share of completion tokens at which both tokenizers must have read the same text, for `"aligned"`. Checked
+            before training, or in each optimizer step if completions come from a stream or are written online.
         soft_label_top_k (`int`, *optional*, defaults to `20`):
-            Most likely tokens that a teacher which is asked, such as [`~teacher.ServerTeacher`] or several teachers, gives at each
-            position. vLLM gives 20, or `--max-logprobs`. With `None` several models give their whole distributions, and are all in
-            memory in the training step.
+            Number of most likely tokens at each position that a [`~teacher.ServerTeacher`], several teachers or any other teacher
+            outside the training step give; vLLM's limit is 20 unless it is started with `--max-logprobs`. A single model or path
+            always gives its whole distribution. With `None` several models do so too, and stay in memory during training.
 
         > Parameters that control the balance (equation 4)
 
         alpha_start (`float`, *optional*, defaults to `0.0`):
-            Share \\( \alpha \\) of the relative loss at the start of the run.
+            Weight \\( \alpha \\) of the relative loss at the start of training.
         alpha_end (`float`, *optional*, defaults to `0.3`):
-            Share of the relative loss at its end.
+            Weight of the relative loss at the end of training.
         alpha_schedule (`str`, *optional*, defaults to `"linear"`):
-            Way from start to end over the optimizer steps: `"linear"`, `"cosine"`, or `"constant"` (`alpha_end`
-            throughout).
+            How the weight changes over the optimizer steps: `"linear"`, `"cosine"`, or `"constant"` (`alpha_end` throughout).
         sft_weight (`float`, *optional*, defaults to `0.0`):
-            Weight of the negative log-likelihood of each group's best completion by the teacher's scores (the mean over
-            its tokens, or the sum with `score="sum"`), added to the loss. Beyond the paper, as PRO has it.
+            Weight of an SFT loss on the completion of each group that the teacher scores best (mean over its tokens, or sum with
+            `score="sum"`), added to the loss. Not in the paper; PRO has it.
 
         > Parameters that control online groups
 
         completion_source (`str`, *optional*, defaults to `"dataset"`):
-            Who writes the completions: the `"dataset"` has them, or during training the `"student"`, the `"teacher"`
-            or both (`"mixed"`) write them for its prompts.
+            Where completions come from: the `"dataset"`, or, written for its prompts during training, the `"student"`, the
+            `"teacher"` or both (`"mixed"`).
         num_completions (`int`, *optional*, defaults to `4`):
             Completions in an online group (G).
         num_teacher_completions (`int`, *optional*, defaults to `1`):
-            How many of these the teacher writes, for `"mixed"`.
+            How many of these the teacher writes with `"mixed"`.
         temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature.
         top_p (`float`, *optional*, defaults to `0.95`):
-            Share of the probability to sample from.
+            Cumulative probability of the tokens to sample from.
         max_completion_length (`int`, *optional*, defaults to `512`):
             Longest completion to write, in tokens. Prompts that leave no room for it within `max_length` are dropped.
         generate_every (`int`, *optional*, defaults to `1`):
-            Optimizer steps whose groups are made at once, by the student as it is then.
+            Number of optimizer steps for which the current student writes groups at once.
         reuse_groups (`int`, *optional*, defaults to `1`):
-            Times that groups are trained on.
+            How many times each group is trained on.
         log_completions (`int`, *optional*, defaults to `0`):
             Print a table of completions every so many steps, and send it to wandb and trackio where `report_to` names
             them. 0 prints none.
         use_vllm (`bool`, *optional*, defaults to `False`):
             Whether the student writes through vLLM, as in [`~trl.GRPOConfig`].
         vllm_mode (`str`, *optional*, defaults to `"colocate"`):
-            vLLM in the training processes, `"colocate"`, or behind `"server"`.
+            Where vLLM runs: in the training processes (`"colocate"`), or as a `"server"`.
         vllm_server_base_url (`str`, *optional*):
             Address of the vLLM server.
         vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
@@ -110,11 +109,10 @@ class GRKDConfig(GroupConfig):
             Share of the GPU's memory for vLLM, for `"colocate"`.
 
     > [!NOTE]
-    > The defaults of the losses were compared by `examples/study.py`: tiny models, 200 steps of 16 groups, three seeds.
-    > Right of 2000 test items of SCAN: student before 0.452, `alpha_end` 0 (KD) 0.599, 0.3 0.595, 0.6 0.577 and 1 0.508;
-    > `ranking_temperature` 3 0.596, 0.3 0.584 and 0.1 0.538; `soft_label` "none" 0.009 and "group" 0.013. MAWPS has the same
-    > order with smaller steps. So token soft labels, a ranking temperature of 1 rather than 0.1 and an `alpha_end` of 0.3
-    > rather than more are measured; none was found to be better than KD.
+    > The defaults were compared by `examples/study.py`: tiny models, 200 steps of 16 groups, three seeds. Share of 2000 test
+    > items of SCAN answered right: student before training 0.452; `alpha_end` 0 (KD) 0.599, 0.3 0.595, 0.6 0.577, 1 0.508;
+    > `ranking_temperature` 3 0.596, 0.3 0.584, 0.1 0.538; `soft_label` "none" 0.009, "group" 0.013. On MAWPS the differences
+    > between values of `alpha_end` and `ranking_temperature` are smaller. No setting was found to be better than KD.
     """
 
     score: str = option(

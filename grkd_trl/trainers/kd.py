@@ -23,8 +23,7 @@ logger = logging.get_logger(__name__)
 class KDTrainer(GroupTrainer):
     r"""
     Trainer for [knowledge distillation](https://huggingface.co/papers/1503.02531) of a language model: at each token of
-    every completion of a group the student learns the teacher's whole next-token distribution. The completions' ranks
-    are not read.
+    every completion of a group the student learns the teacher's next-token distribution. The completions are not ranked.
 
     Example:
 
@@ -44,11 +43,11 @@ class KDTrainer(GroupTrainer):
 
     Args:
         teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~teacher.TopKTeacher`], *optional*):
-            Teacher, with the student's tokenizer. Not loaded where every dataset has cached soft labels (see
-            [`~teacher.cache_soft_labels`]), whose k most likely tokens stand for the distribution. If it is the base of the
-            student's adapters it is not loaded again: they are switched off. Any other teacher, and several (a list, a mapping
-            from names or a [`~teacher.TeacherEnsemble`]), are asked for their `soft_label_top_k` most likely tokens before
-            training; with `None` several models are in the training step, and the mixture of their whole distributions is learned.
+            Teacher, with the student's tokenizer unless `divergence="aligned"`. Not loaded if every dataset has cached soft
+            labels, see [`~teacher.cache_soft_labels`]. A model or its path stays in memory during training; the base of the
+            student's adapters is not loaded again. Any other teacher, and several (a list, a mapping from names or a
+            [`~teacher.TeacherEnsemble`]), give their `soft_label_top_k` most likely tokens before training. With
+            `soft_label_top_k=None` several models stay in memory, and the student learns the mixture of their distributions.
         model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks,
         optimizers, quantization_config, peft_config:
             As in [`~trainers.GroupTrainer`].

@@ -15,23 +15,22 @@ class KDConfig(GroupConfig):
 
     Parameters:
         temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature \\( T \\) that softens both next-token distributions. The soft part is multiplied by
-            \\( T^2 \\), as in the paper, which keeps its gradient's size.
+            Temperature \\( T \\) of both next-token distributions. The soft part is multiplied by \\( T^2 \\), as in the paper,
+            so that its gradient keeps its size.
         hard_label_weight (`float`, *optional*, defaults to `0.0`):
-            Share of the completions' own negative log-likelihood, the paper's hard labels. Theirs are the truth; in a
-            group they are samples, good and bad, so the default learns from the teacher's distribution alone.
+            Weight of the completions' own negative log-likelihood, the paper's hard labels; the rest is the soft part. 0 by
+            default, because the completions of a group are samples, good and bad.
         divergence (`str`, *optional*, defaults to `"forward"`):
-            Soft part: `"forward"`, the paper's \\( \mathrm{KL}(p_T \| p_S) \\), which covers all that the teacher may
-            write, or `"reverse"`, \\( \mathrm{KL}(p_S \| p_T) \\), which holds to what it mostly writes.
-            `"aligned"` is for a teacher with another tokenizer: the distance of [`~losses.aligned_soft_label_loss`] at
-            temperature T where both have read the same text, without a factor \\( T^2 \\).
+            Soft part: `"forward"`, the paper's mode-covering \\( \mathrm{KL}(p_T \| p_S) \\); `"reverse"`, the mode-seeking
+            \\( \mathrm{KL}(p_S \| p_T) \\); or, for a teacher with another tokenizer, `"aligned"`, the distance of
+            [`~losses.aligned_soft_label_loss`] at temperature T, without the factor \\( T^2 \\).
         min_aligned (`float`, *optional*, defaults to `0.5`):
-            Least share of the completions' tokens at which both tokenizers have read the same text, for `"aligned"`. Checked before
-            training; where completions come from a stream, in each optimizer step.
+            Smallest share of completion tokens at which both tokenizers must have read the same text, for `"aligned"`. Checked
+            before training, or in each optimizer step if completions come from a stream.
         soft_label_top_k (`int`, *optional*, defaults to `20`):
-            Most likely tokens that a teacher which is asked before training, such as [`~teacher.ServerTeacher`] or several
-            teachers, gives at each position. A model, or the path of one, gives its whole distribution, and so do several with
-            `None`, which are then all in memory in the training step.
+            Number of most likely tokens at each position that a [`~teacher.ServerTeacher`], several teachers or any other teacher
+            outside the training step give. A single model or path always gives its whole distribution. With `None` several
+            models do so too, and stay in memory during training.
     """
 
     temperature: float = option(1.0, "Temperature that softens both next-token distributions.")
