@@ -10,15 +10,15 @@ Full training:
         --dataset_name my_groups \
         --output_dir out
 
-LoRA, with another learning rate:
+LoRA, which needs a higher learning rate:
 
-    accelerate launch examples/kd.py ... --use_peft --lora_target_modules all-linear --learning_rate 1e-5
+    accelerate launch examples/kd.py ... --use_peft --lora_target_modules all-linear --learning_rate 1e-4
 
 Every argument may stand in a YAML file instead, `--config my_run.yaml`; the command line overrides it. Launch with a
 file of `accelerate_configs/` for several GPUs. `--dataset_name` takes a .json, .jsonl or .parquet file of groups, a
 folder (made by `generate_groups.py`, or with `train.jsonl` and `test.jsonl`), or a hub id. TRL's preference datasets are
 groups of two: `--dataset_name trl-lib/ultrafeedback_binarized`. A mixture of datasets is a list
-`datasets` in that file, as TRL's scripts have it. `--resume_from_checkpoint true` resumes from the last whole checkpoint.
+`datasets` in that file, as in TRL's scripts. `--resume_from_checkpoint true` resumes from the last complete checkpoint.
 """
 
 import grkd_trl.examples.arguments.quick_help  # noqa: F401 # isort: skip # answers `--help` in a second
