@@ -252,9 +252,9 @@ def add_group_metrics(
 ) -> None:
     """
     Add what is logged of groups whatever the method: [`add_rank_metrics`], [`add_length_metrics`],
-    [`add_token_metrics`], `completions/padding_ratio`, the share of the batch that is padding, and, of several teachers,
-    `completions/aligned_ratio`, the share of tokens at which a teacher with another tokenizer has read the same text, and
-    `rank/agreement`, the share of a group's pairs that two of them order alike. For a method that prefers
+    [`add_token_metrics`], `completions/padding_ratio`, the share of the batch that is padding, `completions/aligned_ratio`,
+    the share of tokens at which a teacher with another tokenizer has read the same text, and `rank/agreement`, the share of
+    a group's pairs that two of several teachers order alike. For a method that prefers
     completions to others also TRL's metrics of DPO, of the completion that the teacher scores best (chosen) and the one
     it scores worst (rejected) of each group where these differ: `logps/chosen` and `logps/rejected`, the sums of the
     student's log-probabilities, `rewards/chosen` and `rewards/rejected`, their difference `rewards/margins`, and
