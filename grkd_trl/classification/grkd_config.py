@@ -24,48 +24,47 @@ class GRKDForClassificationConfig(TrainingArguments):
         > Parameters that control the relative loss (equations 1 and 2)
 
         sampled_classes (`int`, *optional*):
-            Number G of classes to rank an example by, drawn anew at each step from the teacher's softened distribution
-            without replacement. All classes if not given, as in the paper. Two at a `sampling_temperature` of 0.1 are
-            next to always the teacher's first and second, and cost less (see `examples/results/classification`).
+            Number G of classes to rank, drawn without replacement from the teacher's softened distribution at each step. All
+            classes if not given, as in the paper. With 2 and `sampling_temperature=0.1` these are nearly always the teacher's
+            two most likely classes, which costs less (see `examples/results/classification`).
         sampling_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of that distribution.
         ranking_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature \\( \tau \\), in the unit of the logits.
         min_gap (`float`, *optional*, defaults to `0.0`):
-            Gap of teacher logits that a pair must exceed.
+            Pairs whose teacher logits differ by this or less are left out.
         target_temperature (`float`, *optional*, defaults to `0.0`):
-            Temperature of the teacher's preference, which is the target of each pair, in the unit of the logits;
-            beyond the paper. At 0 the teacher is sure of every pair, as in the paper. At `ranking_temperature` it is
-            RankNet with the teacher's preferences, see [`~losses.group_relative_loss`].
+            0 is the paper's loss, in which only the teacher's order counts. Above 0 the target of a pair is the sigmoid of
+            the difference of the teacher's logits divided by this temperature; equal to `ranking_temperature` it is RankNet,
+            see [`~losses.group_relative_loss`].
         pair_weights (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"`: every pair weighs the same, as in the paper. `"probability"`: a pair weighs the sum of the
-            teacher's probabilities of its two classes; beyond the paper.
+            Weight of a pair: `"uniform"` (the paper), the same for all; `"probability"`, the sum of the teacher's
+            probabilities of its two classes.
         standardize (`bool`, *optional*, defaults to `False`):
-            Whether to rank by scores of mean 0 and standard deviation 1 over the classes, on each side;
-            beyond the paper. Temperatures and `min_gap` are then in standard deviations.
+            Whether to scale the logits of student and teacher to mean 0 and standard deviation 1 over the classes before
+            ranking. Temperatures and `min_gap` are then in standard deviations. Not in the paper.
 
         > Parameters that control the soft labels (equation 3)
 
         soft_label_temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature that softens both sides of the soft labels. Below 1 it makes an unsure teacher surer, as one that
-            learned from noisy labels needs it.
+            Temperature of the teacher's and the student's distributions in the soft labels. Below 1 it sharpens an unsure
+            teacher, for example one that learned from noisy labels.
 
         > Parameters that control the balance (equation 4)
 
         alpha_start (`float`, *optional*, defaults to `0.0`):
-            Share \\( \alpha \\) of the relative loss at the start of the run.
+            Weight \\( \alpha \\) of the relative loss at the start of training.
         alpha_end (`float`, *optional*, defaults to `0.6`):
-            Share of the relative loss at its end.
+            Weight of the relative loss at the end of training.
         alpha_schedule (`str`, *optional*, defaults to `"linear"`):
-            Way from start to end over the optimizer steps: `"linear"`, `"cosine"`, or `"constant"` (`alpha_end`
-            throughout).
+            How the weight changes over the optimizer steps: `"linear"`, `"cosine"`, or `"constant"` (`alpha_end` throughout).
         hard_label_weight (`float`, *optional*, defaults to `0.0`):
-            Share of the cross-entropy with the labels, which the paper does not have; the rest is equation 4. At 0 the
-            rows need no labels.
+            Weight of the cross-entropy with the labels; the rest is equation 4. At 0 the rows need no labels. Not in the
+            paper.
         weigh_by_doubt (`bool`, *optional*, defaults to `False`):
             Whether to multiply an example's relative loss and soft labels by [`~losses.doubt_weights`] at
-            `soft_label_temperature`, which the paper does not have: from 1, where the teacher is sure, to
-            \\( \sqrt C \\). For teachers that learned from noisy labels (see `examples/results/classification`).
+            `soft_label_temperature`: from 1, if the teacher is sure, to \\( \sqrt C \\). For teachers that learned from noisy
+            labels (see `examples/results/classification`). Not in the paper.
     """
 
     _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]

@@ -45,7 +45,7 @@ class DPOConfig(TRLConfig):
 
     Parameters:
         pairs (`str`, *optional*, defaults to `"best_worst"`):
-            Pairs of a group: its `"best_worst"`, or `"all"` of unequal score, each a row of its own.
+            Pairs of a group: the best against the worst completion, `"best_worst"`, or `"all"` pairs of unequal score.
         teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path; see
             [`GroupConfig`].

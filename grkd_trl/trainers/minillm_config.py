@@ -17,14 +17,14 @@ class MiniLLMConfig(GroupConfig):
         max_completion_length (`int`, *optional*, defaults to `256`):
             Longest completion that is sampled, in tokens.
         teacher_share (`float`, *optional*, defaults to `0.2`):
-            Share of the teacher in the mixture that tokens are sampled from.
+            Weight of the teacher in the mixture of distributions that tokens are sampled from.
         gamma (`float`, *optional*, defaults to `1.0`):
-            Discount of each further reward in a return.
+            Discount factor of the rewards in a return.
         length_norm (`bool`, *optional*, defaults to `True`):
             Whether a return is divided by the number of tokens left.
         return_from (`str`, *optional*, defaults to `"token"`):
-            Where the return of a token starts: at the `"token"` itself, as in the official code, or at the `"next"` one,
-            as in the paper, whose single-step part stands for the token's own reward.
+            Where the return of a token starts: at the `"token"` itself, as in the official code, or at the `"next"` one, as
+            in the paper, in which the single-step part covers the token's own reward.
         single_step (`bool`, *optional*, defaults to `True`):
             Whether to add the single-step part, the reverse KL over the whole vocabulary at each prefix.
         clip_range (`float`, *optional*, defaults to `0.2`):

@@ -24,11 +24,11 @@ class PROConfig(GroupConfig):
 
     Parameters:
         reward_temperature (`bool`, *optional*, defaults to `True`):
-            Whether the gaps of teacher scores scale the student's, as in the paper's last form and its code. `False`
-            reads their order alone, its first form.
+            Whether the differences of the teacher's scores scale the student's, as in the paper's last form and its code.
+            `False` uses the teacher's order alone, as in its first form.
         sft_weight (`float`, *optional*, defaults to `0.05`):
-            Weight of the best completion's negative log-likelihood, summed over its tokens, for each
-            \\( (n - 1)^2 \\) of a group of n, as in the official code.
+            Weight of the best completion's negative log-likelihood, summed over its tokens. It is multiplied by
+            \\( (n - 1)^2 \\) for a group of n, as in the official code.
     """
 
     annotates = True

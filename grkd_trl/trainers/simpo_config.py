@@ -18,20 +18,18 @@ class SimPOConfig(GroupConfig):
         beta (`float`, *optional*, defaults to `2.0`):
             Scale \\( \beta \\) of the margin between the mean log-probabilities of a pair.
         gamma_beta_ratio (`float`, *optional*, defaults to `0.25`):
-            Target margin \\( \gamma \\), over \\( \beta \\).
+            Target margin \\( \gamma \\), divided by \\( \beta \\).
         simpo_gamma (`float`, *optional*):
-            Target margin \\( \gamma \\) itself, as [`~trl.experimental.cpo.CPOConfig`] has it, in place of
-            `gamma_beta_ratio`.
+            Target margin \\( \gamma \\) itself, as in [`~trl.experimental.cpo.CPOConfig`], in place of `gamma_beta_ratio`.
         cpo_alpha (`float`, *optional*, defaults to `0.0`):
-            Weight of the negative log-likelihood of the better completions, mean over their tokens, as in CPO-SimPO; SimPO
-            itself has none.
+            Weight of an SFT loss on the better completions (mean over their tokens), as in CPO-SimPO; SimPO has none.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
-            Share of the pairs that are taken to be the wrong way round, below 0.5.
+            Assumed share of pairs in the wrong order, below 0.5.
         alpha (`float`, *optional*, defaults to `0.0`):
             Shape of the rewards of [AlphaPO](https://huggingface.co/papers/2501.03884), see [`~losses.alphapo_rewards`]; 0
             is SimPO.
         pairs (`str`, *optional*, defaults to `"best_worst"`):
-            Pairs of a group: its `"best_worst"`, or `"all"` of unequal score, each a row of its own.
+            Pairs of a group: the best against the worst completion, `"best_worst"`, or `"all"` pairs of unequal score.
     """
 
     annotates = True
