@@ -69,12 +69,13 @@ class GRKDTrainer(GroupTrainer):
 
     Args:
         teacher_model (`str` or [`~transformers.PreTrainedModel`] or [`~teacher.Scorer`], *optional*):
-            Teacher. Needed if the rows have no `teacher_scores`, and if the loss reads the teacher's logits
-            (`soft_label="token"` without cached soft labels, `soft_label="aligned"` or `relative_level="tokens"`); not loaded
-            otherwise. A model or its path stays in memory during training; the base of the student's adapters is not loaded
-            again. Any other teacher, and several (a list, a mapping from names or a [`~teacher.TeacherEnsemble`]), give scores
-            and their `soft_label_top_k` most likely tokens before training, or for each step's online groups. With
-            `soft_label_top_k=None` several models stay in memory, and the student learns the mixture of their distributions.
+            Teacher. Needed if the rows have no `teacher_scores`, which rank a group in place of the teacher's own, and if the
+            loss reads the teacher's logits (`soft_label="token"` without cached soft labels, `soft_label="aligned"` or
+            `relative_level="tokens"`); not loaded otherwise. A model or its path stays in memory during training; the base of
+            the student's adapters is not loaded again. Any other teacher, and several (a list, a mapping from names or a
+            [`~teacher.TeacherEnsemble`]), give scores and their `soft_label_top_k` most likely tokens before training, or for
+            each step's online groups. With `soft_label_top_k=None` several models stay in memory, and the student learns the
+            mixture of their distributions.
         model, args, data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks,
         optimizers, quantization_config, peft_config:
             As in [`~trainers.GroupTrainer`].
