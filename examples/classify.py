@@ -1,5 +1,5 @@
 """
-Distill a classifier with GRKD, or a rival: a teacher is trained on the (noisy) labels, and a smaller student learns from it.
+Distill a classifier with GRKD or a baseline: a teacher is trained on the (noisy) labels, and a smaller student learns from it.
 
     python examples/classify.py --dataset_name digits --output_dir out \\
         --learning_rate 5e-3 --per_device_train_batch_size 32 --num_train_epochs 10

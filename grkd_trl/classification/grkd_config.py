@@ -77,26 +77,28 @@ class GRKDForClassificationConfig(TrainingArguments):
     )
     sampling_temperature: float = option(1.0, "Temperature of the distribution that classes are drawn from.")
     ranking_temperature: float = option(1.0, "Temperature of the relative loss, in the unit of the logits.")
-    min_gap: float = option(0.0, "Gap of teacher logits that a pair must exceed.")
+    min_gap: float = option(0.0, "Pairs whose teacher logits differ by this or less are left out.")
     target_temperature: float = option(
-        0.0, "Temperature of the teacher's preference in each pair; 0 is the paper's, sure of every pair."
+        0.0, "Above 0, the target of a pair is the sigmoid of the teacher's margin over this; 0 is the paper's loss."
     )
     pair_weights: str = option(
         "uniform",
-        "What a pair weighs: 'uniform', or the teacher's 'probability' of its two.",
+        "Weight of a pair: 'uniform', or the teacher's 'probability' of its two.",
         choices=["uniform", "probability"],
     )
-    standardize: bool = option(False, "Whether to rank by scores of mean 0 and standard deviation 1.")
-    soft_label_temperature: float = option(1.0, "Temperature that softens both sides of the soft labels.")
-    alpha_start: float = option(0.0, "Share of the relative loss at the start of the run.")
-    alpha_end: float = option(0.6, "Share of the relative loss at the end of the run.")
+    standardize: bool = option(False, "Whether to scale logits to mean 0 and standard deviation 1 before ranking.")
+    soft_label_temperature: float = option(1.0, "Temperature of teacher and student in the soft labels.")
+    alpha_start: float = option(0.0, "Weight of the relative loss at the start of training.")
+    alpha_end: float = option(0.6, "Weight of the relative loss at the end of training.")
     alpha_schedule: str = option(
         "linear",
-        "Way from `alpha_start` to `alpha_end`: 'linear', 'cosine', or 'constant' (`alpha_end`).",
+        "How the weight changes: 'linear', 'cosine', or 'constant' (`alpha_end` throughout).",
         choices=["linear", "cosine", "constant"],
     )
-    hard_label_weight: float = option(0.0, "Share of the cross-entropy with the labels.")
-    weigh_by_doubt: bool = option(False, "Weigh examples of which the teacher is unsure as much as the others.")
+    hard_label_weight: float = option(0.0, "Weight of the cross-entropy with the labels.")
+    weigh_by_doubt: bool = option(
+        False, "Raise the weight of examples of which the teacher is unsure, for noisy labels."
+    )
 
     def __post_init__(self):
         check_choices(self)

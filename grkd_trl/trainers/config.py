@@ -211,9 +211,9 @@ class GroupConfig(SFTConfig):
         learning_rate (`float`, *optional*, defaults to `1e-6`):
             Initial learning rate, as in [`~trl.DPOConfig`].
         teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
-            Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path: `dtype`,
-            `attn_implementation`, `quantization_config` and others. Those that locate files, such as `revision`, are also
-            passed to its tokenizer. `trust_remote_code` defaults to the student's.
+            Keyword arguments for `from_pretrained` of the teacher, used when `teacher_model` is an id or a path: `dtype`
+            (float32 by default), `attn_implementation`, `quantization_config` and others. Those that locate files, such as
+            `revision`, are also passed to its tokenizer. `trust_remote_code` defaults to the student's.
         teacher_chat_template (`str`, *optional*):
             Chat template, as text or as the path of a file, that replaces the one of the teacher's tokenizer. Only for a
             teacher that reads the groups with its own tokenizer, before training or for aligned soft labels; refused otherwise.
@@ -247,7 +247,7 @@ class GroupConfig(SFTConfig):
 
     learning_rate: float = option(1e-6, "The initial learning rate for AdamW.")
     teacher_model_init_kwargs: dict[str, Any] | str | None = option(
-        None, "Keyword arguments for `from_pretrained` of the teacher, when it is an id or a path."
+        None, "Keyword arguments for `from_pretrained` of the teacher, such as `dtype`, which is float32 by default."
     )
     teacher_chat_template: str | None = option(
         None, "Chat template, text or path, of a teacher that reads the groups with its own tokenizer."

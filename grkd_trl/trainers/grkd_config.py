@@ -116,64 +116,68 @@ class GRKDConfig(GroupConfig):
     """
 
     score: str = option(
-        "mean", "Score of a completion: 'mean' or 'sum' of its log-probabilities.", choices=["mean", "sum"]
+        "mean", "Score of a completion: 'mean' or 'sum' of its tokens' log-probabilities.", choices=["mean", "sum"]
     )
     relative_level: str = option(
         "completions",
         "What is ranked: the 'completions' of a prompt, or the teacher's most likely next 'tokens'.",
         choices=["completions", "tokens"],
     )
-    relative_top_k: int = option(8, "Number of next tokens to rank, at the level of tokens.")
+    relative_top_k: int = option(8, "Number of next tokens to rank with `relative_level='tokens'`.")
     ranking_temperature: float = option(1.0, "Temperature of the relative loss, in the unit of the scores.")
-    min_gap: float = option(0.0, "Gap of teacher scores that a pair must exceed.")
+    min_gap: float = option(0.0, "Pairs whose teacher scores differ by this or less are left out.")
     target_temperature: float = option(
-        0.0, "Temperature of the teacher's preference in each pair; 0 is the paper's, sure of every pair."
+        0.0, "Above 0, the target of a pair is the sigmoid of the teacher's margin over this; 0 is the paper's loss."
     )
     pair_weights: str = option(
         "uniform",
-        "What a pair weighs: 'uniform', the teacher's 'probability' of its two, or the 'agreement' of several teachers on it.",
+        "Weight of a pair: 'uniform', the teacher's 'probability' of its two, or the 'agreement' of several teachers on it.",
         choices=["uniform", "probability", "agreement"],
     )
     min_pair_agreement: float = option(
         0.0,
-        "Smallest share of several teachers that must order a pair as their combined scores do; other pairs are left out.",
+        "Share of several teachers that must order a pair as their combined scores do; other pairs are left out.",
     )
-    standardize: bool = option(False, "Whether to rank by scores of mean 0 and standard deviation 1.")
+    standardize: bool = option(
+        False, "Whether to scale scores to mean 0 and standard deviation 1 in each group before ranking."
+    )
     soft_label: str = option(
         "token",
         "'token': next-token distributions. 'aligned': across tokenizers. 'group': softmax of the scores over a group. "
         "'none': no soft labels.",
         choices=["token", "aligned", "group", "none"],
     )
-    soft_label_temperature: float = option(1.0, "Temperature that softens both sides of the soft labels.")
-    min_aligned: float = option(0.5, "Least share of tokens at which both tokenizers have read the same text.")
+    soft_label_temperature: float = option(1.0, "Temperature of teacher and student in the soft labels.")
+    min_aligned: float = option(0.5, "Smallest share of tokens at which both tokenizers must have read the same text.")
     soft_label_top_k: int | None = option(
-        20, "Most likely tokens that a teacher which is asked gives at each position; None: several give all."
+        20, "Most likely tokens per position from a teacher outside the training step; None: several models give all."
     )
-    alpha_start: float = option(0.0, "Share of the relative loss at the start of the run.")
-    alpha_end: float = option(0.3, "Share of the relative loss at the end of the run.")
+    alpha_start: float = option(0.0, "Weight of the relative loss at the start of training.")
+    alpha_end: float = option(0.3, "Weight of the relative loss at the end of training.")
     alpha_schedule: str = option(
         "linear",
-        "Way from `alpha_start` to `alpha_end`: 'linear', 'cosine', or 'constant' (`alpha_end`).",
+        "How the weight changes: 'linear', 'cosine', or 'constant' (`alpha_end` throughout).",
         choices=["linear", "cosine", "constant"],
     )
-    sft_weight: float = option(0.0, "Weight of the likelihood of the teacher's best completion; not in the paper.")
+    sft_weight: float = option(
+        0.0, "Weight of an SFT loss on the completion that the teacher scores best; not in the paper."
+    )
     completion_source: str = option(
         "dataset",
-        "Who writes: the 'dataset' has completions, or the 'student', 'teacher' or both ('mixed') while training.",
+        "Where completions come from: the 'dataset', or, during training, 'student', 'teacher' or both ('mixed').",
         choices=["dataset", "student", "teacher", "mixed"],
     )
     num_completions: int = option(4, "Completions in an online group.")
     num_teacher_completions: int = option(1, "How many of these the teacher writes, for 'mixed'.")
     temperature: float = option(1.0, "Sampling temperature of online groups.")
-    top_p: float = option(0.95, "Share of the probability to sample online groups from.")
+    top_p: float = option(0.95, "Cumulative probability of the tokens to sample online groups from.")
     max_completion_length: int = option(512, "Longest completion to write, in tokens.")
-    generate_every: int = option(1, "Optimizer steps whose groups are made at once.")
-    reuse_groups: int = option(1, "Times that online groups are trained on.")
+    generate_every: int = option(1, "Optimizer steps for which the current student writes groups at once.")
+    reuse_groups: int = option(1, "How many times each online group is trained on.")
     log_completions: int = option(0, "Print a table of completions every so many steps; 0 prints none.")
     use_vllm: bool = option(False, "Whether the student writes through vLLM.")
     vllm_mode: str = option(
-        "colocate", "vLLM in the training processes, or behind a server.", choices=["colocate", "server"]
+        "colocate", "Where vLLM runs: in the training processes, or as a server.", choices=["colocate", "server"]
     )
     vllm_server_base_url: str | None = option(None, "Address of the vLLM server.")
     vllm_tensor_parallel_size: int = option(1, "GPUs that share the model in vLLM.")

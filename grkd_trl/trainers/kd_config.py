@@ -33,16 +33,16 @@ class KDConfig(GroupConfig):
             models do so too, and stay in memory during training.
     """
 
-    temperature: float = option(1.0, "Temperature that softens both next-token distributions.")
-    hard_label_weight: float = option(0.0, "Share of the completions' own negative log-likelihood.")
+    temperature: float = option(1.0, "Temperature of both next-token distributions.")
+    hard_label_weight: float = option(0.0, "Weight of the completions' own negative log-likelihood.")
     divergence: str = option(
         "forward",
         "Soft part: 'forward', KL of teacher to student, 'reverse', or 'aligned', across tokenizers.",
         choices=["forward", "reverse", "aligned"],
     )
-    min_aligned: float = option(0.5, "Least share of tokens at which both tokenizers have read the same text.")
+    min_aligned: float = option(0.5, "Smallest share of tokens at which both tokenizers must have read the same text.")
     soft_label_top_k: int | None = option(
-        20, "Most likely tokens that a teacher which is asked gives at each position."
+        20, "Most likely tokens per position from a teacher outside the training step; None: several models give all."
     )
 
     def __post_init__(self):
