@@ -262,3 +262,27 @@ class TestCheckpoints:
         saved = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint, dtype=torch.float32)
         for name, value in weights(trainer.model).items():
             assert torch.equal(saved.get_parameter(name), value), name
+
+
+class TestNoise:
+    """NEFTune's noise is uniform up to alpha over the root of a row's length times its width."""
+
+    def test_size(self, tmp_path):
+        rows = [{"prompt": "a b c d e f g h " * num, "completions": ["i", "j", "k", "l"]} for num in (1, 2, 4, 8)]
+        trainer = make_trainer(tmp_path, rows, soft_label="none", neftune_noise_alpha=5.0)
+        inner, read = trainer.model.model, []
+
+        def measure(layer, args):
+            if layer.training:
+                noise = args[0] - inner.embed_tokens.weight[read[-1]]
+                read[-1] = (noise.abs().max() * (66 * 32) ** 0.5).item()  # 64 + 2 tokens in the longest row
+
+        inner.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        inner.layers[0].register_forward_pre_hook(measure)
+        trainer.train()
+        sizes = [value for value in read if isinstance(value, float)]
+        assert sizes == [pytest.approx(5.0, rel=0.01)]
+
+    def test_packed_rows_would_have_less(self, tmp_path):
+        with pytest.raises(ValueError, match="neftune_noise_alpha=5.0.*prompt_sharing"):
+            make_trainer(tmp_path, neftune_noise_alpha=5.0, prompt_sharing="on")

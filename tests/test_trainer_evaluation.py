@@ -6,9 +6,9 @@ import pytest
 import reference_step
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from runs import TOKENIZER, VOCAB, make_rows, make_student, make_teacher, make_trainer, to_ids
+from runs import TOKENIZER, VOCAB, logged, make_rows, make_student, make_teacher, make_trainer, to_ids, train
 
-from grkd_trl import GRKDConfig, GRKDForClassificationConfig
+from grkd_trl import DistillationForClassificationConfig, GRKDConfig, GRKDForClassificationConfig, KDConfig
 from grkd_trl.teacher import LazyTeacher, cache_soft_labels
 
 
@@ -242,6 +242,24 @@ class TestComputeMetrics:
         assert not warned(alpha_schedule="constant")
         if config_class is GRKDConfig:
             assert not warned(soft_label="none")
+
+    @pytest.mark.parametrize(
+        "config_class", [GRKDConfig, KDConfig, GRKDForClassificationConfig, DistillationForClassificationConfig]
+    )
+    def test_parts_of_a_loss_are_better_where_they_are_lower(self, tmp_path, config_class):
+        def is_better_higher(metric, **fields):
+            return config_class(str(tmp_path), use_cpu=True, metric_for_best_model=metric, **fields).greater_is_better
+
+        assert not is_better_higher("eval_loss/soft") and not is_better_higher("eval_rare_loss/relative")
+        assert not is_better_higher("eval_loss") and is_better_higher("eval_rank/accuracy")
+        assert is_better_higher("eval_loss/soft", greater_is_better=True)
+
+    def test_the_best_checkpoint_by_soft_labels(self, tmp_path):
+        kept = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss/soft"}
+        steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        trainer, _ = train(tmp_path, eval_dataset=Dataset.from_list(ROWS), num_train_epochs=3, **kept, **steps)
+        found = logged(trainer, "eval_loss/soft")
+        assert found[0] > found[2] and trainer.state.best_metric == min(found)
 
 
 class TestAskedTeachers:

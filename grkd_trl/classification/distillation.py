@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..trainers.checks import settle_best_metric
 from ..trainers.config import option
 from .base import ClassifierTrainer
 from .metrics import add_class_metrics
@@ -53,6 +54,7 @@ class DistillationForClassificationConfig(TrainingArguments):
         for name in ("hard_label_weight", "distillation_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be 0 or above, got {getattr(self, name)}.")
+        settle_best_metric(self)
         super().__post_init__()
 
 

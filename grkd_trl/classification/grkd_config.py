@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..trainers.checks import settle_best_metric
 from ..trainers.config import check_best_metric, check_choices, option
 
 
@@ -113,5 +114,6 @@ class GRKDForClassificationConfig(TrainingArguments):
                 raise ValueError(f"`{name}` must be 0 or above, got {getattr(self, name)}.")
         if self.sampled_classes is not None and self.sampled_classes < 2:
             raise ValueError(f"`sampled_classes` must be at least 2 to make a pair, got {self.sampled_classes}.")
+        settle_best_metric(self)
         super().__post_init__()
         check_best_metric(self)

@@ -63,6 +63,42 @@ def settle_inherited_fields(args: TrainingArguments) -> None:
         args.dataloader_pin_memory = False
 
 
+def settle_best_metric(args: TrainingArguments) -> None:
+    """
+    Take a lower value for the better one where checkpoints are compared by a part of a loss, such as `eval_loss/soft`:
+    `TrainingArguments` knows a loss by a name that ends with "loss", and would keep the checkpoint with the highest.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Configuration, not initialised yet.
+    """
+    whole, _, part = (args.metric_for_best_model or "").partition("/")
+    if args.greater_is_better is None and part and whole.endswith("loss"):
+        args.greater_is_better = False
+
+
+def settle_noise(args: Any) -> None:
+    """
+    Read a row per completion where the embeddings get noise. Its size falls with the length of a row, and a row that is
+    packed from many completions would get less.
+
+    Args:
+        args ([`~trainers.GroupConfig`]):
+            Configuration.
+
+    Raises:
+        `ValueError`: If prompts are to be shared all the same.
+    """
+    if args.neftune_noise_alpha is None:
+        return
+    if args.prompt_sharing == "on":
+        raise ValueError(
+            f"`neftune_noise_alpha={args.neftune_noise_alpha}` makes noise of a size that depends on the length of a row, and "
+            '`prompt_sharing="on"` packs several completions into one. Set `prompt_sharing` to "off", or leave it at "auto".'
+        )
+    args.prompt_sharing = "off"
+
+
 def check_launch(args: TrainingArguments) -> None:
     """
     Refuse a launch that asked for more processes than it got, each of which would train alone.

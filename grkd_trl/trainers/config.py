@@ -12,7 +12,7 @@ from trl import SFTConfig
 from .._trl import get_config_model_id
 from ..losses import alpha_at, probability_weights
 from ..teacher.loading import read_chat_template
-from .checks import check_launch, resolve_bf16, settle_inherited_fields
+from .checks import check_launch, resolve_bf16, settle_best_metric, settle_inherited_fields, settle_noise
 
 
 logger = logging.get_logger(__name__)
@@ -227,7 +227,8 @@ class GroupConfig(SFTConfig):
             Whether to disable dropout in the student. The teacher never has any.
         prompt_sharing (`str`, *optional*, defaults to `"auto"`):
             Whether student and teacher encode each prompt once for all its completions, without padding: `"auto"` (if it is
-            faster), `"on"` or `"off"`, see [`~scoring.score_completions`]. The loss is the same.
+            faster), `"on"` or `"off"`, see [`~scoring.score_completions`]. The loss is the same. With
+            `neftune_noise_alpha`, whose noise depends on the length of a row, it is off.
 
     > [!NOTE]
     > Fields of [`~trl.SFTConfig`] that would train on anything but whole completions (`packing`, `padding_free`,
@@ -270,6 +271,8 @@ class GroupConfig(SFTConfig):
         check_chat_template(self, self.annotates or self.aligned)
         self.bf16 = resolve_bf16(self)
         settle_inherited_fields(self)
+        settle_best_metric(self)
+        settle_noise(self)
         super().__post_init__()
 
 
