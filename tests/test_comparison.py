@@ -234,6 +234,13 @@ class TestTuning:
 def test_refuses(start, tmp_path):
     with pytest.raises(ValueError, match="`budget` must be one of"):
         compare(start, tmp_path, **arguments(tmp_path, budget={"max_steps": 5, "max_tokens": 5}))
+    for own in (
+        {"shared": {"max_seconds": 9}},
+        {"settings": {"dpo": {"max_steps": 9}}},
+        {"search_space": {"dpo": [{"max_steps": 9}]}},
+    ):
+        with pytest.raises(ValueError, match="would give a run another budget than `budget`, {'max_steps': 5}"):
+            compare(start, tmp_path, **arguments(tmp_path, **own))
     with pytest.raises(ValueError, match="`methods` and `seeds` must each hold something"):
         compare(start, tmp_path, **arguments(tmp_path, seeds=[0, 0]))
     compare(start, tmp_path, **arguments(tmp_path, seeds=[0]))

@@ -181,7 +181,9 @@ class TestFiles:
     def test_names_are_escaped_in_markdown(self, tmp_path, name):
         for row in rows(seeds=1):
             row = {"method": row["method"].replace("dpo", name), "metrics": {name: row["metrics"].get("accuracy", 0)}}
-            append_result(tmp_path / "results.jsonl", next(rows()) | row | {"curve": [], "task": name})
+            append_result(
+                tmp_path / "results.jsonl", next(rows()) | row | {"curve": [], "per_item": None, "task": name}
+            )
         text = write_report(tmp_path / "results.jsonl", tmp_path, title=name)[0].read_text()
         escaped = re.sub(r"([$&~*|`<>\[\]_])", r"\\\1", name)
         assert text.count(escaped) >= 6  # title, task, metric in a line, in a header and a caption, method

@@ -120,6 +120,12 @@ class TestEstimate:
         same = paired_difference(np.full((3, 4), 0.3), np.full((3, 4), 0.3))
         assert same.mean == 0 and np.isnan(same[1:]).all()
 
+    @pytest.mark.parametrize("shape", [(2, 1), (3, 50), (1, 50)])
+    def test_rounding_is_no_spread(self, shape):
+        values = np.random.default_rng(0).random(shape).round(2)
+        shifted = paired_difference(values + 0.1, values)  # 0.8 - 0.7 is not 0.3 - 0.2
+        assert shifted.mean == pytest.approx(0.1) and np.isnan(shifted[1:]).all()
+
     @pytest.mark.parametrize("shape", [(1, 5), (5, 1), (2, 2), (3, 4), (2, 2000)])
     def test_outcomes_that_are_all_equal_give_no_certainty(self, shape):
         right, wrong = bootstrap_estimate(np.ones(shape)), bootstrap_estimate(np.zeros(shape))
@@ -223,9 +229,9 @@ class TestResults:
             assert [row["seed"] for row in read_results(path)] == [0, 2]
 
     def test_items_in_a_file(self, tmp_path):
-        (tmp_path / "items.json").write_text("[1, 0, 1]")
+        (tmp_path / "items.json").write_text("[1, 0, 1, 0]")
         append_result(tmp_path / "results.jsonl", result(per_item="items.json"))
-        assert read_results(tmp_path / "results.jsonl")[0]["per_item"] == [1, 0, 1]
+        assert read_results(tmp_path / "results.jsonl")[0]["per_item"] == [1, 0, 1, 0]
         for name, text, message in (
             ("absent", None, "absent"),
             ("cut", "[1, ", "be read"),
@@ -237,6 +243,14 @@ class TestResults:
             append_result(path, result(per_item=f"{name}.json"))
             with pytest.raises((FileNotFoundError, ValueError), match=f"line 1: `per_item` names .*{message}"):
                 read_results(path)
+
+    @pytest.mark.parametrize("told, items", [(50.0, [1, 0]), (0.5, [1, 1, 0]), (0.5, "items.json")], ids=str)
+    def test_items_of_another_metric_or_unit(self, tmp_path, told, items):
+        (tmp_path / "items.json").write_text("[1, 1, 0]")
+        with pytest.raises(ValueError, match=f"the mean of `per_item` is 0.*, and `accuracy` is {told}"):
+            append_result(tmp_path / "results.jsonl", result(metrics={"accuracy": told}, per_item=items))
+            read_results(tmp_path / "results.jsonl")
+        append_result(tmp_path / "rounded.jsonl", result(metrics={"accuracy": 0.667}, per_item=[1, 1, 0]))
 
     def test_the_metric_that_decides(self):
         rows = [result(), result(seed=1, per_item=[1, 1], metrics={"length": 7, "accuracy": 1.0})]

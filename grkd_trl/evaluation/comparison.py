@@ -84,13 +84,22 @@ def compare(
         `Path`: Path of `results.jsonl`.
 
     Raises:
-        `ValueError`: If the budget is not one of the three, the search spaces differ in size, or the folder holds runs
-            with other settings.
+        `ValueError`: If the budget is not one of the three, or settings have one of their own, the search spaces differ in
+            size, or the folder holds runs with other settings.
     """
     if len(budget) != 1 or not budget.keys() <= set(_BUDGETS) or not next(iter(budget.values())) > 0:
         raise ValueError(f"`budget` must be one of {_BUDGETS}, above 0 and the same for all methods, got {budget}.")
     if not methods or len(set(methods)) < len(methods) or not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"`methods` and `seeds` must each hold something, once, got {methods} and {seeds}.")
+    told = [
+        shared or {},
+        *(settings or {}).values(),
+        *(point for space in (search_space or {}).values() for point in space),
+    ]
+    if other := sorted({name for some in told for name in some}.intersection(_BUDGETS)):
+        raise ValueError(
+            f"{other} in `shared`, `settings` or `search_space` would give a run another budget than `budget`, {budget}: leave it out."
+        )
     folder = Path(output_dir).expanduser()
     given = {method: (shared or {}) | budget | (settings or {}).get(method, {}) for method in methods}
     if tune:

@@ -223,6 +223,14 @@ def _check_items(row: dict[str, Any], where: str) -> None:
     for index, value in enumerate(row["per_item"]):
         if not isinstance(value, int | float) or not math.isfinite(value):  # `true` is an outcome
             raise ValueError(f"{where}: `per_item` must hold finite numbers, got {value!r} for item {index}.")
+    if row["status"] == "done" and row["per_item"]:
+        name = decisive_metric(row, where)
+        mean, told = sum(row["per_item"]) / len(row["per_item"]), row["metrics"][name]
+        if not math.isclose(mean, told, rel_tol=1e-3, abs_tol=1e-3):  # it may be rounded
+            raise ValueError(
+                f"{where}: the mean of `per_item` is {mean:.6g}, and `{name}` is {told}. Give the values of that metric, in the "
+                "same unit, or `None`."
+            )
 
 
 def _named(kind: type | tuple[type, ...]) -> str:

@@ -7,6 +7,7 @@ from scipy import stats
 from scipy.special import expit, logit
 
 
+_ROUNDING = 1e-12  # of the values: an error below it is no spread
 _MOST_RESAMPLED = 20_000  # means of more seeds or items do not lean, by the central limit theorem
 
 
@@ -88,18 +89,19 @@ def bootstrap_estimate(
     values = _checked(values, confidence, num_resamples)
     if _are_outcomes(values):
         return _of_outcomes(values, confidence, difference=False)
-    return _of_numbers(values, confidence, num_resamples, seed)
+    return _of_numbers(values, confidence, num_resamples, seed, size=values)
 
 
 def _are_outcomes(*values: np.ndarray) -> bool:
     return all(np.isin(part, (0, 0.25, 0.5, 0.75, 1)).all() for part in values)
 
 
-def _of_numbers(values: np.ndarray, confidence: float, num_resamples: int, seed: int) -> Estimate:
+def _of_numbers(values: np.ndarray, confidence: float, num_resamples: int, seed: int, *, size: np.ndarray) -> Estimate:
+    """Mean of numbers, which are rounded in proportion to `size`: differences to what they were made of."""
     mean = values.mean((-2, -1))
     squared_error, freedom = _squared_error(values)
-    known = (squared_error > 0) & (np.ptp(values, axis=(-2, -1)) > 0)  # the mean of equal numbers is rounded
-    error = np.where(known, np.sqrt(squared_error), np.nan)
+    error = np.sqrt(squared_error)
+    error = np.where(error > _ROUNDING * np.abs(size).max((-2, -1)), error, np.nan)
     tail = (1 - confidence) / 2
     below = above = np.zeros_like(mean)
     if max(values.shape[-2:]) <= _MOST_RESAMPLED:
@@ -219,7 +221,8 @@ def paired_difference(
     difference = _checked(values - baseline, confidence, num_resamples)
     if _are_outcomes(values, baseline):
         return _of_outcomes(difference, confidence, difference=True)
-    return _of_numbers(difference, confidence, num_resamples, seed)
+    size = np.maximum(np.abs(values), np.abs(baseline))
+    return _of_numbers(difference, confidence, num_resamples, seed, size=size)
 
 
 def holm_p_values(p_values: np.ndarray) -> np.ndarray:
