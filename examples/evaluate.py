@@ -6,8 +6,8 @@ GSM8K needs no judge:
     python examples/evaluate.py --benchmark gsm8k --model_name_or_path out --output_dir out/gsm8k
 
 For the others the answers are written in the official tool's format, and the command stops with the official command
-that judges them. Run that, then this again with its judgments; the answers are not written twice, also where a run was
-stopped between them:
+that judges them. Run that, then this again with its judgments. No answer is written twice, also where a run was stopped, unless
+the model or the settings have changed:
 
     python examples/evaluate.py --benchmark alpaca_eval2 --model_name_or_path out --output_dir out/alpaca_eval2 \
         --judgments out/alpaca_eval2/weighted_alpaca_eval_gpt4_turbo/annotations.json
@@ -98,18 +98,17 @@ def main(args: EvaluateArguments):
     answers = folder / benchmark.file_name.format(model=name)
 
     # Answers
-    if answers.exists():
-        print(f"{answers} exists, so the model is not asked again. Remove the file to ask it.")
+    if args.judgments and answers.exists():
+        print(f"{answers} exists, so the model is not asked again: the judgments are of what stands there.")
     else:
         questions = read_rows(args.questions or benchmark.questions)[: args.limit]
         part = answers.with_suffix(".part")
         part.touch()  # a place that cannot be written to is found before the model is asked
-        written = answers.with_suffix(".written.jsonl")
+        written = answers.with_suffix(".written.jsonl")  # what this model wrote to these questions with these settings
         settings = {"max_new_tokens": args.max_new_tokens or benchmark.max_new_tokens, "batch_size": args.batch_size}
         model, tokenizer = load(args)
         benchmark.answer(model, tokenizer, questions, part, name, seed=args.seed, cache_path=written, **settings)
-        part.rename(answers)
-        written.unlink()
+        part.replace(answers)
         print(f"Wrote {len(questions)} answers to {answers}")
 
     # Scores, or what is missing for them

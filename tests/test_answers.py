@@ -51,6 +51,9 @@ class TestAnswers:
         assert path.read_text().splitlines() == [*lines[:3], lines[3][:20], *lines[3:]]
         assert write_answers(model, tokenizer, conversations, **settings) == whole
         assert write_answers(model, tokenizer, conversations, seed=1, cache_path=path, **settings) != whole
+        ended = tiny_model("llama", len(tokenizer))  # the same weights, which end at any token
+        ended.generation_config.eos_token_id = list(range(len(tokenizer)))
+        assert write_answers(ended, tokenizer, conversations, cache_path=path, **settings)[0] != whole[0]
         other = tiny_model("llama", len(tokenizer), seed=1)
         theirs = write_answers(other, tokenizer, conversations, cache_path=path, **settings)
         assert theirs == write_answers(other, tokenizer, conversations, **settings) != whole

@@ -47,13 +47,36 @@ def test_gsm8k(folder):
     command = [sys.executable, ROOT / "examples/evaluate.py", *arguments(folder, "gsm8k", *more)]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert run.returncode == 0, run.stderr
-    assert {path.name for path in (folder / "gsm8k").iterdir()} == {"adapter.jsonl", "scores.json"}
+    assert {path.name for path in (folder / "gsm8k").iterdir()} == {
+        "adapter.jsonl",
+        "adapter.written.jsonl",
+        "scores.json",
+    }
     rows = read_rows(folder / "gsm8k/adapter.jsonl")
     assert [row["question"] for row in rows] == ["1 + 1?", "2 + 2?"]
     scores = json.loads((folder / "gsm8k/scores.json").read_text())
     assert scores["strict"]["low"] <= scores["strict"]["accuracy"] <= scores["strict"]["high"]
     assert scores.keys() == {"items", "subset_of", "strict", "flexible"}
     assert (scores["items"], scores["subset_of"]) == (2, 1319)
+
+
+def test_a_model_that_was_trained_further_is_asked_again(folder, monkeypatch):
+    questions = [{"question": f"{number} + 1?", "answer": "#### 2"} for number in (1, 2)]
+    (folder / "again.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+
+    def completions(*more):
+        output = ("--output_dir", folder / "again", "--model_name_or_path", folder / "trained")
+        evaluate(monkeypatch, folder, "gsm8k", "--questions", folder / "again.jsonl", *output, *more)
+        return [row["completion"] for row in read_rows(folder / "again/trained.jsonl")]
+
+    found = []
+    for seed in (0, 1):
+        tokenizer = byte_tokenizer()
+        tiny_model("llama", len(tokenizer), seed=seed).save_pretrained(folder / "trained")
+        tokenizer.save_pretrained(folder / "trained")
+        found.append(completions())
+    assert found[0] != found[1] == completions() and completions("--limit", 1) == found[1][:1]
+    assert completions("--max_new_tokens", 8) != found[1]
 
 
 def test_mt_bench_stops_then_reads_judgments(folder, monkeypatch, capsys):
@@ -99,6 +122,11 @@ def test_alpaca_eval2(folder, monkeypatch, capsys):
     assert scores["low"] < 47.5 < scores["high"]
     assert 30 < scores["length_controlled_win_rate"] < 65
     assert scores["failed_judgments"] == 0
+    won = [row | {"preference": 2.0} for row in judged[:5]]  # by a judge that gives no probabilities
+    (folder / "annotations.json").write_text(json.dumps(won))
+    evaluate(monkeypatch, folder, "alpaca_eval2", *nowhere)
+    scores = json.loads((folder / "alpaca_eval2/scores.json").read_text())
+    assert scores["win_rate"] == scores["high"] == 100 and 0 < scores["low"] < 100
 
 
 def test_arena_hard(folder, monkeypatch, capsys):

@@ -99,8 +99,9 @@ def answer_alpaca_eval2(model, tokenizer, questions: list[dict], path: Path, nam
 def score_alpaca_eval2(args, judgments: Path) -> dict:
     read = read_alpaca_eval2_annotations(judgments)
     judged = read.preferences[np.isfinite(read.preferences)]
-    interval = bootstrap_estimate((judged - 1)[None] * 100)
-    scores = {"win_rate": alpaca_eval2_win_rate(judged), "low": float(interval.low), "high": float(interval.high)}
+    interval = bootstrap_estimate((judged - 1)[None])  # of outcomes, where the judge gives no probabilities
+    limits = {"low": 100 * float(interval.low), "high": 100 * float(interval.high)}
+    scores = {"win_rate": alpaca_eval2_win_rate(judged), **limits}
     scores["failed_judgments"] = len(read.preferences) - len(judged)
     try:
         tables = read_instruction_difficulty(args.difficulty), read_gamed_baselines(args.gamed_baselines)

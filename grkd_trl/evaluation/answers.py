@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import encode_prompt
 from ..teacher.loading import hash_tensors
-from ..teacher.writing import write_completions
+from ..teacher.writing import end_token_ids, write_completions
 from .files import append_rows, read_appended
 
 
@@ -73,7 +73,8 @@ def write_answers(
     if cache_path is not None:
         cache_path = Path(cache_path).expanduser()
         append_rows(cache_path, [])  # a file that cannot be written to is found before the model is asked
-        settings = [_digest(model), max_new_tokens, temperature]
+        ends = sorted(end_token_ids(model, processing_class))
+        settings = [_digest(model), max_new_tokens, temperature, ends]
         keys = [
             hashlib.sha256(json.dumps([*settings, *row]).encode()).hexdigest()
             for row in zip(seeds, prompt_ids, strict=True)
