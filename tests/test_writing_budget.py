@@ -1,4 +1,4 @@
-"""Batches of prompts by the tokens that their completions can come to."""
+"""Batches of prompts by the tokens that their completions can come to, and searches with beams."""
 
 import pytest
 from test_teacher import make_model
@@ -36,3 +36,13 @@ def test_refusals(tokenizer, words):
     model.lm_head.weight.ds_id = 0  # DeepSpeed's mark of a shard
     with pytest.raises(ValueError, match="as many batches on every process"):
         generate_completions(model, tokenizer, words[:2], tokens_per_batch=100)
+
+
+@pytest.mark.parametrize("setting", [{"length_penalty": -9.0}, {"early_stopping": True}], ids=str)
+def test_beams_are_ranked_as_no_checkpoint_asks_for(tokenizer, words, setting):
+    model = make_model("llama", len(tokenizer))
+    prompts = [" ".join(words[:length]) for length in (2, 9, 3)]
+    search = {"num_beams": 4, "num_completions": 2, "temperature": 0.0, "max_new_tokens": 12}
+    expected = generate_completions(model, tokenizer, prompts, **search)
+    model.generation_config.update(**setting)
+    assert generate_completions(model, tokenizer, prompts, **search) == expected

@@ -232,6 +232,8 @@ def write_completions(
         "min_length": 0,
         "encoder_repetition_penalty": 1.0,
         "encoder_no_repeat_ngram_size": 0,
+        "length_penalty": 1.0,
+        "early_stopping": False,
     }
     asked_for = model.generation_config.to_dict()
     neutral |= {name: None for name in _NOT_ASKED_FOR if asked_for.get(name) is not None}
