@@ -12,7 +12,14 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from grkd_trl import GRKDConfig
-from grkd_trl.data import DataCollatorForGroups, bring_scores, prepare_groups, read_group, tokenize_group
+from grkd_trl.data import (
+    DataCollatorForGroups,
+    bring_scores,
+    encode_prompt,
+    prepare_groups,
+    read_group,
+    tokenize_group,
+)
 
 
 # Where a tokenizer goes wrong: words cut at the boundary, whitespace on either side, empty text, other scripts, a
@@ -176,8 +183,9 @@ class TestSpecialTokens:
                 assert ids.count(tokenizer.bos_token_id) == (template in ("text", "llama3", "gemma2"))
                 assert tokenizer.bos_token_id not in ids[1:]
 
-    def test_completion_ends_with_one_eos(self):
-        tokenizer = make_tokenizer()
+    @pytest.mark.parametrize("eos", [False, True], ids=["plain tokenizer", "tokenizer that adds EOS"])
+    def test_completion_ends_with_one_eos(self, eos):
+        tokenizer = make_tokenizer(eos=eos)
         for row in prepare_groups(make_dataset(PREFERENCES[:6], "text"), tokenizer):
             for completion_ids in row["completion_ids"]:
                 assert completion_ids[-1] == tokenizer.eos_token_id
@@ -187,6 +195,14 @@ class TestSpecialTokens:
         tokenizer = make_tokenizer()
         group = tokenize_group({"prompt": "a ", "completions": ["b", "b<eos>"]}, 0, processing_class=tokenizer)
         assert group["completion_ids"][0] == group["completion_ids"][1]
+
+    @pytest.mark.parametrize("eos", [False, True], ids=["plain tokenizer", "tokenizer that adds EOS"])
+    @pytest.mark.parametrize("prompt", ["a ", "a<eos>", "<eos>", "<eos><eos> "])
+    def test_generation_reads_the_prompt_that_is_trained_on(self, prompt, eos):
+        tokenizer = make_tokenizer(eos=eos)
+        group = tokenize_group({"prompt": prompt, "completions": ["b", "c d"]}, 0, processing_class=tokenizer)
+        read = encode_prompt(tokenizer, prompt)
+        assert read == group["prompt_ids"] and tokenizer.decode(read).count("<eos>") == prompt.count("<eos>")
 
     @pytest.mark.parametrize("eos", [False, True], ids=["plain tokenizer", "tokenizer that adds EOS"])
     def test_clipped_text_gets_no_eos(self, eos):

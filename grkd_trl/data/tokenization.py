@@ -151,9 +151,17 @@ def encode_prompt(
         template = template_kwargs(tools, chat_template_kwargs)
         messages = remove_none_values(prompt)
         return tokenize(processing_class, messages, add_generation_prompt=True, **template)["input_ids"]
-    ids = tokenize(processing_class, prompt)["input_ids"]
-    ends_itself = ids[-1:] == [_tokenizer(processing_class).eos_token_id]  # some tokenizers add EOS to text
-    return ids[:-1] if ends_itself else ids
+    return _ids_of_text(processing_class, prompt)
+
+
+def _ids_of_text(processing_class: PreTrainedTokenizerBase | ProcessorMixin, text: str) -> list[int]:
+    """Ids of text, with no EOS but those that stand in it: some tokenizers add one to its end."""
+    tokenizer, ids = _tokenizer(processing_class), tokenize(processing_class, text)["input_ids"]
+    eos, eos_token_id = tokenizer.eos_token, tokenizer.eos_token_id
+    if eos is None or ids[-1:] != [eos_token_id]:
+        return ids
+    starts = ids[0] == eos_token_id and not text.startswith(eos)  # as BOS, where both are one token
+    return ids[:-1] if ids.count(eos_token_id) - starts > text.count(eos) else ids
 
 
 def tokenize_completions(
@@ -171,8 +179,8 @@ def tokenize_completions(
     """
     Tokenize a prompt and its completions. Token ids that a model wrote are used unchanged. Text is tokenized as TRL's
     `DPOTrainer` does: prompt and completion as one text, where the completion starts at the first token in which any row
-    of the group differs from the prompt alone. EOS ends a standard completion, the chat template a conversational one; a
-    clipped completion gets neither.
+    of the group differs from the prompt alone. EOS ends a standard completion, once where the tokenizer adds one too, the chat
+    template a conversational one; a clipped completion gets neither.
 
     A conversational completion given as text is the content of the assistant's message. If it was cut, or if the chat
     template does not render that text (some drop the reasoning of a finished message), it is put directly after the
@@ -234,10 +242,8 @@ def _encode_text(processing_class, prompt, completions, clipped, kwargs) -> tupl
     for completion, was_cut in zip(completions, clipped, strict=True):
         eos = "" if was_cut else _require_eos(tokenizer)
         end = "" if was_cut or completion.endswith(eos) else eos
-        ids = tokenize(processing_class, prompt + completion + end)["input_ids"]
-        ends_itself = was_cut and ids[-1:] == [tokenizer.eos_token_id]  # some tokenizers add EOS to text
-        full_ids.append(ids[:-1] if ends_itself else ids)
-    return tokenize(processing_class, prompt)["input_ids"], full_ids
+        full_ids.append(_ids_of_text(processing_class, prompt + completion + end))
+    return _ids_of_text(processing_class, prompt), full_ids
 
 
 def _encode_messages(processing_class, prompt, completions, clipped, kwargs) -> tuple[list[int], list[list[int]]]:
