@@ -223,7 +223,9 @@ class TestText:
         ids = writer("a<pad>b<|im_start|>c<eos>")["input_ids"]
         text = decode_completion(writer, ids, clipped=False)
         assert text == "ab<|im_start|>c"
-        written = Completions([[text] * 2], [[False] * 2], [[ids] * 2], [[70]], tokenizer_hash(writer))
+        written = Completions(
+            [[text] * 2], [[False] * 2], [[ids] * 2], writer(["x"])["input_ids"], tokenizer_hash(writer)
+        )
         (row,) = as_groups([{"prompt": "x"}], {"student": written})
         assert tokenize_group(row, 0, processing_class=trainer)["completion_ids"] == [ids] * 2
 

@@ -26,7 +26,7 @@ from grkd_trl.evaluation.arena_hard import (
     read_arena_hard_judgments,
     write_arena_hard_answers,
 )
-from grkd_trl.evaluation.files import read_rows
+from grkd_trl.evaluation.files import field_of, read_rows
 from grkd_trl.evaluation.gsm8k import GSM8K_QUESTIONS, gsm8k_conversation, gsm8k_verdicts
 from grkd_trl.evaluation.mt_bench import (
     MT_BENCH_QUESTIONS,
@@ -74,7 +74,9 @@ def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: l
 
 
 def answer_gsm8k(model, tokenizer, questions: list[dict], path: Path, name: str, **settings) -> None:
-    prompts = [gsm8k_conversation(row["question"]) for row in questions]
+    prompts = [
+        gsm8k_conversation(field_of(row, "question", index, "questions")) for index, row in enumerate(questions)
+    ]
     texts = write_answers(model, tokenizer, prompts, **settings)
     rows = [row | {"completion": text} for row, text in zip(questions, texts, strict=True)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -13,7 +13,8 @@ from .images import has_image_columns, images_of, put_images, render_prompt
 from .inspection import plain_rows
 from .rows import WRITTEN, check_teacher_prompt, read_group, read_prompt
 from .teacher_prompts import check_made_with, encode_teacher_prompt, with_teacher_context
-from .tokenization import decode_completion, encode_prompt, tokenize_completions, tokenizer_hash
+from .tokenization import encode_prompt, tokenize_completions
+from .written import check_written, say_whose_ids
 
 
 logger = logging.get_logger(__name__)
@@ -100,9 +101,8 @@ def tokenize_group(
     """
     group = read_group(row, index, min_completions=min_completions)
     check_made_with(row, index)
+    check_written(processing_class, row, group, index)
     written = {name: group.pop(name, None) for name in WRITTEN}
-    if written["tokenizer_hash"] is not None and written["tokenizer_hash"] == tokenizer_hash(processing_class):
-        _check_written(processing_class, group, written, index)
     images, template = images_of(row), {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
     text = group.pop("prompt")
     prompt = put_images(processing_class, text, images, index)
@@ -126,28 +126,6 @@ def tokenize_group(
         )
     size = {"length": len(prompt_ids) + max(map(len, completion_ids)), "num_completions": len(completion_ids)}
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, **size, **group}
-
-
-def _check_written(processing_class, group: dict[str, Any], written: dict[str, Any], index: int) -> None:
-    """Refuse text that was edited beside ids that were not."""
-    added = getattr(processing_class, "tokenizer", processing_class).get_added_vocab()
-
-    def without_added(text: str) -> str:  # which of them are EOS and padding may have changed since
-        for token in added:
-            text = text.replace(token, "")
-        return text
-
-    ids_of = written["completion_ids"] or []
-    for position, (text, ids, was_cut) in enumerate(zip(group["completions"], ids_of, group["clipped"], strict=False)):
-        if ids is None or not isinstance(text, str):
-            continue
-        decoded = decode_completion(processing_class, ids, clipped=was_cut)
-        if decoded != text and without_added(decoded) != without_added(text):
-            raise ValueError(
-                f"`completions` of row {index} holds another text at position {position} than its `completion_ids`, and "
-                "training uses the ids. If the text was edited, drop the columns `prompt_ids`, `completion_ids` and "
-                "`tokenizer_hash` to train on the text."
-            )
 
 
 def prepare_groups(
@@ -209,7 +187,7 @@ def prepare_groups(
     columns = dataset.column_names or list(first)
     with global_then_local_main_first():
         if "completion_ids" not in columns or "tokenizer_hash" in columns:
-            _say_whose_ids(first, processing_class, name)
+            say_whose_ids(first, processing_class, name)
             kwargs = {"num_proc": num_proc, "desc": f"Tokenizing {name} groups"} if in_memory else {}
             fn_kwargs = {"processing_class": processing_class, "min_completions": min_completions}
             dataset = dataset.map(tokenize_group, with_indices=True, fn_kwargs=fn_kwargs, **kwargs).with_format(None)
@@ -307,12 +285,3 @@ def _open(dataset: Dataset | IterableDataset, name: str) -> tuple[Dataset | Iter
     if "row" in (dataset.column_names or first):
         dataset = dataset.remove_columns("row")
     return dataset, first
-
-
-def _say_whose_ids(row: dict[str, Any], processing_class, name: str) -> None:
-    """Log once whether the token ids in the dataset are used, judging by its first row."""
-    brought = row.get("tokenizer_hash")
-    if brought is not None:
-        own = brought == tokenizer_hash(processing_class)
-        what = "are used as they were written" if own else "belong to another tokenizer, so the text is tokenized"
-        logger.info(f"The token ids in the {name} dataset {what}.")

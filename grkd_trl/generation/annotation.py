@@ -23,7 +23,7 @@ from ..data import (
 )
 from ..data.rows import check_teacher_prompt
 from ..data.teacher_prompts import record_prompts, require_room
-from ..teacher import load_teacher, loading_whole, score_groups
+from ..teacher import load_teacher, loading_whole, score_groups, tokenizer_of
 from ..teacher.abilities import needs, require
 from ..teacher.combination import AGREEMENT
 from ..teacher.loading import with_remote_code
@@ -139,7 +139,7 @@ def teacher_texts(
     Groups of what the teacher wrote: the completions that `written_by` attributes to it or, in a dataset without that
     column, one completion for each prompt that it writes now, before the student is loaded. It writes after its
     `teacher_prompt` where there is one, and the student learns the text after the prompt. Several processes share the work.
-    Token ids that it wrote are kept.
+    Token ids that it wrote are kept, unless the student has another chat template.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
@@ -164,6 +164,14 @@ def teacher_texts(
 
     def own(row):
         return keep(row, [index for index, writer in enumerate(row["written_by"]) if writer == "teacher"])
+
+    def alike(prompts):
+        """Whether the student has no chat template but the teacher's, whose ids are else of another format than its own."""
+        if all(isinstance(prompt, str) for prompt in prompts):
+            return True
+        student = processing_class or tokenizer_of(model, None, with_remote_code(args.model_init_kwargs, args))
+        theirs = getattr(tokenizer, "chat_template", None)
+        return args.chat_template_path is None and student.chat_template in (None, theirs)
 
     def write(dataset):
         nonlocal teacher, tokenizer
@@ -225,10 +233,11 @@ def teacher_texts(
                 progress=not args.disable_tqdm,
             )
         columns = {"prompt": prompts, "completions": gather_object(written.texts)}
-        columns["prompt_ids"] = gather_object(prompt_ids)  # those that the student reads
-        for name in ("clipped", "completion_ids"):
-            columns[name] = gather_object(getattr(written, name))
-        columns["tokenizer_hash"] = [written.tokenizer_hash] * len(prompts)
+        columns["clipped"] = gather_object(written.clipped)
+        if alike(prompts):
+            columns["prompt_ids"] = gather_object(prompt_ids)  # those that the student reads
+            columns["completion_ids"] = gather_object(written.completion_ids)
+            columns["tokenizer_hash"] = [written.tokenizer_hash] * len(prompts)
         for name, values in further.items():
             if any(value is not None for value in values):
                 columns[name] = values

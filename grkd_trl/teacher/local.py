@@ -327,7 +327,7 @@ def score_groups(
     made = {"teacher_scores", *AGREEMENT}.intersection(dataset.column_names)
     dataset = dataset.remove_columns(sorted(made))
     teacher = LocalTeacher(model, processing_class, score=score, tokens_per_batch=tokens_per_batch, progress=progress)
-    prompts, completions, columns = columns_to_score(dataset, keeps="teacher_top_ids")
+    prompts, completions, columns = columns_to_score(dataset, processing_class, keeps="teacher_top_ids")
     scores, num_tokens, _ = teacher.score(prompts, completions, columns=columns)
     for index, row in enumerate(scores):
         for position, value in enumerate(row):

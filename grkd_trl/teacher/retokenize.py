@@ -11,6 +11,7 @@ from ..data import encode_prompt, encode_teacher_prompt, read_group, tokenize_co
 from ..data.images import images_of, process_images, put_images, render_prompt
 from ..data.rows import WRITTEN, check_teacher_prompt
 from ..data.teacher_prompts import check_made_with, require_room
+from ..data.written import check_written
 
 
 __all__ = [
@@ -107,7 +108,7 @@ def image_columns(processing_class: Any, prompt: Any, columns: Mapping[str, Sequ
 
 
 def columns_to_score(
-    dataset: Dataset, *, keeps: str | None = None
+    dataset: Dataset, processing_class: PreTrainedTokenizerBase | ProcessorMixin, *, keeps: str | None = None
 ) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
     """
     What a teacher is asked of a dataset of groups.
@@ -115,6 +116,8 @@ def columns_to_score(
     Args:
         dataset ([`~datasets.Dataset`]):
             Groups.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            The teacher's tokenizer.
         keeps (`str`, *optional*):
             Column that is kept beside what the teacher will say, so that both must have been made with the same
             `teacher_prompt`.
@@ -123,13 +126,16 @@ def columns_to_score(
         `tuple`: Prompts, completions and further columns, as [`Scorer.score`] takes them.
 
     Raises:
-        `ValueError`: If a row is no group, or the column that is kept was made with another `teacher_prompt`.
+        `ValueError`: If a row is no group, its text was edited beside its token ids, or the column that is kept was made with
+            another `teacher_prompt`.
     """
     rows = list(dataset)
     if keeps in dataset.column_names:
         for index, row in enumerate(rows):
             check_made_with(row, index)
     groups = [read_group(row, index) for index, row in enumerate(rows)]
+    for index, (row, group) in enumerate(zip(rows, groups, strict=True)):
+        check_written(processing_class, row, group, index)
     columns = {name: [row.get(name) for row in rows] for name in ("tools", "chat_template_kwargs", "images", "image")}
     columns |= {name: [group.get(name) for group in groups] for name in ("clipped", "teacher_prompt", *WRITTEN)}
     return [group["prompt"] for group in groups], [group["completions"] for group in groups], columns

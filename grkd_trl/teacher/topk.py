@@ -131,7 +131,7 @@ def cache_soft_labels(
             model, processing_class, score=score, tokens_per_batch=tokens_per_batch, progress=progress
         )
     teacher.check_top_k(k)
-    prompts, completions, columns = columns_to_score(dataset, keeps="teacher_scores")
+    prompts, completions, columns = columns_to_score(dataset, processing_class, keeps="teacher_scores")
     given = teacher.top_k(prompts, completions, k, columns=columns)
     for row, group in enumerate(given.token_ids):
         for position, ids in enumerate(group):
