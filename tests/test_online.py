@@ -204,6 +204,17 @@ class TestSchedule:
         sampler.set_epoch(0)
         assert list(sampler) == first
 
+    def test_order_that_is_asked_for(self, tmp_path):
+        def order(**fields):
+            trainer = make_trainer(tmp_path, **fields)
+            return list(trainer.online.sampler(trainer.train_dataset))
+
+        assert order(train_sampling_strategy="sequential") == list(range(24))
+        assert sorted(order()) == list(range(24)) != order() == order(data_seed=42) != order(data_seed=1)
+        assert order(data_seed=1, seed=1) == order(seed=1) == order(data_seed=1)
+        with pytest.raises(ValueError, match='"group_by_length"` orders groups that are there, and online groups'):
+            order(train_sampling_strategy="group_by_length")
+
     @pytest.mark.parametrize("processes, size, accumulation", [(1, 4, 1), (1, 2, 2), (2, 2, 1), (2, 1, 2), (4, 1, 1)])
     def test_a_step_has_the_same_prompts_on_any_number_of_processes(self, processes, size, accumulation):
         """Two steps of four prompts, at their indices."""

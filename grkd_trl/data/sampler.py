@@ -186,12 +186,22 @@ class RepeatedPrompts(Sampler[int]):
             Seed of the order.
         indices (`list[int]`, *optional*):
             Indices in the chunk in the order they are given in.
+        shuffle (`bool`, *optional*, defaults to `True`):
+            Whether the order is random. `False` is that of the dataset.
     """
 
     def __init__(
-        self, num_prompts: int, chunk_size: int, repeat_count: int, seed: int, indices: list[int] | None = None
+        self,
+        num_prompts: int,
+        chunk_size: int,
+        repeat_count: int,
+        seed: int,
+        indices: list[int] | None = None,
+        *,
+        shuffle: bool = True,
     ):
         self.num_prompts, self.chunk_size, self.repeat_count, self.seed = num_prompts, chunk_size, repeat_count, seed
+        self.shuffle = shuffle
         self.indices = list(range(chunk_size)) if indices is None else indices
         self.epoch = 0
 
@@ -207,7 +217,10 @@ class RepeatedPrompts(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(self.num_prompts, generator=generator).tolist()
+        order = (
+            torch.randperm(self.num_prompts, generator=generator) if self.shuffle else torch.arange(self.num_prompts)
+        )
+        order = order.tolist()
         for start in range(0, self.num_prompts - self.chunk_size + 1, self.chunk_size):
             for _ in range(self.repeat_count):
                 yield from (order[start + index] for index in self.indices)

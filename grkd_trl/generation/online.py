@@ -136,7 +136,9 @@ class OnlineGroups:
             )
         repeat_count = args.gradient_accumulation_steps * args.generate_every * args.reuse_groups
         indices = [index for process in range(args.world_size) for index in self._indices(process)]
-        return RepeatedPrompts(len(dataset), size, repeat_count, args.seed, indices)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        shuffle = args.train_sampling_strategy != "sequential"
+        return RepeatedPrompts(len(dataset), size, repeat_count, seed, indices, shuffle=shuffle)
 
     def _indices(self, process: int) -> list[int]:
         args = self.trainer.args

@@ -166,6 +166,11 @@ def check_sampling(args: TrainingArguments, train_dataset: Dataset | IterableDat
             'number of processes. Use "random", which balances the groups of a step over processes and micro-batches, or '
             '"group_by_length".'
         )
+    if strategy == "group_by_length" and getattr(args, "online", False):
+        raise ValueError(
+            '`train_sampling_strategy="group_by_length"` orders groups that are there, and online groups are written from prompts '
+            'in a "random" order, or with "sequential" in that of the dataset. Set one of these.'
+        )
     if strategy == "group_by_length" and isinstance(train_dataset, IterableDataset):
         raise ValueError(
             '`train_sampling_strategy="group_by_length"` needs a dataset with a length, and got a stream. Load it without '
