@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from runs import make_rows, make_trainer
 from scipy.stats import kendalltau
 
 from grkd_trl.scoring import CompletionScores
@@ -184,3 +185,23 @@ class TestPreferenceMetrics:
         add_group_metrics(means, inputs, student._replace(entropy=None), rewards, teacher, rewards=None, **kwargs)
         found = means.read(accelerator)
         assert found["num_tokens"] == 30.0 and "entropy" not in found and "logps/chosen" not in found
+
+
+def test_a_run_that_begins_anew_with_smaller_batches(tmp_path, monkeypatch):
+    """What an attempt that ran out of memory had added is not logged."""
+    logs = []
+    for fails in (False, True):
+        trainer = make_trainer(tmp_path, make_rows(8), auto_find_batch_size=True, learning_rate=0.0, logging_steps=9)
+        steps, compute_loss = [], trainer.compute_loss
+
+        def run_out_of_memory(*args, steps=steps, compute_loss=compute_loss, fails=fails, **kwargs):
+            steps.append(1)
+            if fails and len(steps) == 2:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.")
+            return compute_loss(*args, **kwargs)
+
+        monkeypatch.setattr(trainer, "compute_loss", run_out_of_memory)
+        trainer.train()
+        logs.append(trainer.state.log_history[-1])
+    for name in ("num_tokens", "loss/soft", "rank/pairs_per_group", "completions/mean_length"):
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-6), name

@@ -254,6 +254,7 @@ class ClassifierTrainer(Trainer):
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
+        self.running_means["train"] = RunningMeans()  # `auto_find_batch_size` begins a run anew
         given = (max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
         return place_in_stream(self, resume_from_checkpoint, super()._init_training_state(*given))
 

@@ -76,8 +76,7 @@ class GroupTrainer(SFTTrainer):
         teacher_tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Its tokenizer, where soft labels are aligned.
         teacher_routes (`dict`, *optional*): Which of several teachers of the step read a row, if a column says so.
         vocab_size (`int`, *optional*): Number of leading token ids that student and teacher share.
-        shared_ids (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Where soft labels are aligned, tokens of student and teacher that are
-            the same string.
+        shared_ids (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Where soft labels are aligned, tokens that are the same string.
         chosen_first (`bool`): Whether a dataset has preferences without scores, which are then no scores of the teacher.
         origins (`dict[str, str]`): What the model card says of student, teacher and data.
         running_means (`dict[str, RunningMeans]`): What is logged, of `"train"` and of `"eval"`.
@@ -332,6 +331,7 @@ class GroupTrainer(SFTTrainer):
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
+        self.running_means["train"] = RunningMeans()  # `auto_find_batch_size` begins a run anew
         given = (max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)
         return place_in_stream(self, resume_from_checkpoint, super()._init_training_state(*given))
 
