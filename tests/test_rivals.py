@@ -14,6 +14,7 @@ from runs import (
     OTHERS,
     PAIRS,
     RANKED,
+    TOKENIZER,
     VOCAB,
     logged,
     make_rows,
@@ -27,7 +28,9 @@ from runs import (
 from transformers import HfArgumentParser
 
 import grkd_trl
+from grkd_trl.generation.core import draw_seed
 from grkd_trl.scoring import check_packed_rows_on_all_ranks
+from grkd_trl.teacher import LocalTeacher
 
 
 LOSSES = {method: getattr(slow, method.lower()) for method in [*RANKED, *OTHERS]}
@@ -296,9 +299,13 @@ class TestSeqKD:
         trainer, _ = train(tmp_path, self.PROMPTS, teacher_model=teacher, **fields)
         again = make_trainer(tmp_path, self.PROMPTS, **fields)
         assert again.train_dataset["completion_ids"] == trainer.train_dataset["completion_ids"]
+        if decoding == "sampling":  # a row's index decides its draws, and no process
+            seeds = [draw_seed(42, 0, "teacher") + index for index in range(4)]
+            prompts = [row["prompt"] for row in self.PROMPTS]
+            drawn = LocalTeacher(teacher, TOKENIZER).generate(prompts, 1, seed=seeds, max_new_tokens=5)
+            assert trainer.train_dataset["completion_ids"][:] == drawn.completion_ids
+            return
         for row in trainer.train_dataset:
-            if decoding == "sampling":
-                continue
             written = teacher.generate(
                 torch.tensor([row["prompt_ids"]]),
                 max_new_tokens=5,

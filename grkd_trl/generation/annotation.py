@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
@@ -30,7 +29,7 @@ from ..teacher.loading import with_remote_code
 from ..teacher.models import context_length_of
 from ..teacher.retokenize import read_prompts
 from ..teacher.writing import write_completions
-from .core import keep
+from .core import draw_seed, keep
 from .labels import ask_datasets, is_asked, processor_of, refuse_student
 
 
@@ -206,9 +205,7 @@ def teacher_texts(
         further = {
             name: [row.get(name) for row in rows] for name in ("tools", "chat_template_kwargs", "images", "image")
         }
-        state = PartialState()
-        with state.split_between_processes(list(range(len(rows)))) as part, torch.random.fork_rng():
-            torch.manual_seed(args.seed + state.process_index)
+        with PartialState().split_between_processes(list(range(len(rows)))) as part:
             own_part = {name: [values[index] for index in part] for name, values in further.items()}
             prompt_ids, images = read_prompts(tokenizer, [prompts[index] for index in part], own_part)
             read_ids = list(prompt_ids)
@@ -228,6 +225,7 @@ def teacher_texts(
                 max_new_tokens=args.max_completion_length,
                 temperature=args.temperature if args.decoding == "sampling" else 0.0,
                 top_p=args.top_p,
+                seeds=[draw_seed(args.seed, 0, "teacher") + index for index in part],  # on any number of processes
                 batch_size=64,
                 num_beams=args.num_beams if args.decoding == "beam" else 1,
                 progress=not args.disable_tqdm,
