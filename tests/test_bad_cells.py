@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from runs import METHODS, make_rows, make_student, make_teacher, make_trainer, train
+from runs import METHODS, TOKENIZER, make_rows, make_student, make_teacher, make_trainer, train
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model, tiny_tokenizer
 from trl.trainer.utils import remove_none_values
 
@@ -321,3 +321,31 @@ def test_scores_beyond_float32_never_reach_a_step(tmp_path):
     rows[2]["teacher_scores"][0] = -1e39
     with pytest.raises(ValueError, match="`teacher_scores` of row 2 holds -1e.39 for completion 0.*finite in float32"):
         make_trainer(tmp_path, rows, soft_label="group")
+
+
+class TestTokenizedByTheUser:
+    GROUP = {"prompt_ids": [4], "completion_ids": [[5, 1], [6, 1]], "teacher_scores": [-1.0, -2.0]}
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["dataset", "stream"])
+    @pytest.mark.parametrize(
+        "cell, message",
+        [
+            ({"teacher_scores": [math.nan, -1.0]}, "`teacher_scores` of row 1 holds nan for completion 0"),
+            ({"teacher_scores": [-1.0, math.inf]}, "`teacher_scores` of row 1 holds inf for completion 1"),
+            ({"teacher_scores": [-1.0]}, "`teacher_scores` of row 1 has 1 entries for 2 completions"),
+            ({"completion_ids": [[5, 1], []]}, r"`completion_ids` of \[2, 0\] tokens"),
+            ({"completion_ids": [[5, 1]], "teacher_scores": [-1.0]}, r"`completion_ids` of \[2\] tokens"),
+            ({"prompt_ids": None}, "Row 1 has `prompt_ids` None"),
+        ],
+        ids=str,
+    )
+    def test_is_refused(self, cell, message, stream):
+        groups = Dataset.from_list([self.GROUP, self.GROUP | cell])
+        with pytest.raises(ValueError, match=message):
+            list(prepare_groups(groups.to_iterable_dataset() if stream else groups, TOKENIZER))
+
+    def test_is_not_cut_unless_it_says_so(self):
+        rows = [self.GROUP, self.GROUP | {"clipped": [True, False]}]
+        read = [prepare_groups(Dataset.from_list([row]), TOKENIZER)[0] for row in rows]
+        assert [row["clipped"] for row in read] == [[False, False], [True, False]]
+        assert read[0]["completion_ids"] == self.GROUP["completion_ids"]

@@ -269,6 +269,8 @@ class TestResuming:
     def test_other_prompts_and_teachers_are_refused(self, made):
         with pytest.raises(ValueError, match="`dataset.rows`: 40 then, 39 now; `dataset.sha256`"):
             generate_groups(make_prompts(39), config(made[0]), student=make_teacher(0), teacher=make_teacher(1))
+        with pytest.raises(ValueError, match="different parameters: `student.weights`: '[0-9a-f]{16}' then, "):
+            generate_groups(make_prompts(), config(made[0]), student=make_teacher(2), teacher=make_teacher(1))
         other = make_teacher(1)
         other.processing_class.chat_template = CHAT_TEMPLATES["plain"]
         with pytest.raises(ValueError, match="`scorer.chat_template`(.)*`teacher.chat_template`"):

@@ -11,7 +11,7 @@ from .._trl import global_then_local_main_first
 from ..losses import ranked_pairs
 from .images import has_image_columns, images_of, put_images, render_prompt
 from .inspection import plain_rows
-from .rows import WRITTEN, check_teacher_prompt, read_group, read_prompt
+from .rows import WRITTEN, check_one_each, check_score, check_teacher_prompt, read_group, read_prompt
 from .teacher_prompts import check_made_with, encode_teacher_prompt, with_teacher_context
 from .tokenization import encode_prompt, tokenize_completions
 from .written import check_written, say_whose_ids
@@ -128,6 +128,42 @@ def tokenize_group(
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, **size, **group}
 
 
+def check_tokenized(row: dict[str, Any], index: int, *, min_completions: int = 2) -> dict[str, Any]:
+    """
+    Check a row that the user tokenized.
+
+    Args:
+        row (`dict[str, Any]`):
+            Row with `prompt_ids`, `completion_ids` and, where there are any, `teacher_scores` and `clipped`.
+        index (`int`):
+            Row number, for errors.
+        min_completions (`int`, *optional*, defaults to `2`):
+            Fewest completions of a group.
+
+    Returns:
+        `dict[str, Any]`: `clipped` (`list[bool]`).
+
+    Raises:
+        `ValueError`: If there are too few completions, one without a token, or not a score that is finite for each.
+    """
+    completion_ids = row["completion_ids"] or []
+    group = {name: row[name] for name in ("teacher_scores", "clipped") if name in row} | {
+        "completions": completion_ids
+    }
+    if group.get("clipped") is None:
+        group["clipped"] = [False] * len(completion_ids)
+    if row.get("prompt_ids") is None or len(completion_ids) < min_completions or not all(completion_ids):
+        raise ValueError(
+            f"Row {index} has `prompt_ids` {row.get('prompt_ids')} and `completion_ids` of {[len(ids or []) for ids in completion_ids]} "
+            f"tokens: give a list of token ids, and {min_completions} or more lists, none of them empty. Or drop the row."
+        )
+    for name in group:
+        check_one_each(group, name, index)
+    for position, value in enumerate(group.get("teacher_scores", [])):
+        check_score(value, "teacher_scores", position, index)
+    return {"clipped": group["clipped"]}
+
+
 def prepare_groups(
     dataset: Dataset | IterableDataset,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
@@ -193,6 +229,11 @@ def prepare_groups(
             dataset = dataset.map(tokenize_group, with_indices=True, fn_kwargs=fn_kwargs, **kwargs).with_format(None)
             if "tokenizer_hash" in columns:
                 dataset = dataset.remove_columns("tokenizer_hash")  # the ids are this tokenizer's now
+        else:
+            kwargs = {"num_proc": num_proc, "desc": f"Checking {name} groups"} if in_memory else {}
+            dataset = dataset.map(
+                check_tokenized, with_indices=True, fn_kwargs={"min_completions": min_completions}, **kwargs
+            )
         cut_at = max_length if truncation_mode == "keep_start" else None
         dataset = with_teacher_context(dataset, teacher_context, max_length=cut_at)
         num_rows = len(dataset) if in_memory else 0

@@ -216,12 +216,8 @@ def read_group(row: dict[str, Any], index: int, *, min_completions: int = 2) -> 
     if "completion_ids" in group and group["prompt_ids"] is None:
         raise ValueError(f"`prompt_ids` of row {index} is None, and `completion_ids` were written after a prompt.")
     for position, value in enumerate(group.get("teacher_scores", [])):
-        if not is_score(value):
-            field = "teacher_scores" if "completions" in row else ("score_chosen", "score_rejected")[position]
-            raise ValueError(
-                f"`{field}` of row {index} holds {value!r} for completion {position}: scores are numbers that are "
-                "finite in float32, higher is better. Drop the completion, or score it again."
-            )
+        field = "teacher_scores" if "completions" in row else ("score_chosen", "score_rejected")[position]
+        check_score(value, field, position, index)
     if "completions" in row and "teacher_scores" in group:
         check_pair_agreement(row.get("teacher_pair_agreement"), len(group["completions"]), index)
     for position, value in enumerate(group["clipped"]):
@@ -230,6 +226,30 @@ def read_group(row: dict[str, Any], index: int, *, min_completions: int = 2) -> 
                 f"`clipped` of row {index} holds {_shown(value)} for completion {position}: give `True` or `False`."
             )
     return group
+
+
+def check_score(value: Any, field: str, position: int, index: int) -> None:
+    """
+    Refuse what is no score.
+
+    Args:
+        value (`Any`):
+            Score of a completion.
+        field (`str`):
+            Its field, for the error.
+        position (`int`):
+            Number of the completion, for the error.
+        index (`int`):
+            Row number, for the error.
+
+    Raises:
+        `ValueError`: The message names field, row and completion.
+    """
+    if not is_score(value):
+        raise ValueError(
+            f"`{field}` of row {index} holds {value!r} for completion {position}: scores are numbers that are "
+            "finite in float32, higher is better. Drop the completion, or score it again."
+        )
 
 
 def check_completions(prompt: Any, completions: Any, index: int, *, min_completions: int = 2) -> None:

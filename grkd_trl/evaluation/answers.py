@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import encode_prompt
-from ..teacher.loading import hash_tensors
+from ..teacher.models import hash_weights
 from ..teacher.writing import end_token_ids, write_completions
 from .files import append_rows, read_appended
 
@@ -74,7 +74,7 @@ def write_answers(
         cache_path = Path(cache_path).expanduser()
         append_rows(cache_path, [])  # a file that cannot be written to is found before the model is asked
         ends = sorted(end_token_ids(model, processing_class))
-        settings = [_digest(model), max_new_tokens, temperature, ends]
+        settings = [hash_weights(model), max_new_tokens, temperature, ends]
         keys = [
             hashlib.sha256(json.dumps([*settings, *row]).encode()).hexdigest()
             for row in zip(seeds, prompt_ids, strict=True)
@@ -101,12 +101,3 @@ def write_answers(
         if cache_path is not None:
             append_rows(cache_path, [{"key": keys[row], "answer": answers[row]} for row in rows])
     return [answer or "" for answer in answers]
-
-
-def _digest(model: PreTrainedModel) -> str:
-    """What tells a model from another: some values of each of its parameters."""
-    some = {
-        name: parameter.detach().reshape(-1)[:: max(1, parameter.numel() // 64)].contiguous()
-        for name, parameter in model.named_parameters()
-    }
-    return hash_tensors(some)

@@ -29,7 +29,7 @@ from ..scoring import (
 from .batches import token_batches
 from .combination import AGREEMENT
 from .loading import hash_tensors
-from .models import context_length_of
+from .models import context_length_of, hash_weights
 from .protocol import Completions, TeacherScores, TopTokens, check_k, prompt_seeds
 from .retokenize import columns_to_score, image_columns, read_groups, read_prompts
 from .writing import pad_token_id, write_completions
@@ -91,16 +91,18 @@ class LocalTeacher:
 
         Returns:
             `dict[str, Any]`: Model, revision, dtype, hashes of the tokenizer and of its chat template, and the score; of
-            adapters a hash of their weights, for their base alone has a name.
+            adapters, and of a model that has no revision, a hash of its weights, which may change under the same name.
         """
         model: Any = self.model  # or adapters on one
         config, adapters = model.config, {}
         if isinstance(model, PeftModel):
             adapters = get_peft_model_state_dict(model, save_embedding_layers=False)
+        revision = getattr(config, "_commit_hash", None)  # only what came from a hub has one
         return {
             "model": get_config_model_id(config),
             **({"adapters": hash_tensors(adapters)} if adapters else {}),
-            "revision": getattr(config, "_commit_hash", None),  # only what came from a hub has one
+            "revision": revision,
+            **({"weights": hash_weights(model)} if revision is None else {}),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "quantization": str(config.quantization_config) if hasattr(config, "quantization_config") else None,
             **describe_tokenizer(self.processing_class),

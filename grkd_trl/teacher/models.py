@@ -27,7 +27,7 @@ from .._trl import (
     prepare_fsdp,
     unset_hf_deepspeed_config,
 )
-from .loading import load_config, load_model, load_processor, load_tokenizer
+from .loading import hash_tensors, load_config, load_model, load_processor, load_tokenizer
 
 
 logger = logging.get_logger(__name__)
@@ -196,6 +196,25 @@ def _shard_layers(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.
     for module in [*layers, model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     return model
+
+
+def hash_weights(model: torch.nn.Module) -> str:
+    """
+    Hash of some values of each parameter, which tells a model from one that was trained further.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model. Parameters that are offloaded are left out.
+
+    Returns:
+        `str`: Sixteen hexadecimal digits.
+    """
+    some = {
+        name: parameter.detach().reshape(-1)[:: max(1, parameter.numel() // 64)].contiguous()
+        for name, parameter in model.named_parameters()
+        if not parameter.is_meta
+    }
+    return hash_tensors(some)
 
 
 def tokenizer_of(
