@@ -71,6 +71,22 @@ class TestFinite:
         with pytest.raises(ValueError, match="The teacher's logits are not finite"):
             trainer.evaluate()
 
+    @pytest.mark.parametrize(
+        "method, fields, masked",
+        [("GRKD", {}, "model"), ("KD", {}, "model"), ("KD", {"divergence": "reverse"}, "teacher_model")],
+        ids=str,
+    )
+    def test_a_token_that_one_model_masks(self, tmp_path, method, fields, masked):
+        """The student has probability 0 for a token that the teacher may choose, or the other way round."""
+        models = {"model": make_student(), "teacher_model": make_teacher()}
+        models[masked].lm_head.register_forward_hook(
+            lambda _, args, logits: logits.index_fill(-1, torch.tensor([19]), -torch.inf)
+        )
+        rows = [{"prompt": "a b ", "completions": ["c d", "e"]}] * 4
+        trainer = make_trainer(tmp_path, rows, method=method, **models, **fields)
+        with pytest.raises(ValueError, match="Not finite: the loss .*mask both vocabularies alike"):
+            trainer.train()
+
     def test_large_numbers_are_finite(self):
         checks.check_finite(student=torch.full((2, 2), -3e38))  # whose sum is not
 

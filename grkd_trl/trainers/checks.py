@@ -127,23 +127,31 @@ def check_launch(args: TrainingArguments) -> None:
         )
 
 
-def check_finite(**logps: torch.Tensor | None) -> None:
+def check_finite(losses: dict[str, torch.Tensor] | None = None, **logps: torch.Tensor | None) -> None:
     """
-    Refuse log-probabilities that are not finite, in the step in which they appear and before anything is trained on
-    them. Logits of -inf (a masked vocabulary) are accepted as long as the completions' own tokens are possible.
+    Refuse log-probabilities and losses that are not finite, in the step in which they appear and before anything is trained on
+    them. Logits of -inf are accepted where both models mask a token and the completions' own are possible.
 
     Args:
+        losses (`dict[str, torch.Tensor]`, *optional*):
+            Loss of each token, by its name.
         **logps (`torch.Tensor` of shape `(N, L - 1)`, *optional*):
             Log-probability of each token, in nats, by the name of the model that gave them.
 
     Raises:
-        `ValueError`: If a value is NaN or infinite; the message names the model and the rows.
+        `ValueError`: If a value is NaN or infinite; the message names the model and the rows, or the loss.
     """
     given = {name: values.detach() for name, values in logps.items() if values is not None}
-    sums = torch.stack([values.sum(dtype=torch.float32).cpu() for values in given.values()])
-    if not sums.isfinite().all():  # one wait for the device
+    own = {name: values.detach() for name, values in (losses or {}).items()}
+    sums = [values.sum(dtype=torch.float32).cpu() for values in (*given.values(), *own.values())]
+    if not torch.stack(sums).isfinite().all():  # one wait for the device
         for name, values in given.items():
             refuse_not_finite(values, f"The {name}'s logits")
+        if names := [name for name, values in own.items() if not values.isfinite().all()]:
+            raise ValueError(
+                f"Not finite: the loss {', '.join(names)}, of completions that are possible. Student or teacher masks a token (a "
+                "logit of -inf) that the other does not: mask both vocabularies alike."
+            )
 
 
 def check_sampling(args: TrainingArguments, train_dataset: Dataset | IterableDataset | None) -> None:

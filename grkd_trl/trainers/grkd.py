@@ -241,7 +241,9 @@ class GRKDTrainer(GroupTrainer):
 
         needed = token_losses if args.needs_teacher_logits else None
         student = score_completions(model, inputs, token_losses=needed, **sharing, **self.student_kwargs)
-        check_finite(student=student.per_token_logps, teacher=teacher and teacher.per_token_logps)
+        check_finite(
+            student.token_losses, student=student.per_token_logps, teacher=teacher and teacher.per_token_logps
+        )
         scores = sequence_scores(student.per_token_logps, completion_mask, score=args.score)
         student_scores = to_groups(scores, group_mask)
 

@@ -132,7 +132,9 @@ class KDTrainer(GroupTrainer):
             return {"soft": temperature**2 * kl}
 
         student = score_completions(model, inputs, token_losses=token_losses, **sharing, **self.student_kwargs)
-        check_finite(student=student.per_token_logps, teacher=teacher and teacher.per_token_logps)
+        check_finite(
+            student.token_losses, student=student.per_token_logps, teacher=teacher and teacher.per_token_logps
+        )
         soft = student.token_losses["soft"]
         mask = predicted_mask(completion_mask)
         hard = -student.per_token_logps[mask.to(student.per_token_logps.device)]

@@ -186,7 +186,7 @@ class MiniLLMTrainer(GroupTrainer):
             return losses
 
         student = score_completions(model, inputs, token_losses=token_losses, **sharing, **self.student_kwargs)
-        check_finite(student=student.per_token_logps, teacher=teacher.per_token_logps)
+        check_finite(student.token_losses, student=student.per_token_logps, teacher=teacher.per_token_logps)
         logps, teacher_logps, single_step = (
             student.token_losses[name] for name in ("logps", "teacher_logps", "single_step")
         )
