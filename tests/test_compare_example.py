@@ -87,16 +87,6 @@ def test_seeds_differ_in_their_groups(settings):
     assert files[0].read_text() != files[1].read_text()
 
 
-@pytest.mark.parametrize(
-    ("who", "writers"),
-    [("mixed", ["teacher", "student", "student"]), ("teacher", ["teacher"] * 3), ("student", ["student"] * 3)],
-)
-def test_groups_of_a_size_and_writer(settings, who, writers):
-    task = tasks.scan(settings | {"num_completions": 3, "written_by": who}, 0)
-    groups = [json.loads(line) for line in task.groups.read_text().splitlines()]
-    assert all(group["written_by"] == writers and len(group["completions"]) == 3 for group in groups)
-
-
 def test_budget_of_tokens_and_adapters(folder, settings):
     row = run(folder, "scan", "seqkd", settings | {"max_tokens": 300, "student_lora": True})
     steps = row["curve"][-1]["step"]

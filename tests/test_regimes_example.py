@@ -174,9 +174,9 @@ def test_no_question_is_on_two_sides(settings, tmp_path):
     assert len(questions) == len(set(questions)) == 60
 
 
-def made_runs(folder):
-    """Two methods with two seeds, of which one is better by a quarter on every item."""
-    for method, gain in (("kd", 0.0), ("grkd", 0.25)):
+def made_runs(folder, *more):
+    """Two methods with two seeds, of which one is better by a quarter on every item, and perhaps others."""
+    for method, gain in (("kd", 0.0), ("grkd", 0.25), *more):
         for seed in (0, 1):
             values = {name: [gain + 0.1 * seed + 0.01 * item for item in range(10)] for name in MEASURES}
             path = run.measured_path(folder / "models", "privileged, math_word", method, seed)
@@ -208,10 +208,13 @@ def test_the_report_compares_what_differs_in_one_thing(tmp_path):
 
 
 def test_ranking_is_tested_at_the_rate_of_the_same_losses_without_it(tmp_path):
-    made_runs(tmp_path)
-    given = {"grkd": {"alpha_start": 0.1}, "kd": {}}
+    made_runs(tmp_path, ("grkd online", 0.5))
+    given = {"grkd": {"alpha_start": 0.1}, "kd": {}, "grkd online": {}}
     again = at_baseline_rate(tmp_path / "results.jsonl", "privileged, math_word", given)
-    assert again == {"grkd at the rate of kd": {"alpha_start": 0.1, "learning_rate": 1e-3}}
+    assert again == {
+        "grkd at the rate of kd": {"alpha_start": 0.1, "learning_rate": 1e-3},
+        "grkd online at the rate of grkd": {"learning_rate": 0.251},
+    }
     assert at_baseline_rate(tmp_path / "results.jsonl", "privileged, math_word", {"kd": {}}) == {}
 
 

@@ -57,7 +57,7 @@ METHODS = {
 # Settings of the comparison; all others are the method's own.
 SHARED = ("work_dir", "data", "num_test", "num_prompts", "pretraining_steps", "student_lora", "batch_size")
 SHARED += ("learning_rate", "curve_points", "max_steps", "max_tokens", "max_seconds", "max_new_tokens")
-SHARED += ("student", "teacher", "groups_file", "eval_file", "num_completions", "written_by")
+SHARED += ("student", "teacher", "groups_file", "eval_file")
 CURVE_ITEMS, SAMPLES = 200, 50
 
 

@@ -1,4 +1,4 @@
-"""What `compare.py` and `study.py` try for each method: eight settings, so that none is tuned more than another."""
+"""What `compare.py` tries for each method: eight settings, so that none is tuned more than another."""
 
 # Eight trials for each method: two learning rates and two settings of its own, or four learning rates, ...
 RATES, LOW_RATES = (5e-4, 1e-3), (3e-5, 1e-4)  # at the higher ones DPO and SimPO lose what the student knows

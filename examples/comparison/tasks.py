@@ -82,10 +82,6 @@ def trained(folder: Path, tokenizer, rows, *, num_layers: int, width: int, **kwa
     return str(folder)
 
 
-# How many of a group's completions the teacher writes.
-WRITTEN_BY = {"mixed": lambda size: 1, "teacher": lambda size: size, "student": lambda size: 0}
-
-
 def draw_prompts(prompts: list, count: int, seed: int) -> list:
     """So many prompts in a seed's order. A small task is gone through several times, with new completions."""
     order, chosen = random.Random(seed), []
@@ -110,19 +106,15 @@ def split_problems(paths: list[str], num_held_out: int) -> tuple[list[MathWordPr
 
 
 def _groups(task: str, student: str, teacher: str, prompts: list[str], settings: dict[str, Any], seed: int) -> Path:
-    """Groups of a seed, by default of one completion by the teacher and three by the student, written once."""
-    size, who = settings.get("num_completions", 4), settings.get("written_by", "mixed")
+    """Groups of a seed, of one completion by the teacher and three by the student, written once."""
     chosen = draw_prompts(prompts, settings["num_prompts"], seed)
     made_of = [Path(student).name, Path(teacher).name, chosen]
-    path = keyed(Path(settings["work_dir"]) / task / f"groups-{who}-{size}-{seed}", *made_of).with_suffix(".jsonl")
+    path = keyed(Path(settings["work_dir"]) / task / f"groups-{seed}", *made_of).with_suffix(".jsonl")
     if not path.exists():
         set_seed(seed)
-        by_teacher = WRITTEN_BY[who](size)
         models = [AutoModelForCausalLM.from_pretrained(name) for name in (teacher, student)]
-        counts = (by_teacher, size - by_teacher)
-        groups = write_groups(*models, AutoTokenizer.from_pretrained(teacher), chosen, counts)
-        writers = ["teacher"] * counts[0] + ["student"] * counts[1]
-        groups = groups.add_column("written_by", [writers] * len(groups))
+        groups = write_groups(*models, AutoTokenizer.from_pretrained(teacher), chosen)
+        groups = groups.add_column("written_by", [["teacher", *["student"] * 3]] * len(groups))  # SeqKD reads it
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
         groups.to_json(part)

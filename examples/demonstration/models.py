@@ -89,14 +89,10 @@ def pretrain(
         optimizer.zero_grad()
 
 
-def write_groups(
-    teacher: PreTrainedModel, student: PreTrainedModel, tokenizer, prompts: list[str], counts: tuple[int, int] = (1, 3)
-) -> Dataset:
-    """Groups with the teacher's scores: by default one completion by the teacher and three by the student."""
+def write_groups(teacher: PreTrainedModel, student: PreTrainedModel, tokenizer, prompts: list[str]) -> Dataset:
+    """Groups with the teacher's scores: one completion by the teacher and three by the student."""
     groups = {"prompt": prompts, "completions": [[] for _ in prompts], "clipped": [[] for _ in prompts]}
-    for writer, num_completions in zip((teacher, student), counts, strict=True):
-        if not num_completions:
-            continue
+    for writer, num_completions in ((teacher, 1), (student, 3)):
         texts, clipped = generate_completions(
             writer,
             tokenizer,

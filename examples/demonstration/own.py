@@ -12,15 +12,14 @@ def own(out: Path, groups: str, student: str, teacher: str | None = None, *, gro
     """Train on a user's groups, a tenth of them held out, and print what changed on these."""
     if teacher is None:
         print(
-            "No teacher was given, so there are no token soft labels, and by ranking alone students lost accuracy in our "
-            "study: check what the student writes. With a teacher it gains."
+            "No teacher was given, so the student learns from the scores alone: it imitates each group's best completion and "
+            "ranks the others. Check what it writes."
         )
     split = load_dataset("json", data_files=groups, split="train").train_test_split(0.1, seed=given["seed"])
     config = GRKDConfig(
         output_dir=str(out),
-        # Without a teacher there are its scores alone. Of the two losses for them, both poor, "none" lost less accuracy
-        # (examples/results/comparison)
-        **({} if teacher else {"soft_label": "none"}),
+        # By scores alone the best completion has to be imitated (examples/results/regimes, "Scores alone").
+        **({} if teacher else {"soft_label": "none", "sft_weight": 1.0}),
         **given,
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,

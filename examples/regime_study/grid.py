@@ -103,6 +103,7 @@ COMPARISONS = {
         "ranking": [("grkd", "kd"), ("grkd constant", "kd"), ("grkd preference", "kd")],
         "a schedule": [("grkd", "grkd constant")],
         "online groups": [("grkd online", "grkd")],
+        "a rival": [(rival, "grkd") for rival in ("gkd", "minillm", "seqkd", "sft", "pro", "simpo", "dpo")],
     },
     "verifier": {
         "ranking": [("grkd", "kd"), ("grkd +sft", "grkd no ranking +sft")],

@@ -6,23 +6,25 @@ from typing import Any
 import numpy as np
 
 from grkd_trl.evaluation.results import read_results
-from grkd_trl.evaluation.statistics import holm_p_values, paired_difference
+from grkd_trl.evaluation.statistics import Estimate, holm_p_values, paired_difference
 from grkd_trl.examples.regime_study.grid import COMPARISONS
 
 
 Runs = dict[str, dict[int, dict[str, list[float]]]]  # by method, seed and measure a value for each item
 Values = dict[str, Runs]  # by task
+AT_BASELINE_RATE = ("ranking", "online groups")  # what is tested again where it ended at another rate
 HEAD = """# What ranking, a verifier, a schedule and online groups add
 
 Differences with their 95 % intervals over seeds and items; bold: significant after Holm's correction over the comparisons of a
-regime, task and measure. Rank accuracy is over held-out groups, the other measures over test items."""
+regime, task and measure, those to rivals for themselves. Rank accuracy is over held-out groups, the other measures over test items."""
 
 
 def at_baseline_rate(results: Path, task: str, methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Ranking at the learning rate of the same losses without it, where the two were tested at different rates."""
+    """Ranking, and online groups, at the rate of the same losses without them, where the two were tested at different rates."""
     done = {row["method"]: row for row in read_results(results) if row["task"] == task}
     rates = {name: row["settings"]["learning_rate"] for name, row in done.items() if name in methods}
-    pairs = [pair for pair in COMPARISONS[task.split(",")[0]].get("ranking", []) if set(pair) <= rates.keys()]
+    asked = [pair for what in AT_BASELINE_RATE for pair in COMPARISONS[task.split(",")[0]].get(what, [])]
+    pairs = [pair for pair in asked if set(pair) <= rates.keys()]
     again = {f"{one} at the rate of {other}": methods[one] | {"learning_rate": rates[other]} for one, other in pairs}
     return {name: again[name] for name, (one, other) in zip(again, pairs, strict=True) if rates[one] != rates[other]}
 
@@ -49,7 +51,9 @@ def verdicts(found: Values) -> str:
     lines = [HEAD]
     for task, methods in found.items():
         asked = [(what, *pair) for what, pairs in COMPARISONS[task.split(",")[0]].items() for pair in pairs]
-        asked += [(what, f"{one} at the rate of {other}", other) for what, one, other in asked if what == "ranking"]
+        asked += [
+            (what, f"{one} at the rate of {other}", other) for what, one, other in asked if what in AT_BASELINE_RATE
+        ]
         cells: dict[tuple[str, str, str], list[str]] = {}
         for measure in measures_of(methods):
             known = {}
@@ -60,9 +64,9 @@ def verdicts(found: Values) -> str:
                         np.array([methods[name][seed][measure] for seed in seeds]) for name in (method, baseline)
                     ]
                     known[what, method, baseline] = paired_difference(*values)
-            p_values = holm_p_values(np.array([estimate.p_value for estimate in known.values()]))
-            for key, estimate, p_value in zip(known, known.values(), p_values, strict=True):
-                mark = "**" if p_value < 0.05 else ""
+            p_values = _corrected(known)
+            for key, estimate in known.items():
+                mark = "**" if p_values[key] < 0.05 else ""
                 text = f"{mark}{estimate.mean:+.3f}{mark} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
                 cells.setdefault(key, []).append(text)
         lines += ["", f"## {task}", "", f"| adds | method | minus | {' | '.join(measures_of(methods))} |"]
@@ -71,3 +75,12 @@ def verdicts(found: Values) -> str:
             *(f"| {' | '.join([*key, *row])} |" for key, row in cells.items()),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _corrected(known: dict[tuple[str, str, str], Estimate]) -> dict[tuple[str, str, str], float]:
+    """Holm's p-values, of the comparisons to rivals for themselves: there are many, and none of them asks what ranking adds."""
+    corrected: dict[tuple[str, str, str], float] = {}
+    for of_rivals in (True, False):
+        family = [key for key in known if (key[0] == "a rival") == of_rivals]
+        corrected |= zip(family, holm_p_values(np.array([known[key].p_value for key in family])), strict=True)
+    return corrected
