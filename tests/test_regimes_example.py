@@ -184,7 +184,8 @@ def made_runs(folder, *more):
             path.write_text(json.dumps(values | {"right": values["greedy"]}))
             row = {"task": "privileged, math_word", "method": method, "seed": seed, "metric": "right"}
             row |= {"settings": {"learning_rate": 1e-3 + gain, "data": ["/home/me/a.csv"], "work_dir": "/home/me"}}
-            row |= {"metrics": {"right": gain, "cpu_seconds": 7.0}, "per_item": values["greedy"], "seconds": 1.0}
+            right = sum(values["greedy"]) / 10
+            row |= {"metrics": {"right": right, "cpu_seconds": 7.0}, "per_item": values["greedy"], "seconds": 1.0}
             row |= {"tokens": 2, "peak_memory_bytes": 3, "versions": {}, "status": "done"}
             with open(folder / "results.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
