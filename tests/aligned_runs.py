@@ -79,7 +79,9 @@ def slow_step(student, teacher, rows, *, temperature=1.0, max_length=None):
             words = [names[token] for token in ids]
             for place, student_row in enumerate(own_logits):
                 read_before = " ".join(words[:place])
-                if not text.startswith(read_before):  # the student reads one space, the teacher as many as there are
+                # The student reads one space, the teacher as many as there are. A special token after the text of a cut completion
+                # has no token of the teacher beside it.
+                if not text.startswith(read_before) or len(read) + len(read_before) == len(characters):
                     losses.append(student_row.sum() * 0.0)
                     continue
                 row_of_teacher = logits[len(read) + len(read_before) - 1]

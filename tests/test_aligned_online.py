@@ -92,7 +92,7 @@ def assert_step(trainer, gradients, student, rows, *, alpha=0.3, temperature=1.0
 class TestOnline:
     def make(self, folder, teacher, rows=None, **kwargs):
         dataset = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS] if rows is None else rows)
-        given = {"alpha_start": 0.3, **STEP, **ONLINE, "train_sampling_strategy": "random", **kwargs}
+        given = {"alpha_start": 0.3, **STEP, **ONLINE, **kwargs}
         return make_trainer(folder, train_dataset=dataset, teacher_model=teacher, **given)
 
     @pytest.mark.parametrize(
