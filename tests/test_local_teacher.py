@@ -5,8 +5,10 @@ import math
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from scipy.stats import chisquare
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model, tiny_tokenizer
+from torch.testing._internal.two_tensor import TwoTensor
 
 from grkd_trl.data import describe_tokenizer, tokenizer_hash
 from grkd_trl.teacher import CallableScorer, LocalTeacher, scorer
@@ -162,6 +164,28 @@ class TestLocalTeacher:
         assert teacher.describe()["dtype"] == "float32"
         assert teacher.describe()["tokenizer"] == make_teacher().describe()["tokenizer"]
         assert teacher.describe()["tokenizer"] != other.describe()["tokenizer"]
+
+    def test_describes_weights_by_their_values(self):
+        def described(**kwargs):
+            teacher = make_teacher(**kwargs)
+            teacher.model.config._commit_hash = "that of a hub, from which it was trained further"
+            return teacher
+
+        own = described().describe()
+        assert own != described(seed=1).describe()
+        offloaded = described()
+        cpu_offload(offloaded.model, "cpu")
+        assert offloaded.model.lm_head.weight.is_meta and offloaded.describe() == own
+
+    def test_describes_weights_that_are_several_tensors(self):
+        """As those of a model that is quantized by torchao, or sharded, of which many operations are not known."""
+        found = []
+        for bias in (0.0, 1.0, 1.0):
+            teacher = make_teacher()
+            head = teacher.model.lm_head.weight.detach()
+            teacher.model.lm_head.weight = torch.nn.Parameter(TwoTensor(head, head + bias))
+            found.append(teacher.describe())
+        assert found[0] != found[1] == found[2]
 
     def test_refuses_an_unknown_score(self):
         with pytest.raises(ValueError, match="`score` must be 'mean' or 'sum', got 'median'"):

@@ -90,19 +90,18 @@ class LocalTeacher:
         Identify this teacher.
 
         Returns:
-            `dict[str, Any]`: Model, revision, dtype, hashes of the tokenizer and of its chat template, and the score; of
-            adapters, and of a model that has no revision, a hash of its weights, which may change under the same name.
+            `dict[str, Any]`: Model, revision, dtype, the score, and hashes of the tokenizer, of its chat template, of adapters and
+            of the weights, which may have been trained further under the same name and revision.
         """
         model: Any = self.model  # or adapters on one
         config, adapters = model.config, {}
         if isinstance(model, PeftModel):
             adapters = get_peft_model_state_dict(model, save_embedding_layers=False)
-        revision = getattr(config, "_commit_hash", None)  # only what came from a hub has one
         return {
             "model": get_config_model_id(config),
             **({"adapters": hash_tensors(adapters)} if adapters else {}),
-            "revision": revision,
-            **({"weights": hash_weights(model)} if revision is None else {}),
+            "revision": getattr(config, "_commit_hash", None),  # only what came from a hub has one
+            "weights": hash_weights(model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "quantization": str(config.quantization_config) if hasattr(config, "quantization_config") else None,
             **describe_tokenizer(self.processing_class),

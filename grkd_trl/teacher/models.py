@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, align_module_device
 from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -204,17 +205,28 @@ def hash_weights(model: torch.nn.Module) -> str:
 
     Args:
         model (`torch.nn.Module`):
-            Model. Parameters that are offloaded are left out.
+            Model. Wherever its parameters are, and whichever of them are offloaded, the hash is the same; of a sharded model it is
+            that of the shards of this process.
 
     Returns:
         `str`: Sixteen hexadecimal digits.
     """
-    some = {
-        name: parameter.detach().reshape(-1)[:: max(1, parameter.numel() // 64)].contiguous()
-        for name, parameter in model.named_parameters()
-        if not parameter.is_meta
-    }
+    some = {}
+    for prefix, module in model.named_modules():
+        with align_module_device(module):  # what is offloaded is there for as long
+            for name, parameter in module.named_parameters(recurse=False):
+                for number, part in enumerate(_stored(parameter.detach())):
+                    values = part.reshape(-1)[:: max(1, part.numel() // 64)]
+                    some[f"{prefix}.{name}.{number}"] = values.contiguous().cpu()
     return hash_tensors(some)
+
+
+def _stored(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors that hold a tensor, which are several of one that is quantized."""
+    if not hasattr(tensor, "__tensor_flatten__"):  # PyTorch's protocol for subclasses that wrap tensors
+        return iter([tensor])
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return chain.from_iterable(_stored(part) for part in parts if isinstance(part, torch.Tensor))
 
 
 def tokenizer_of(
