@@ -4,6 +4,7 @@ import pytest
 from datasets import Dataset
 from runs import FIELDS
 from tiny import CHAT_TEMPLATES, byte_tokenizer, tiny_model
+from tokenizers import normalizers
 
 from grkd_trl import SeqKDConfig, SeqKDTrainer
 from grkd_trl.data import encode_prompt, prepare_groups, tokenize_group, tokenizer_hash
@@ -59,6 +60,21 @@ def test_another_template_is_told(template, warns, caplog):
     with caplog.at_level("WARNING"):
         prepare_groups(groups, tokenizer_with(template))
     assert ("were written with another chat template" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("template", ["qwen", "{{ raise_exception('no such role') }}"])
+def test_ids_of_a_template_that_the_reader_has_not(template, caplog):
+    """They are of the same text, which the tokenizer normalizes."""
+    writer, reader = tokenizer_with("plain"), tokenizer_with(template)
+    for tokenizer in (writer, reader):
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    row = written(writer, [SYSTEM, USER | {"content": "Cafe\u0301 noir."}])
+    assert tokenize_group(row, 0, processing_class=reader)["prompt_ids"] == row["prompt_ids"]
+    with caplog.at_level("WARNING"):
+        assert prepare_groups(Dataset.from_list([row]), reader)[0]["prompt_ids"] == row["prompt_ids"]
+    assert "were written with another chat template" in caplog.text
+    with pytest.raises(ValueError, match="`prompt` of row 0 holds text that is not in its `prompt_ids`"):
+        tokenize_group(row | {"prompt": [SYSTEM, USER]}, 0, processing_class=reader)
 
 
 @pytest.mark.parametrize("student", ["qwen", "plain", None])

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
@@ -37,12 +38,16 @@ def check_written(
     if group.get("tokenizer_hash") is None or group["tokenizer_hash"] != tokenizer_hash(processing_class):
         return
     tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
-    added = tokenizer.get_added_vocab()
 
     def without_added(text: str) -> str:  # which of them are EOS and padding may have changed since
-        for token in added:
+        for (
+            token
+        ) in tokenizer.get_added_vocab():  # thousands of some tokenizers, so only where a text is not found as it is
             text = text.replace(token, "")
         return text
+
+    def as_read(text: str) -> str:  # some tokenizers normalize it, or do not know all of it
+        return _decode(processing_class, tokenizer(text, add_special_tokens=False)["input_ids"])
 
     ids_of = group["completion_ids"] or []
     for position, (text, ids, was_cut) in enumerate(zip(group["completions"], ids_of, group["clipped"], strict=False)):
@@ -55,7 +60,12 @@ def check_written(
                 f"training uses the ids. If the text was edited, {_DROP}"
             )
     decoded = _decode(processing_class, group["prompt_ids"])
-    said = [text for text in _said(group["prompt"]) if without_added(text).strip() not in without_added(decoded)]
+    said = [
+        text for text in _said(group["prompt"]) if text.strip() not in decoded and as_read(text).strip() not in decoded
+    ]
+    if said:
+        decoded = without_added(decoded)
+        said = [text for text in said if without_added(text).strip() not in decoded]
     if said and _encode(processing_class, row, group, index) != list(group["prompt_ids"]):
         raise ValueError(
             f"`prompt` of row {index} holds text that is not in its `prompt_ids`, {said[0][:80]!r}, and training uses the ids. If "
@@ -89,7 +99,9 @@ def say_whose_ids(row: dict[str, Any], processing_class: PreTrainedTokenizerBase
     check_prompt(prompt, 0)
     own = _encode(processing_class, row, row, 0)
     if own != list(ids):
-        texts = [repr(_decode(processing_class, each)[:200]) for each in (ids, own)]
+        texts = [
+            repr(_decode(processing_class, each)[:200]) if each is not None else "an error" for each in (ids, own)
+        ]
         logger.warning(
             f"The prompts of the {name} dataset were written with another chat template, and the student is trained on its format: "
             f"the first is {texts[0]}, where the student's template makes {texts[1]}. To train on the student's, {_DROP}"
@@ -106,10 +118,14 @@ def _said(prompt: str | list[dict[str, Any]]) -> list[str]:
     return [text for text in texts if text]
 
 
-def _encode(processing_class: Any, row: dict[str, Any], group: dict[str, Any], index: int) -> list[int]:
+def _encode(processing_class: Any, row: dict[str, Any], group: dict[str, Any], index: int) -> list[int] | None:
+    """Ids of the prompt by the own chat template; `None` if that refuses it, as some do a system prompt."""
     template = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
     prompt = put_images(processing_class, group["prompt"], images_of(row), index)
-    return encode_prompt(processing_class, prompt, **template)
+    try:
+        return encode_prompt(processing_class, prompt, **template)
+    except TemplateError:
+        return None
 
 
 def _decode(processing_class: Any, ids: list[int]) -> str:
