@@ -204,12 +204,14 @@ class TestSchedule:
         sampler.set_epoch(0)
         assert list(sampler) == first
 
-    def test_order_that_is_asked_for(self, tmp_path):
-        def order(**fields):
+    def test_order_that_is_asked_for(self, tmp_path, caplog):
+        def order(num=24, **fields):
             trainer = make_trainer(tmp_path, **fields)
-            return list(trainer.online.sampler(trainer.train_dataset))
+            return list(trainer.online.sampler(trainer.train_dataset.select(range(num))))
 
-        assert order(train_sampling_strategy="sequential") == list(range(24))
+        assert order(train_sampling_strategy="sequential") == list(range(24)) and "never trained on" not in caplog.text
+        assert order(23, train_sampling_strategy="sequential") == list(range(20))
+        assert "The last 3 of 23 prompts are never trained on" in caplog.text
         assert sorted(order()) == list(range(24)) != order() == order(data_seed=42) != order(data_seed=1)
         assert order(data_seed=1, seed=1) == order(seed=1) == order(data_seed=1)
         with pytest.raises(ValueError, match='"group_by_length"` orders groups that are there, and online groups'):

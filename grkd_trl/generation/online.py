@@ -138,6 +138,11 @@ class OnlineGroups:
         indices = [index for process in range(args.world_size) for index in self._indices(process)]
         seed = args.seed if args.data_seed is None else args.data_seed
         shuffle = args.train_sampling_strategy != "sequential"
+        if not shuffle and len(dataset) % size:
+            logger.warning(
+                f'The last {len(dataset) % size} of {len(dataset)} prompts are never trained on: in a "sequential" order every epoch '
+                f'ends with the last {size} that groups can be made for at once. In a "random" one each epoch leaves out others.'
+            )
         return RepeatedPrompts(len(dataset), size, repeat_count, seed, indices, shuffle=shuffle)
 
     def _indices(self, process: int) -> list[int]:
