@@ -8,7 +8,8 @@ from tokenizers import normalizers
 
 from grkd_trl import SeqKDConfig, SeqKDTrainer
 from grkd_trl.data import encode_prompt, prepare_groups, tokenize_group, tokenizer_hash
-from grkd_trl.teacher import cache_soft_labels, score_groups
+from grkd_trl.generation import GroupsConfig, generate_groups
+from grkd_trl.teacher import LocalTeacher, cache_soft_labels, score_groups
 
 
 USER = {"role": "user", "content": " Name a colour. "}
@@ -34,7 +35,7 @@ def written(tokenizer, prompt):
     [("1 + 1 =", "1 + 2 ="), ([USER], [SYSTEM, USER]), ([USER], [USER | {"content": "Name a bird."}])],
     ids=["text", "system prompt", "message"],
 )
-def test_edited_prompts(template, before, after):
+def test_edited_prompts(template, before, after, tmp_path):
     tokenizer = tokenizer_with(template)
     row, edited = written(tokenizer, before), written(tokenizer, before) | {"prompt": after}
     assert tokenize_group(row, 0, processing_class=tokenizer)["prompt_ids"] == encode_prompt(tokenizer, before)
@@ -46,6 +47,9 @@ def test_edited_prompts(template, before, after):
     for read in (score_groups, cache_soft_labels):
         with pytest.raises(ValueError, match="`prompt` of row 0 holds text that is not in its `prompt_ids`"):
             read(model, tokenizer, Dataset.from_list([edited]))
+    config = GroupsConfig(str(tmp_path), completion_source="dataset")
+    with pytest.raises(ValueError, match="`prompt` of row 0 holds text that is not in its `prompt_ids`"):
+        generate_groups(Dataset.from_list([edited]), config, teacher=LocalTeacher(model, tokenizer))
 
 
 def test_a_template_that_does_not_show_the_system_prompt():

@@ -1,5 +1,6 @@
 """What is refused before groups are made."""
 
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any, cast
 
@@ -7,6 +8,8 @@ from datasets import Dataset
 
 from .. import data
 from ..data import require_chat_template
+from ..data.rows import WRITTEN
+from ..data.written import check_written
 from ..teacher import (
     CalibratedTeacher,
     CallableScorer,
@@ -40,11 +43,37 @@ def check_chat_templates(dataset: Dataset, completion_source: str, *roles: Teach
     has_ids = completion_source == "dataset" and "tokenizer_hash" in dataset.column_names
     if has_ids or isinstance(next((row["prompt"] for row in dataset if row["prompt"]), ""), str):
         return
+    for processing_class in _tokenizers(*roles):
+        require_chat_template(processing_class)
+
+
+def check_text_beside_ids(group: dict[str, Any], index: int, *roles: Teacher | Scorer | None) -> None:
+    """
+    Refuse a group of a dataset whose text was edited beside token ids that a role reads in its place, see
+    [`~data.written.check_written`].
+
+    Args:
+        group (`dict[str, Any]`):
+            Group with the columns of its row.
+        index (`int`):
+            Row number, for the error.
+        *roles ([`~teacher.Teacher`] or [`~teacher.Scorer`], *optional*):
+            Who reads it.
+
+    Raises:
+        `ValueError`: If it was edited.
+    """
+    if all(group.get(name) is not None for name in WRITTEN):
+        for processing_class in _tokenizers(*roles):
+            check_written(processing_class, group, group, index)
+
+
+def _tokenizers(*roles: Teacher | Scorer | None) -> Iterator[Any]:
     members = [role.teachers.values() if isinstance(role, TeacherEnsemble) else [role] for role in roles]
     for role in chain.from_iterable(members):
         model = role.teacher if isinstance(role, CalibratedTeacher) else role
         if isinstance(model, LocalTeacher | LazyTeacher | ServerTeacher):
-            require_chat_template(model.processing_class)
+            yield model.processing_class
 
 
 def check_soft_labels(teacher: Teacher | Scorer | None, student: Teacher | None, k: int, *, ask: bool) -> None:

@@ -22,7 +22,7 @@ from ..data.rows import check_completions, check_one_each
 from ..data.teacher_prompts import PROMPT_HASHES, check_made_with, prompt_hash
 from ..teacher import Scorer, Teacher, TeacherEnsemble
 from .card import summary, write_card
-from .checks import check_chat_templates, check_soft_labels, reads_teacher_prompts
+from .checks import check_chat_templates, check_soft_labels, check_text_beside_ids, reads_teacher_prompts
 from .core import add_scores, keep, write_groups
 from .manifest import content_hash, group_features
 from .select import drop_repeats, select_diverse
@@ -233,6 +233,8 @@ def _make_shard(rows, shard, config, writers, scorer) -> tuple[list[dict[str, An
         if row["prompt"]:
             check_prompt(row["prompt"], index)
             with_prompt.append(_group_of(row, index) if config.completion_source == "dataset" else row)
+            if config.completion_source == "dataset":
+                check_text_beside_ids(with_prompt[-1], index, scorer, writers["teacher"])
             if config.soft_labels is None and config.completion_source == "dataset":
                 check_made_with(
                     {name: row[name] for name in row if name != "teacher_scores"}, index
