@@ -1,5 +1,5 @@
 """
-When does ranking help? Every method in four regimes, tuned alike, by greedy text, samples and ranks.
+When does ranking help? Every method in four regimes, tuned alike, and GRKD's settings, by greedy text, samples and ranks.
 
     python examples/regimes.py --mawps mawps_fold0_train.csv mawps_fold0_dev.csv --output_dir regimes
 
@@ -20,7 +20,7 @@ neither model was trained on, and their completions differ. The rules, fixed bef
   verifier's information where that of its difference to KD does; each by greedy text and by samples.
 - Where ranking and the same losses without it end at different rates, ranking is tested at the other's rate as well: trials hardly
   tell two rates apart, and then nothing but the ranking differs. Online groups are tested so as well.
-- P-values are Holm's over the comparisons of a regime, task and measure (`COMPARISONS`).
+- P-values are Holm's over the comparisons of a regime, task and measure (`COMPARISONS`), those to rivals for themselves.
 
 Stop the command when you like and start it again: runs that are done are not repeated.
 """

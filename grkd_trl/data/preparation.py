@@ -154,8 +154,9 @@ def check_tokenized(row: dict[str, Any], index: int, *, min_completions: int = 2
         group["clipped"] = [False] * len(completion_ids)
     if row.get("prompt_ids") is None or len(completion_ids) < min_completions or not all(completion_ids):
         raise ValueError(
-            f"Row {index} has `prompt_ids` {row.get('prompt_ids')} and `completion_ids` of {[len(ids or []) for ids in completion_ids]} "
-            f"tokens: give a list of token ids, and {min_completions} or more lists, none of them empty. Or drop the row."
+            f"Row {index} has `prompt_ids` {'None' if row.get('prompt_ids') is None else 'of its own'} and `completion_ids` of "
+            f"{[len(ids or []) for ids in completion_ids]} tokens: give a list of token ids, and {min_completions} or more lists, "
+            "none of them empty. Or drop the row."
         )
     for name in group:
         check_one_each(group, name, index)

@@ -331,11 +331,20 @@ def decode_completion(
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
     ends = not clipped and completion_ids[-1:] and completion_ids[-1] in vocabulary.added
     ids = [token for token in (completion_ids[:-1] if ends else completion_ids) if token not in named]
-    start = _decode(tokenizer, vocabulary.context)
-    whole = _decode(tokenizer, [*vocabulary.context, *ids])
-    text = whole[len(start) :] if whole.startswith(start) else _decode(tokenizer, ids)
+    start = decode_ids(tokenizer, vocabulary.context)
+    whole = decode_ids(tokenizer, [*vocabulary.context, *ids])
+    text = whole[len(start) :] if whole.startswith(start) else decode_ids(tokenizer, ids)
     return text.rstrip("\ufffd") if clipped else text
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """
+    Text of token ids, special tokens included.
+
+    Args:
+        tokenizer, ids: Tokenizer, and its token ids.
+
+    Returns:
+        `str`: Text.
+    """
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

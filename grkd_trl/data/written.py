@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from .images import images_of, put_images
 from .rows import check_prompt
-from .tokenization import decode_completion, encode_prompt, tokenizer_hash
+from .tokenization import decode_completion, decode_ids, encode_prompt, tokenizer_hash
 
 
 logger = logging.get_logger(__name__)
@@ -39,15 +39,14 @@ def check_written(
         return
     tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
 
-    def without_added(text: str) -> str:  # which of them are EOS and padding may have changed since
-        for (
-            token
-        ) in tokenizer.get_added_vocab():  # thousands of some tokenizers, so only where a text is not found as it is
+    def without_added(text: str) -> str:
+        """Which of them are EOS and padding may have changed. Some tokenizers have thousands: only for text that is not found."""
+        for token in tokenizer.get_added_vocab():
             text = text.replace(token, "")
         return text
 
     def as_read(text: str) -> str:  # some tokenizers normalize it, or do not know all of it
-        return _decode(processing_class, tokenizer(text, add_special_tokens=False)["input_ids"])
+        return decode_ids(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
 
     ids_of = group["completion_ids"] or []
     for position, (text, ids, was_cut) in enumerate(zip(group["completions"], ids_of, group["clipped"], strict=False)):
@@ -59,7 +58,7 @@ def check_written(
                 f"`completions` of row {index} holds another text at position {position} than its `completion_ids`, and "
                 f"training uses the ids. If the text was edited, {_DROP}"
             )
-    decoded = _decode(processing_class, group["prompt_ids"])
+    decoded = decode_ids(tokenizer, group["prompt_ids"])
     said = [
         text for text in _said(group["prompt"]) if text.strip() not in decoded and as_read(text).strip() not in decoded
     ]
@@ -99,9 +98,8 @@ def say_whose_ids(row: dict[str, Any], processing_class: PreTrainedTokenizerBase
     check_prompt(prompt, 0)
     own = _encode(processing_class, row, row, 0)
     if own != list(ids):
-        texts = [
-            repr(_decode(processing_class, each)[:200]) if each is not None else "an error" for each in (ids, own)
-        ]
+        tokenizer: Any = getattr(processing_class, "tokenizer", processing_class)
+        texts = [repr(decode_ids(tokenizer, each)[:200]) if each is not None else "an error" for each in (ids, own)]
         logger.warning(
             f"The prompts of the {name} dataset were written with another chat template, and the student is trained on its format: "
             f"the first is {texts[0]}, where the student's template makes {texts[1]}. To train on the student's, {_DROP}"
@@ -126,8 +124,3 @@ def _encode(processing_class: Any, row: dict[str, Any], group: dict[str, Any], i
         return encode_prompt(processing_class, prompt, **template)
     except TemplateError:
         return None
-
-
-def _decode(processing_class: Any, ids: list[int]) -> str:
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

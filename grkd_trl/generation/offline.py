@@ -232,13 +232,14 @@ def _make_shard(rows, shard, config, writers, scorer) -> tuple[list[dict[str, An
     for index, row in enumerate(rows, start=shard * config.prompts_per_shard):
         if row["prompt"]:
             check_prompt(row["prompt"], index)
-            with_prompt.append(_group_of(row, index) if config.completion_source == "dataset" else row)
             if config.completion_source == "dataset":
-                check_text_beside_ids(with_prompt[-1], index, scorer, writers["teacher"])
-            if config.soft_labels is None and config.completion_source == "dataset":
-                check_made_with(
-                    {name: row[name] for name in row if name != "teacher_scores"}, index
-                )  # labels are kept
+                row = _group_of(row, index)
+                check_text_beside_ids(
+                    row, index, scorer, *([writers["teacher"]] if writers["teacher"] is not scorer else [])
+                )
+                if config.soft_labels is None:  # those of the row are kept
+                    check_made_with({name: row[name] for name in row if name != "teacher_scores"}, index)
+            with_prompt.append(row)
     counts["empty_prompts"] = len(rows) - len(with_prompt)
     if config.completion_source == "dataset":
         drawn = with_prompt

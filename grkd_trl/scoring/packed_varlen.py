@@ -153,22 +153,14 @@ def attend_at_once(
     Attention of a packed sequence in one call.
 
     Args:
-        query, key, value (`torch.Tensor` of shape `(1, H, T, D)`):
-            States of the sequence; keys and values may have fewer heads.
+        query, key, value, scaling, sliding_window, others:
+            As in [`~scoring.packed_flex.attend_at_once`].
         sequences ([`Sequences`]):
-            Its queries and keys.
+            Queries and keys of the sequence.
         dtype (`torch.dtype`):
             Precision that it computes in, bfloat16 or float16.
-        scaling (`float`, *optional*):
-            Factor of the products, `1 / sqrt(D)` by default.
-        sliding_window (`int`, *optional*):
-            Length of a sliding window.
-        softcap (`float`, *optional*):
+        softcap, s_aux:
             Refused.
-        s_aux (`torch.Tensor`, *optional*):
-            Refused.
-        **others:
-            What else a model gives its attention.
 
     Returns:
         `torch.Tensor` of shape `(1, T, H, D)`: The outputs.

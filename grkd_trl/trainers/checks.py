@@ -143,8 +143,8 @@ def check_finite(losses: dict[str, torch.Tensor] | None = None, **logps: torch.T
     """
     given = {name: values.detach() for name, values in logps.items() if values is not None}
     own = {name: values.detach() for name, values in (losses or {}).items()}
-    sums = [values.sum(dtype=torch.float32).cpu() for values in (*given.values(), *own.values())]
-    if not torch.stack(sums).isfinite().all():  # one wait for the device
+    sums = [values.sum(dtype=torch.float32) for values in (*given.values(), *own.values())]
+    if not all(total.isfinite() for total in sums):  # all are summed before the first wait for the device
         for name, values in given.items():
             refuse_not_finite(values, f"The {name}'s logits")
         if names := [name for name, values in own.items() if not values.isfinite().all()]:

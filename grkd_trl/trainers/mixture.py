@@ -61,8 +61,8 @@ def read_as_teacher(
     Returns:
         `tuple[CompletionScores, torch.Tensor, torch.Tensor]`: What it says; the teacher's scores `(P, G)`, those that the batch has
         or its own; and how far several teachers agree on each pair of these `(P, G, G)`, see
-        [`~teacher.combination.pair_agreement`], or `None` where it is not known
-        or not computed.
+        [`~teacher.combination.pair_agreement`], or `None` where it is not known or not
+        computed.
     """
     models = teacher if isinstance(teacher, TeachersOfStep) else [teacher]
     read = [score_as_teacher(own, inputs, **kwargs) for own in models]
