@@ -123,7 +123,8 @@ class TestLaunch:
         "import os, torch; from grkd_trl import GRKDConfig; "
         "from grkd_trl.trainers.config import resolve_args; "
         "args = GRKDConfig('out', use_cpu=True, report_to='none'); resolve_args(args, GRKDConfig, 'model'); "
-        "print('processes', args.world_size, flush=True); torch.distributed.is_initialized() and torch.distributed.barrier(); os._exit(0)"
+        "os.write(1, f'processes {args.world_size}\\n'.encode()); "  # at once: `print` may write a line in parts
+        "torch.distributed.is_initialized() and torch.distributed.barrier(); os._exit(0)"
     )
 
     def launch(self, tmp_path, *command, **env):
