@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from ..trainers.checks import settle_best_metric
-from ..trainers.config import option
+from ..trainers.fields import option
 from .base import ClassifierTrainer
 from .metrics import add_class_metrics
 from .outputs import ClassifierOutputs, classify

@@ -6,7 +6,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..trainers.checks import settle_best_metric
-from ..trainers.config import check_best_metric, check_choices, option
+from ..trainers.config import check_best_metric
+from ..trainers.fields import check_choices, option
 
 
 @dataclass

@@ -14,7 +14,7 @@ from peft import PeftModel
 from .._trl import get_config_model_id
 from ..teacher import Scorer, TeacherEnsemble
 from ..teacher.in_step import TeacherMixture
-from .config import own_fields
+from .fields import own_fields
 
 
 _RUN = (

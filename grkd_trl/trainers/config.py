@@ -1,6 +1,6 @@
 """What the methods' configurations share."""
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -13,63 +13,11 @@ from .._trl import get_config_model_id
 from ..losses import alpha_at, probability_weights
 from ..teacher.loading import read_chat_template
 from .checks import check_launch, resolve_bf16, settle_best_metric, settle_inherited_fields, settle_noise
+from .fields import check_choices, option
 
 
 logger = logging.get_logger(__name__)
 ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """
-    Field of a configuration, as a command line shows it.
-
-    Args:
-        default (`Any`):
-            Default value.
-        help (`str`):
-            Help text.
-        **metadata:
-            Further metadata, e.g. `choices`.
-
-    Returns:
-        `dataclasses.Field`: The field.
-    """
-    return field(default=default, metadata={"help": help, **metadata})
-
-
-def own_fields(config_class: type[TrainingArguments]) -> list[str]:
-    """
-    Fields that a configuration of this package adds to a library's, or gives another default.
-
-    Args:
-        config_class (`type`):
-            Configuration class.
-
-    Returns:
-        `list[str]`: Their names.
-    """
-    bases = [
-        base for base in config_class.__mro__ if is_dataclass(base) and not base.__module__.startswith("grkd_trl.")
-    ]
-    given = bases[0].__dataclass_fields__ if bases else {}
-    return [own.name for own in fields(config_class) if given.get(own.name) is not own]
-
-
-def check_choices(args: Any) -> None:
-    """
-    Check every own field of a configuration that names its choices.
-
-    Args:
-        args ([`~transformers.TrainingArguments`] or [`~generation.GroupsConfig`]):
-            Configuration.
-
-    Raises:
-        `ValueError`: If a value is none of the field's choices.
-    """
-    for name in own_fields(type(args)):
-        choices = args.__dataclass_fields__[name].metadata.get("choices")
-        if choices and getattr(args, name) not in choices:
-            raise ValueError(f"`{name}` must be one of {choices}, got {getattr(args, name)!r}.")
 
 
 def check_completion_fields(args: SFTConfig) -> None:

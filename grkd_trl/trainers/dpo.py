@@ -29,7 +29,8 @@ from ..teacher.loading import check_student, load_adapted_student
 from .card import complete_card, origins
 from .checkpoints import OrderOfEpoch, place_in_stream, prepare_resume, saving_explained
 from .checks import check_sampling, resolve_bf16, settle_inherited_fields
-from .config import check_chat_template, check_choices, option, resolve_args
+from .config import check_chat_template, resolve_args
+from .fields import check_choices, option
 
 
 logger = logging.get_logger(__name__)

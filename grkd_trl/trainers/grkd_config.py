@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from .config import GroupConfig, check_aligned, check_best_metric, check_top_k, option
+from .config import GroupConfig, check_aligned, check_best_metric, check_top_k
+from .fields import option
 
 
 @dataclass

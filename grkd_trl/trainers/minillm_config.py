@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from .config import GroupConfig, option
+from .config import GroupConfig
+from .fields import option
 
 
 @dataclass

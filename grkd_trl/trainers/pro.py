@@ -11,7 +11,8 @@ from ..losses import pro_loss
 from ..scoring import score_completions, sequence_scores, to_groups
 from .base import GroupTrainer
 from .checks import check_finite
-from .config import GroupConfig, option
+from .config import GroupConfig
+from .fields import option
 
 
 @dataclass

@@ -9,7 +9,8 @@ from ..losses import group_relative_loss
 from ..scoring import score_completions, sequence_scores, to_groups
 from .base import GroupTrainer
 from .checks import check_finite
-from .config import GroupConfig, option
+from .config import GroupConfig
+from .fields import option
 
 
 @dataclass

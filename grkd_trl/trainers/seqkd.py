@@ -7,7 +7,8 @@ from ..generation.annotation import teacher_texts
 from ..scoring import predicted_mask, score_completions, sequence_scores, to_groups
 from .base import GroupTrainer
 from .checks import check_finite
-from .config import GroupConfig, option
+from .config import GroupConfig
+from .fields import option
 from .metrics import add_token_metrics
 
 

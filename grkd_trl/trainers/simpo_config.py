@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from .config import GroupConfig, option
+from .config import GroupConfig
+from .fields import option
 
 
 @dataclass
