@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from ..trainers.checks import settle_best_metric
 from ..trainers.config import check_best_metric
-from ..trainers.fields import check_choices, option
+from ..trainers.fields import check_choices, option, warn_of_unread
 
 
 @dataclass
@@ -77,7 +77,9 @@ class GRKDForClassificationConfig(TrainingArguments):
     sampled_classes: int | None = option(
         None, "Number of classes to rank, drawn from the softened teacher at each step. All if not given."
     )
-    sampling_temperature: float = option(1.0, "Temperature of the distribution that classes are drawn from.")
+    sampling_temperature: float = option(
+        1.0, "Temperature of the distribution that classes are drawn from.", unread_where={"sampled_classes": [None]}
+    )
     ranking_temperature: float = option(1.0, "Temperature of the relative loss, in the unit of the logits.")
     min_gap: float = option(0.0, "Pairs whose teacher logits differ by this or less are left out.")
     target_temperature: float = option(
@@ -90,7 +92,9 @@ class GRKDForClassificationConfig(TrainingArguments):
     )
     standardize: bool = option(False, "Whether to scale logits to mean 0 and standard deviation 1 before ranking.")
     soft_label_temperature: float = option(1.0, "Temperature of teacher and student in the soft labels.")
-    alpha_start: float = option(0.0, "Weight of the relative loss at the start of training.")
+    alpha_start: float = option(
+        0.0, "Weight of the relative loss at the start of training.", unread_where={"alpha_schedule": ["constant"]}
+    )
     alpha_end: float = option(0.6, "Weight of the relative loss at the end of training.")
     alpha_schedule: str = option(
         "linear",
@@ -104,6 +108,7 @@ class GRKDForClassificationConfig(TrainingArguments):
 
     def __post_init__(self):
         check_choices(self)
+        warn_of_unread(self)
         for name in ("sampling_temperature", "ranking_temperature", "soft_label_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")

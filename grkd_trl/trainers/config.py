@@ -13,7 +13,7 @@ from .._trl import get_config_model_id
 from ..losses import alpha_at, probability_weights
 from ..teacher.loading import read_chat_template
 from .checks import check_launch, resolve_bf16, settle_best_metric, settle_inherited_fields, settle_noise
-from .fields import check_choices, option
+from .fields import check_choices, option, warn_of_unread
 
 
 logger = logging.get_logger(__name__)
@@ -215,6 +215,7 @@ class GroupConfig(SFTConfig):
 
     def __post_init__(self):
         check_choices(self)
+        warn_of_unread(self)
         check_completion_fields(self)
         check_chat_template(self, self.annotates or self.aligned)
         self.bf16 = resolve_bf16(self)

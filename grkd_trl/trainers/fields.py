@@ -4,6 +4,10 @@ from dataclasses import field, fields, is_dataclass
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -16,7 +20,8 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
         help (`str`):
             Help text.
         **metadata:
-            Further metadata, e.g. `choices`.
+            Further metadata: `choices`, its values; `unread_where`, values of other fields, by name, with which nothing
+            reads it.
 
     Returns:
         `dataclasses.Field`: The field.
@@ -57,3 +62,22 @@ def check_choices(args: Any) -> None:
         choices = args.__dataclass_fields__[name].metadata.get("choices")
         if choices and getattr(args, name) not in choices:
             raise ValueError(f"`{name}` must be one of {choices}, got {getattr(args, name)!r}.")
+
+
+def warn_of_unread(args: Any) -> None:
+    """
+    Warn of fields that were set although another field has a value with which nothing reads them.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            Configuration.
+    """
+    unread: dict[str, list[str]] = {}
+    for name in own_fields(type(args)):
+        own = args.__dataclass_fields__[name]
+        for other, values in own.metadata.get("unread_where", {}).items():
+            if getattr(args, name) != own.default and getattr(args, other) in values:
+                why = f"`{other}={getattr(args, other)!r}`"
+                unread.setdefault(why, []).append(f"`{name}={getattr(args, name)!r}`")
+    for why, names in unread.items():
+        logger.warning(f"With {why} nothing reads {', '.join(names)}.")

@@ -40,9 +40,11 @@ class SeqKDConfig(GroupConfig):
         "How the teacher writes: 'beam' search, 'greedy' or 'sampling'.",
         choices=["beam", "greedy", "sampling"],
     )
-    num_beams: int = option(5, "Beams of the search.")
-    temperature: float = option(1.0, "Temperature of sampling.")
-    top_p: float = option(1.0, "Share of the probability to sample from.")
+    num_beams: int = option(5, "Beams of the search.", unread_where={"decoding": ["greedy", "sampling"]})
+    temperature: float = option(1.0, "Temperature of sampling.", unread_where={"decoding": ["beam", "greedy"]})
+    top_p: float = option(
+        1.0, "Share of the probability to sample from.", unread_where={"decoding": ["beam", "greedy"]}
+    )
     max_completion_length: int = option(256, "Longest completion that the teacher writes, in tokens.")
 
     def __post_init__(self):
