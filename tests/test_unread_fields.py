@@ -27,9 +27,10 @@ OTHER_VALUES = {
     "vllm_gpu_memory_utilization": 0.9,
 }
 DECLARED = [
-    (name, other, values[0])
-    for name, field in GRKDConfig.__dataclass_fields__.items()
-    for other, values in field.metadata.get("unread_where", {}).items()
+    (name, *where)
+    for where, names in GRKDConfig.unread_with.items()
+    for name in names
+    if where[0] != "completion_source" or where[1] == "dataset"  # of a dataset alone, to be quick
 ]
 
 

@@ -77,9 +77,7 @@ class GRKDForClassificationConfig(TrainingArguments):
     sampled_classes: int | None = option(
         None, "Number of classes to rank, drawn from the softened teacher at each step. All if not given."
     )
-    sampling_temperature: float = option(
-        1.0, "Temperature of the distribution that classes are drawn from.", unread_where={"sampled_classes": [None]}
-    )
+    sampling_temperature: float = option(1.0, "Temperature of the distribution that classes are drawn from.")
     ranking_temperature: float = option(1.0, "Temperature of the relative loss, in the unit of the logits.")
     min_gap: float = option(0.0, "Pairs whose teacher logits differ by this or less are left out.")
     target_temperature: float = option(
@@ -92,9 +90,7 @@ class GRKDForClassificationConfig(TrainingArguments):
     )
     standardize: bool = option(False, "Whether to scale logits to mean 0 and standard deviation 1 before ranking.")
     soft_label_temperature: float = option(1.0, "Temperature of teacher and student in the soft labels.")
-    alpha_start: float = option(
-        0.0, "Weight of the relative loss at the start of training.", unread_where={"alpha_schedule": ["constant"]}
-    )
+    alpha_start: float = option(0.0, "Weight of the relative loss at the start of training.")
     alpha_end: float = option(0.6, "Weight of the relative loss at the end of training.")
     alpha_schedule: str = option(
         "linear",
@@ -105,6 +101,11 @@ class GRKDForClassificationConfig(TrainingArguments):
     weigh_by_doubt: bool = option(
         False, "Raise the weight of examples of which the teacher is unsure, for noisy labels."
     )
+
+    unread_with = {
+        ("sampled_classes", None): ["sampling_temperature"],
+        ("alpha_schedule", "constant"): ["alpha_start"],
+    }
 
     def __post_init__(self):
         check_choices(self)

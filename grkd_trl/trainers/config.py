@@ -188,6 +188,8 @@ class GroupConfig(SFTConfig):
 
     # Whether the teacher scores or writes the groups before training, with its own tokenizer.
     annotates = False
+    # A field and its value, and the fields that nothing reads then.
+    unread_with = dict[tuple[str, Any], list[str]]()
 
     @property
     def aligned(self) -> bool:

@@ -20,8 +20,7 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
         help (`str`):
             Help text.
         **metadata:
-            Further metadata: `choices`, its values; `unread_where`, values of other fields, by name, with which nothing
-            reads it.
+            Further arguments of the command line's option, e.g. `choices`.
 
     Returns:
         `dataclasses.Field`: The field.
@@ -66,18 +65,14 @@ def check_choices(args: Any) -> None:
 
 def warn_of_unread(args: Any) -> None:
     """
-    Warn of fields that were set although another field has a value with which nothing reads them.
+    Warn of fields that were set although nothing reads them beside another field's value.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
-            Configuration.
+            Configuration, with `unread_with`: by a field and its value, the fields that nothing reads then.
     """
-    unread: dict[str, list[str]] = {}
-    for name in own_fields(type(args)):
-        own = args.__dataclass_fields__[name]
-        for other, values in own.metadata.get("unread_where", {}).items():
-            if getattr(args, name) != own.default and getattr(args, other) in values:
-                why = f"`{other}={getattr(args, other)!r}`"
-                unread.setdefault(why, []).append(f"`{name}={getattr(args, name)!r}`")
-    for why, names in unread.items():
-        logger.warning(f"With {why} nothing reads {', '.join(names)}.")
+    for (other, value), names in args.unread_with.items():
+        given = {name: getattr(args, name) for name in names if getattr(args, name) != getattr(type(args), name)}
+        if given and getattr(args, other) == value:
+            unread = ", ".join(f"`{name}={its!r}`" for name, its in given.items())
+            logger.warning(f"With `{other}={value!r}` nothing reads {unread}.")

@@ -6,13 +6,6 @@ from .config import GroupConfig, check_aligned, check_best_metric, check_top_k
 from .fields import option
 
 
-# Values of other fields with which nothing reads a field.
-_NO_SOFT_LABELS = {"soft_label": ["none"]}
-_OFFLINE = {"completion_source": ["dataset"]}
-_NOT_MIXED = {"completion_source": ["dataset", "student", "teacher"]}
-_NO_VLLM = {"use_vllm": [False]}
-
-
 @dataclass
 class GRKDConfig(GroupConfig):
     r"""
@@ -132,11 +125,7 @@ class GRKDConfig(GroupConfig):
         "What is ranked: the 'completions' of a prompt, or the teacher's most likely next 'tokens'.",
         choices=["completions", "tokens"],
     )
-    relative_top_k: int = option(
-        8,
-        "Number of next tokens to rank with `relative_level='tokens'`.",
-        unread_where={"relative_level": ["completions"]},
-    )
+    relative_top_k: int = option(8, "Number of next tokens to rank with `relative_level='tokens'`.")
     ranking_temperature: float = option(1.0, "Temperature of the relative loss, in the unit of the scores.")
     min_gap: float = option(0.0, "Pairs whose teacher scores differ by this or less are left out.")
     target_temperature: float = option(
@@ -160,24 +149,17 @@ class GRKDConfig(GroupConfig):
         "'none': no soft labels.",
         choices=["token", "aligned", "group", "none"],
     )
-    soft_label_temperature: float = option(
-        1.0, "Temperature of teacher and student in the soft labels.", unread_where=_NO_SOFT_LABELS
-    )
+    soft_label_temperature: float = option(1.0, "Temperature of teacher and student in the soft labels.")
     min_aligned: float = option(0.5, "Smallest share of tokens at which both tokenizers must have read the same text.")
     soft_label_top_k: int | None = option(
         20, "Most likely tokens per position from a teacher outside the training step; None: several models give all."
     )
-    alpha_start: float = option(
-        0.0,
-        "Weight of the relative loss at the start of training.",
-        unread_where=_NO_SOFT_LABELS | {"alpha_schedule": ["constant"]},
-    )
-    alpha_end: float = option(0.3, "Weight of the relative loss at the end of training.", unread_where=_NO_SOFT_LABELS)
+    alpha_start: float = option(0.0, "Weight of the relative loss at the start of training.")
+    alpha_end: float = option(0.3, "Weight of the relative loss at the end of training.")
     alpha_schedule: str = option(
         "linear",
         "How the weight changes: 'linear', 'cosine', or 'constant' (`alpha_end` throughout).",
         choices=["linear", "cosine", "constant"],
-        unread_where=_NO_SOFT_LABELS,
     )
     sft_weight: float = option(
         0.0, "Weight of an SFT loss on the completion that the teacher scores best; not in the paper."
@@ -187,32 +169,36 @@ class GRKDConfig(GroupConfig):
         "Where completions come from: the 'dataset', or, during training, 'student', 'teacher' or both ('mixed').",
         choices=["dataset", "student", "teacher", "mixed"],
     )
-    num_completions: int = option(4, "Completions in an online group.", unread_where=_OFFLINE)
-    num_teacher_completions: int = option(
-        1, "How many of these the teacher writes, for 'mixed'.", unread_where=_NOT_MIXED
-    )
-    temperature: float = option(1.0, "Sampling temperature of online groups.", unread_where=_OFFLINE)
-    top_p: float = option(
-        0.95, "Cumulative probability of the tokens to sample online groups from.", unread_where=_OFFLINE
-    )
-    max_completion_length: int = option(512, "Longest completion to write, in tokens.", unread_where=_OFFLINE)
-    generate_every: int = option(
-        1, "Optimizer steps for which the current student writes groups at once.", unread_where=_OFFLINE
-    )
-    reuse_groups: int = option(1, "How many times each online group is trained on.", unread_where=_OFFLINE)
-    log_completions: int = option(
-        0, "Print a table of completions every so many steps; 0 prints none.", unread_where=_OFFLINE
-    )
+    num_completions: int = option(4, "Completions in an online group.")
+    num_teacher_completions: int = option(1, "How many of these the teacher writes, for 'mixed'.")
+    temperature: float = option(1.0, "Sampling temperature of online groups.")
+    top_p: float = option(0.95, "Cumulative probability of the tokens to sample online groups from.")
+    max_completion_length: int = option(512, "Longest completion to write, in tokens.")
+    generate_every: int = option(1, "Optimizer steps for which the current student writes groups at once.")
+    reuse_groups: int = option(1, "How many times each online group is trained on.")
+    log_completions: int = option(0, "Print a table of completions every so many steps; 0 prints none.")
     use_vllm: bool = option(False, "Whether the student writes through vLLM.")
     vllm_mode: str = option(
-        "colocate",
-        "Where vLLM runs: in the training processes, or as a server.",
-        choices=["colocate", "server"],
-        unread_where=_NO_VLLM,
+        "colocate", "Where vLLM runs: in the training processes, or as a server.", choices=["colocate", "server"]
     )
-    vllm_server_base_url: str | None = option(None, "Address of the vLLM server.", unread_where=_NO_VLLM)
-    vllm_tensor_parallel_size: int = option(1, "GPUs that share the model in vLLM.", unread_where=_NO_VLLM)
-    vllm_gpu_memory_utilization: float = option(0.3, "Share of the GPU's memory for vLLM.", unread_where=_NO_VLLM)
+    vllm_server_base_url: str | None = option(None, "Address of the vLLM server.")
+    vllm_tensor_parallel_size: int = option(1, "GPUs that share the model in vLLM.")
+    vllm_gpu_memory_utilization: float = option(0.3, "Share of the GPU's memory for vLLM.")
+
+    unread_with = {
+        ("relative_level", "completions"): ["relative_top_k"],
+        ("soft_label", "none"): ["soft_label_temperature", "alpha_start", "alpha_end", "alpha_schedule"],
+        ("alpha_schedule", "constant"): ["alpha_start"],
+        ("completion_source", "dataset"): [
+            *("num_completions", "num_teacher_completions", "temperature", "top_p", "max_completion_length"),
+            *("generate_every", "reuse_groups", "log_completions"),
+        ],
+        ("completion_source", "student"): ["num_teacher_completions"],
+        ("completion_source", "teacher"): ["num_teacher_completions"],
+        ("use_vllm", False): [
+            *("vllm_mode", "vllm_server_base_url", "vllm_tensor_parallel_size", "vllm_gpu_memory_utilization"),
+        ],
+    }
 
     def __post_init__(self):
         for name in ("ranking_temperature", "soft_label_temperature"):

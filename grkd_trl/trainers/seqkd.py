@@ -40,12 +40,16 @@ class SeqKDConfig(GroupConfig):
         "How the teacher writes: 'beam' search, 'greedy' or 'sampling'.",
         choices=["beam", "greedy", "sampling"],
     )
-    num_beams: int = option(5, "Beams of the search.", unread_where={"decoding": ["greedy", "sampling"]})
-    temperature: float = option(1.0, "Temperature of sampling.", unread_where={"decoding": ["beam", "greedy"]})
-    top_p: float = option(
-        1.0, "Share of the probability to sample from.", unread_where={"decoding": ["beam", "greedy"]}
-    )
+    num_beams: int = option(5, "Beams of the search.")
+    temperature: float = option(1.0, "Temperature of sampling.")
+    top_p: float = option(1.0, "Share of the probability to sample from.")
     max_completion_length: int = option(256, "Longest completion that the teacher writes, in tokens.")
+
+    unread_with = {
+        ("decoding", "beam"): ["temperature", "top_p"],
+        ("decoding", "greedy"): ["num_beams", "temperature", "top_p"],
+        ("decoding", "sampling"): ["num_beams"],
+    }
 
     def __post_init__(self):
         for name in ("num_beams", "max_completion_length"):
