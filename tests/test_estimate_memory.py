@@ -121,6 +121,17 @@ def test_divides_what_a_placement_shards(tmp_path):
     assert hours[0] == pytest.approx(4 * hours[1])
 
 
+def test_logits_stand_whole_under_zero3_alone(tmp_path):
+    """A head that FSDP2 shards runs in tiles, as a whole one does, and one that ZeRO-3 shards does not."""
+    tiny_model("llama", 60_000, **SMALL).save_pretrained(tmp_path)
+    fields = {"num_completions": 4, "completion_length": 100, "per_device_train_batch_size": 1}
+    args = memory.EstimateArguments(str(tmp_path), str(tmp_path), **fields, gradient_accumulation_steps=2)
+    steps = {}
+    of_loss = {name: memory.estimate(args, name, 2, steps)["logits, loss, temporary"] for name in memory.PLACEMENTS}
+    assert of_loss["fsdp2"] == of_loss["zero2"]
+    assert of_loss["zero3"] > of_loss["zero2"] + 4 * 100 * 60_000 * 4  # bytes of its logits in float32
+
+
 @pytest.mark.parametrize("pair", ["gemma2_9b_to_2b", "llama3_8b_to_3b"])
 def test_documented_command(pair, monkeypatch, capsys):
     """With models cut to a layer, and one placement; the table has the columns of the one that is shown."""

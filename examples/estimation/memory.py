@@ -131,8 +131,8 @@ def run_step(
     args: EstimateArguments, *, lowered: bool, sharded: bool, teacher_sharded: bool, accumulated: bool
 ) -> Step:
     """
-    Count a micro-batch. `lowered`: the student's weights are bf16 themselves, and not cast. `sharded`: its head is, and so
-    does not run in tiles. `accumulated`: it is not the first of its step.
+    Count a micro-batch. `lowered`: the student's weights are bf16 themselves, and not cast. `sharded`: ZeRO-3 shards its head, which
+    so does not run in tiles. `accumulated`: it is not the first of its step.
     """
     student, teacher = load_models(args, lowered=lowered)
     base = student.get_base_model() if args.use_peft else student
@@ -211,7 +211,9 @@ def estimate(
     teacher_sharded = many and (args.teacher_sharding == "sharded" or (args.teacher_sharding == "auto" and sharded))
     gradients_shared = many and placement != "ddp"
     accumulated = args.gradient_accumulation_steps > 1 or gradients_shared
-    key = {"lowered": lowered, "sharded": sharded, "teacher_sharded": teacher_sharded, "accumulated": accumulated}
+    zero3 = placement == "zero3"  # FSDP2 gathers the head for tiles
+    key = {"lowered": lowered, "sharded": sharded and zero3, "teacher_sharded": teacher_sharded and zero3}
+    key["accumulated"] = accumulated
     steps = {} if steps is None else steps
     name = tuple(key.values())
     if name not in steps:
