@@ -9,7 +9,7 @@ teacher's score of the student's samples, ROUGE-L to the reference answer, how o
 of the teacher's text, the rank accuracy on held-out groups, and the share of preferences that its scores order rightly. With
 `--shown reference` the teacher sees in its own prompt how the chosen answer begins, and the student's score of it is measured.
 
-The rules, fixed before a test item was looked at: every method has four trials, one for each learning rate (ten times as high for
+The rules, fixed before a test item was looked at: every method has five trials, one for each learning rate (ten times as high for
 LoRA), with a seed of its own on validation prompts; the teacher's mean score of samples at temperature 1 decides; three seeds on
 the test prompts follow. Ranking helps where the interval of its difference to the same losses without ranking lies above 0.
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--shown", default="prompt", choices=list(PAIR_METHODS), help="what the teacher sees (default: %(default)s)")
     add("--methods", nargs="+", help="all by default: " + ", ".join(PAIR_METHODS["prompt"]))
     add("--seeds", nargs="+", type=int, default=PAIR_SEEDS)
-    add("--tune", type=int, default=len(PAIR_RATES), help="trials for each method, at most 4")
+    add("--tune", type=int, default=len(PAIR_RATES), help="trials for each method, at most %(default)s")
     add("--max_steps", type=int, default=32, help="steps of two groups (default: %(default)s)")
     add("--max_new_tokens", type=int, default=24, help="longest completion, in tokens (default: %(default)s)")
     add("--num_workers", type=int, default=1, help="runs at a time")

@@ -19,8 +19,9 @@ neither model was trained on, and their completions differ. The rules, fixed bef
 - Ranking helps in a regime where the interval of its difference to the same losses without ranking lies above 0, and the
   verifier's information where that of its difference to KD does; each by greedy text and by samples.
 - Where ranking and the same losses without it end at different rates, ranking is tested at the other's rate as well: trials hardly
-  tell two rates apart, and then nothing but the ranking differs. Online groups are tested so as well.
-- P-values are Holm's over the comparisons of a regime, task and measure (`COMPARISONS`), those to rivals for themselves.
+  tell two rates apart, and then nothing but the ranking differs. Online groups and settings are tested so as well.
+- P-values are Holm's over the comparisons of a regime, task and measure (`COMPARISONS`), those to rivals and those of settings
+  for themselves.
 
 Stop the command when you like and start it again: runs that are done are not repeated.
 """

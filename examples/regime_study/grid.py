@@ -16,6 +16,9 @@ REGIMES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "grkd": {},
             "grkd constant": {"alpha_schedule": "constant"},
             "grkd preference": {"target_temperature": 1.0},
+            "grkd softened": {"soft_label_temperature": 2.0},
+            "grkd +sft": {"sft_weight": 1.0},
+            "grkd no ranking +sft": {"sft_weight": 1.0} | NO_RANKING,
             "grkd online": ONLINE | {"completion_source": "mixed"},
             "kd": {},
             "sft": BEST,
@@ -100,9 +103,15 @@ REGIMES["ablations"] = (
 # By regime: a method and the one that it is compared to, for what the method has in addition.
 COMPARISONS = {
     "logits": {
-        "ranking": [("grkd", "kd"), ("grkd constant", "kd"), ("grkd preference", "kd")],
+        "ranking": [
+            ("grkd", "kd"),
+            ("grkd constant", "kd"),
+            ("grkd preference", "kd"),
+            ("grkd +sft", "grkd no ranking +sft"),
+        ],
         "a schedule": [("grkd", "grkd constant")],
         "online groups": [("grkd online", "grkd")],
+        "a setting": [("grkd softened", "grkd"), ("grkd +sft", "grkd")],  # those that the ablations point to
         "a rival": [(rival, "grkd") for rival in ("gkd", "minillm", "seqkd", "sft", "pro", "simpo", "dpo")],
     },
     "verifier": {
@@ -123,11 +132,13 @@ COMPARISONS["real pair"] = {
     "soft labels": [("kd", "sft"), ("grkd", "sft")],
     "pairs, not soft labels": [("dpo", "kd"), ("simpo", "kd"), ("pro", "kd")],
     "online groups": [("grkd online", "grkd")],
+    "a rival": [(rival, "grkd") for rival in ("seqkd", "dpo", "pro", "simpo", "gkd")],
 }
 COMPARISONS["privileged pair"] = {
     "ranking": [("grkd", "kd")],
     "the teacher's view": [("kd", "sft"), ("grkd", "sft")],
     "online groups": [("grkd online", "grkd")],
+    "a rival": [("seqkd", "grkd")],
 }
 TASKS = {"logits": ("math_word", "scan"), "verifier": ("math_word",), "scores": ("math_word", "scan")}
 TASKS |= {"privileged": ("math_word",), "ablations": ("math_word", "scan")}
@@ -160,6 +171,6 @@ PAIR_METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "grkd online": PAIR_ONLINE,
     },
 }
-PAIR_RATES, LORA_TIMES = (1e-5, 3e-5, 1e-4, 3e-4), 10  # LoRA's rates are so many times as high
+PAIR_RATES, LORA_TIMES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3), 10  # LoRA's rates are so many times as high
 PAIR_SEEDS, PAIR_TUNING_SEED = [0, 1, 2], 1000
 MAX_NEW_TOKENS = {"math_word": 16, "scan": 49}

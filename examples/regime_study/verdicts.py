@@ -12,15 +12,15 @@ from grkd_trl.examples.regime_study.grid import COMPARISONS
 
 Runs = dict[str, dict[int, dict[str, list[float]]]]  # by method, seed and measure a value for each item
 Values = dict[str, Runs]  # by task
-AT_BASELINE_RATE = ("ranking", "online groups")  # what is tested again where it ended at another rate
+AT_BASELINE_RATE = ("ranking", "online groups", "a setting")  # what is tested again where it ended at another rate
 HEAD = """# What ranking, a verifier, a schedule and online groups add
 
 Differences with their 95 % intervals over seeds and items; bold: significant after Holm's correction over the comparisons of a
-regime, task and measure, those to rivals for themselves. Rank accuracy is over held-out groups, the other measures over test items."""
+regime, task and measure, those to rivals and those of settings for themselves. Rank accuracy is over held-out groups, the other measures over test items."""
 
 
 def at_baseline_rate(results: Path, task: str, methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Ranking, and online groups, at the rate of the same losses without them, where the two were tested at different rates."""
+    """Ranking, online groups and settings at the rate of the losses without them, where the two were tested at different rates."""
     done = {row["method"]: row for row in read_results(results) if row["task"] == task}
     rates = {name: row["settings"]["learning_rate"] for name, row in done.items() if name in methods}
     asked = [pair for what in AT_BASELINE_RATE for pair in COMPARISONS[task.split(",")[0]].get(what, [])]
@@ -78,9 +78,11 @@ def verdicts(found: Values) -> str:
 
 
 def _corrected(known: dict[tuple[str, str, str], Estimate]) -> dict[tuple[str, str, str], float]:
-    """Holm's p-values, of the comparisons to rivals for themselves: there are many, and none of them asks what ranking adds."""
+    """Holm's p-values. Comparisons to rivals, and of settings, are families of their own: none asks what ranking adds."""
+    families: dict[str, list[tuple[str, str, str]]] = {}
+    for key in known:
+        families.setdefault(key[0] if key[0] in ("a rival", "a setting") else "others", []).append(key)
     corrected: dict[tuple[str, str, str], float] = {}
-    for of_rivals in (True, False):
-        family = [key for key in known if (key[0] == "a rival") == of_rivals]
+    for family in families.values():
         corrected |= zip(family, holm_p_values(np.array([known[key].p_value for key in family])), strict=True)
     return corrected
