@@ -72,7 +72,7 @@ def pairwise_family(
         for j in range(i):
             gap, margin = teacher[i] - teacher[j], (student[i] - student[j]) / temperature
             weight = 1.0 if weights is None else weights[i] + weights[j]
-            if abs(gap) < min_gap or target_temperature == 0 and abs(gap) == min_gap:
+            if abs(gap) <= min_gap and not (gap == min_gap == 0 and target_temperature > 0):
                 continue
             share += weight
             if target_temperature == 0:

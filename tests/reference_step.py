@@ -98,7 +98,8 @@ def pairwise(student, teacher, probability, options, group=None):
                 continue
             if temperature == 0 and gap > options.min_gap:
                 total, share = total + weight * torch.log1p(torch.exp(disagreement)), share + weight
-            elif temperature > 0 and i != j and abs(gap) >= options.min_gap:  # each order of a pair is half of it
+            elif temperature > 0 and i != j and (abs(gap) > options.min_gap or options.min_gap == 0):
+                # each order of a pair is half of it
                 target = 1 / (1 + math.exp(-gap / temperature))
                 total = total + weight * target * (math.log(target) + torch.log1p(torch.exp(disagreement)))
                 share += weight / 2

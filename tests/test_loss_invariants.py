@@ -164,6 +164,15 @@ class TestInvariants:
         value, gradient = differentiate(token_relative_loss, student, teacher, top_k=3, min_gap=min_gap)
         assert (value == 0).all() and (gradient == 0).all()
 
+    @pytest.mark.parametrize("at_once", [2**18, -1])  # in memory at once, and in blocks
+    @pytest.mark.parametrize("target_temperature", [0.0, 1.0])
+    def test_a_gap_of_min_gap_makes_no_pair(self, monkeypatch, target_temperature, at_once):
+        monkeypatch.setattr("grkd_trl.losses.ranking._MAX_DENSE", at_once)
+        student, teacher = draw(3, 3)[0], torch.tensor([[3.0, 2.0, 1.0]] * 3, dtype=F64)
+        found = group_relative_loss(student, teacher, target_temperature=target_temperature, min_gap=1.0)
+        ends = student[:, [0, 2]], teacher[:, [0, 2]]  # the only pair left
+        close(found, group_relative_loss(*ends, target_temperature=target_temperature))
+
     @pytest.mark.parametrize("loss", [group_soft_label_loss, token_soft_label_loss, forward_kl, reverse_kl])
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
     def test_identical_models_are_at_the_minimum(self, loss, temperature):

@@ -194,6 +194,18 @@ class TestSchedule:
             for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
                 assert torch.equal(one, other)
 
+    def test_resumed_again_writes_again(self, tmp_path):
+        """The same trainer, resumed in the middle of a round, has no groups of the round that it ended with."""
+        schedule = {"reuse_groups": 2, "dataset": make_prompts(8)}
+        trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, **schedule)
+        seen = record_groups(trainer)
+        trainer.train()
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        fresh = make_trainer(tmp_path / "fresh", max_steps=4, **schedule)
+        expected = record_groups(fresh)
+        fresh.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert seen[4:] == expected
+
     def test_order_of_the_prompts(self):
         sampler = RepeatedPrompts(7, 3, 2, seed=0)
         first = list(sampler)

@@ -212,10 +212,10 @@ class OnlineGroups:
         return self._to_device(self.collator(groups))
 
     def close(self) -> None:
-        """Stop asking for labels, and drop the groups that have not all of them."""
+        """Stop asking for labels, and drop the groups: the next run may resume in the middle of another round."""
         if self._ahead is not None:
             self._ahead.close()
-            self._buffer = self._buffer if len(self._buffer) == self.batch_size else []
+        self._buffer = []
 
     def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return send_to_device(batch, self.trainer.accelerator.device)

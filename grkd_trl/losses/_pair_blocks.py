@@ -47,7 +47,8 @@ class BlockedRelativeLoss(torch.autograd.Function):
         lowest = teacher.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         num_groups, size = student.shape
         step = max(int((pairs_at_once(student.device) / max(num_groups, 1)) ** 0.5), 1)
-        exceeds = torch.Tensor.gt if target_temperature == 0 else torch.Tensor.ge  # soft targets rank ties too
+        ranks_ties = target_temperature > 0 and min_gap == 0  # soft targets do
+        exceeds = torch.Tensor.ge if ranks_ties else torch.Tensor.gt
 
         total = student.new_zeros(num_groups)
         share = torch.zeros(num_groups, dtype=torch.long if weights is None else student.dtype, device=student.device)

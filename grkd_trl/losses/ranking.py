@@ -144,8 +144,8 @@ def group_relative_loss(
             losses = -F.logsigmoid(torch.where(pairs, margins, 0.0))
         else:
             gaps = teacher.unsqueeze(-1) - teacher.unsqueeze(-2)
-            pairs = (gaps.abs() >= min_gap) & present.unsqueeze(-1) & present.unsqueeze(-2)
-            pairs = pairs.triu(diagonal=1)
+            exceed = gaps.abs() > min_gap if min_gap > 0 else gaps.abs() >= 0  # soft targets rank ties
+            pairs = (exceed & present.unsqueeze(-1) & present.unsqueeze(-2)).triu(diagonal=1)
             targets = torch.where(pairs, gaps, 0.0) / target_temperature
             losses = preference_divergence(torch.where(pairs, margins, 0.0), targets)
         if weights is not None:
