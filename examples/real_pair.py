@@ -9,9 +9,10 @@ teacher's score of the student's samples, ROUGE-L to the reference answer, how o
 of the teacher's text, the rank accuracy on held-out groups, and the share of preferences that its scores order rightly. With
 `--shown reference` the teacher sees in its own prompt how the chosen answer begins, and the student's score of it is measured.
 
-The rules, fixed before a test item was looked at: every method has five trials, one for each learning rate (ten times as high for
-LoRA), with a seed of its own on validation prompts; the teacher's mean score of samples at temperature 1 decides; three seeds on
-the test prompts follow. Ranking helps where the interval of its difference to the same losses without ranking lies above 0.
+The rules: every method has five trials, one for each learning rate (ten times as high for LoRA), with a seed of its own on
+validation prompts; the teacher's mean score of samples at temperature 1 decides; three seeds on the test prompts follow. Ranking
+helps where the interval of its difference to the same losses without ranking lies above 0. They were fixed before a test item was
+looked at; the results say which rates and methods were added later.
 
 Stop the command when you like and start it again: runs that are done are not repeated.
 """

@@ -12,7 +12,8 @@ When does ranking help? Every method in four regimes, tuned alike, and GRKD's se
 | `ablations` | as in `logits`; GRKD alone, with one setting changed at a time, at one rate and with three seeds |
 
 The files of MAWPS are those of https://github.com/arkilpatel/SVAMP. Models are trained from scratch; groups are of prompts that
-neither model was trained on, and their completions differ. The rules, fixed before a test item was looked at:
+neither model was trained on, and their completions differ. The rules, fixed before a test item was looked at (the results say which
+methods and comparisons were added later):
 
 - Every method has six trials, one for each learning rate, each with two seeds of its own on validation items. What decides is the
   mean of the share of right greedy texts and of right samples at temperature 1. Five seeds on the test items follow.

@@ -1,4 +1,4 @@
-"""The grids of `regimes.py` and `real_pair.py`: methods, rates and comparisons, fixed before a test item was looked at."""
+"""The grids of `regimes.py` and `real_pair.py`: methods, rates and comparisons. The results say which were added after a test."""
 
 from typing import Any
 

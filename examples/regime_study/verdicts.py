@@ -16,7 +16,8 @@ AT_BASELINE_RATE = ("ranking", "online groups", "a setting")  # what is tested a
 HEAD = """# What ranking, a verifier, a schedule and online groups add
 
 Differences with their 95 % intervals over seeds and items; bold: significant after Holm's correction over the comparisons of a
-regime, task and measure, those to rivals and those of settings for themselves. Rank accuracy is over held-out groups, the other measures over test items."""
+regime, task and measure, those to rivals and those of settings for themselves. Rank accuracy is over held-out groups, the other
+measures over test items."""
 
 
 def at_baseline_rate(results: Path, task: str, methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
